@@ -1,0 +1,618 @@
+"""Configuration: every key once, with its default, meaning and range; how files, flags and --opts merge.
+
+Precedence: defaults < BASE files < the YAML < flags the user really gave < --opts.
+
+Only yacs (and through it PyYAML) is imported here, so that ``--help`` and every mistake in a key, flag or value is
+answered before anything heavy is loaded. ``python config.py --cfg configs/X.yaml …`` takes the arguments of main.py and
+prints the merged configuration.
+"""
+
+import argparse
+import ast
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from yacs.config import CfgNode
+
+MODEL_TYPES = ("pola_swin", "pola_pvt_tiny", "pola_pvt_small", "pola_pvt_medium", "pola_pvt_large")
+DATASETS = ("imagenet", "digits")
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULERS = ("cosine", "linear", "step")
+BACKENDS = ("auto", "eager", "reference")
+INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "hamming", "nearest")
+AUGMENT_POLICY = re.compile(r"none|(rand|augmix)(-\w[\w.]*)*|(original|originalr|v0|v0r|3a)(-mstd[\d.]+)?")
+
+
+class ConfigError(ValueError):
+    """A configuration the user has to mend: the message says what was received, what is accepted, and where."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kinds of values
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a key accepts: `parse` turns a decoded value into its canonical form or raises ValueError."""
+
+    accepts: str
+    parse: Callable[[Any], Any]
+
+
+def _number(types: tuple[type, ...], convert: type, name: str, low: float, high: float, open_high: bool) -> Kind:
+    bounds = "" if low == -float("inf") else f" ≥ {low:g}"
+    if high != float("inf"):
+        bounds += f" and {'<' if open_high else '≤'} {high:g}"
+
+    def parse(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, types):
+            raise ValueError
+        if not (low <= value < high if open_high else low <= value <= high):  # NaN fails both
+            raise ValueError
+        return convert(value)
+
+    return Kind(f"{name}{bounds}", parse)
+
+
+def integer(low: float = -float("inf"), high: float = float("inf")) -> Kind:
+    return _number((int,), int, "an integer", low, high, False)
+
+
+def real(low: float = -float("inf"), high: float = sys.float_info.max, open_high: bool = False) -> Kind:
+    kind = _number((int, float), float, "a number", low, high, open_high)
+    return kind if high != sys.float_info.max else Kind(kind.accepts.split(" and ≤")[0], kind.parse)
+
+
+def choice(*names: str) -> Kind:
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or value.lower() not in names:
+            raise ValueError
+        return value.lower()
+
+    return Kind("one of " + ", ".join(names), parse)
+
+
+def text(pattern: re.Pattern[str] | None = None, accepts: str = "a string") -> Kind:
+    def parse(value: Any) -> str:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError
+        if pattern and not pattern.fullmatch(str(value)):
+            raise ValueError
+        return str(value)
+
+    return Kind(accepts, parse)
+
+
+def boolean() -> Kind:
+    def parse(value: Any) -> bool:
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+
+    return Kind("True or False", parse)
+
+
+def sequence(item: Kind, length: int | None = None, make: type = list) -> Kind:
+    def parse(value: Any) -> Any:
+        if not isinstance(value, list | tuple) or (length is not None and len(value) != length) or not value:
+            raise ValueError
+        return make(item.parse(v) for v in value)
+
+    return Kind(f"a list of {length or 'one or more'} × {item.accepts}", parse)
+
+
+def optional(kind: Kind) -> Kind:
+    return Kind(f"{kind.accepts}, or null", lambda value: None if value is None else kind.parse(value))
+
+
+def either(first: Kind, second: Kind) -> Kind:
+    def parse(value: Any) -> Any:
+        try:
+            return first.parse(value)
+        except ValueError:
+            return second.parse(value)
+
+    return Kind(f"{first.accepts}, or {second.accepts}", parse)
+
+
+@dataclass(frozen=True)
+class Key:
+    default: Any
+    kind: Kind
+    help: str
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every key
+# ---------------------------------------------------------------------------------------------------------------------
+
+KEYS: dict[str, Key] = {
+    "BASE": Key([""], sequence(text()), "YAML files merged before this one, relative to it"),
+    # -- data
+    "DATA.BATCH_SIZE": Key(128, integer(1), "images per process and forward pass (--batch-size)"),
+    "DATA.DATA_PATH": Key("", text(), "folder that holds train/ and val/, or the zip and map files (--data-path)"),
+    "DATA.DATASET": Key(
+        "imagenet",
+        choice(*DATASETS),
+        "imagenet: an image folder or zip + map with any classes; digits: the 1,797 handwritten digits of scikit-learn",
+    ),
+    "DATA.IMG_SIZE": Key(
+        224,
+        either(integer(1), sequence(integer(1), 2)),
+        "input size in pixels, or [height, width]; a multiple of 8 × the patch size (32 at patch 4)",
+    ),
+    "DATA.INTERPOLATION": Key("bicubic", choice(*INTERPOLATIONS), "resampling filter of every resize"),
+    "DATA.ZIP_MODE": Key(
+        False, boolean(), "read train.zip, val.zip with train_map.txt, val_map.txt (`path<TAB>label`) (--zip)"
+    ),
+    "DATA.CACHE_MODE": Key(
+        "part",
+        choice("no", "full", "part"),
+        "warming of the page cache for zip files: full, each node's first process reads all of it; part, every process"
+        " of a node its share; sampling is the same in every mode (--cache-mode)",
+    ),
+    "DATA.PIN_MEMORY": Key(True, boolean(), "page-locked batches for faster copies to a GPU"),
+    "DATA.NUM_WORKERS": Key(8, integer(0), "loader processes per process; 0 loads in the main process"),
+    "DATA.MAX_UNREADABLE": Key(
+        0.01,
+        real(0, 1),
+        "fraction of the training images that may be unreadable (each named, the next one takes its place) before the"
+        " run stops; in evaluation one is an error",
+    ),
+    # -- model
+    "MODEL.TYPE": Key("swin", text(), "architecture: " + ", ".join(MODEL_TYPES)),
+    "MODEL.NAME": Key("swin_tiny_patch4_window7_224", text(), "name of the run folder below OUTPUT"),
+    "MODEL.RESUME": Key("", text(), "checkpoint to continue from, or to evaluate with --eval (--resume)"),
+    "MODEL.PRETRAINED": Key(
+        "", text(), "checkpoint whose weights start a new run, adapted to its classes and size (--pretrained)"
+    ),
+    "MODEL.NUM_CLASSES": Key(
+        1000, integer(1), "size of the head where no data set or checkpoint decides it (throughput, building by hand)"
+    ),
+    "MODEL.DROP_RATE": Key(0.0, real(0, 1, open_high=True), "dropout after embeddings, projections and in the MLP"),
+    "MODEL.DROP_PATH_RATE": Key(
+        0.1, real(0, 1, open_high=True), "stochastic depth of the last block, growing linearly from 0 at the first"
+    ),
+    "MODEL.LABEL_SMOOTHING": Key(0.1, real(0, 1, open_high=True), "label smoothing, with and without mixup"),
+    "MODEL.SWIN.PATCH_SIZE": Key(4, integer(1), "pixels per side of a patch (Pola-Swin)"),
+    "MODEL.SWIN.IN_CHANS": Key(3, integer(1), "input channels (Pola-Swin and Pola-PVT); the image loaders deliver 3"),
+    "MODEL.SWIN.EMBED_DIM": Key(96, integer(1), "channels of the first stage (Pola-Swin)"),
+    "MODEL.SWIN.DEPTHS": Key([2, 2, 6, 2], sequence(integer(1)), "blocks per stage (Pola-Swin)"),
+    "MODEL.SWIN.NUM_HEADS": Key([3, 6, 12, 24], sequence(integer(1)), "heads per stage (Pola-Swin)"),
+    "MODEL.SWIN.WINDOW_SIZE": Key(
+        7, integer(1), "window side of polarity (L) blocks, clipped to the map; S windows are 7 up to 56, else 12"
+    ),
+    "MODEL.SWIN.MLP_RATIO": Key(4.0, real(0.01), "hidden width of the MLP over its input width (Pola-Swin)"),
+    "MODEL.SWIN.QKV_BIAS": Key(True, boolean(), "bias in the q, k, v (and gate) projections (Pola-Swin)"),
+    "MODEL.SWIN.QK_SCALE": Key(
+        None, optional(real(0)), "score scale of the softmax (S) blocks; null: head dimension ** -0.5 (Pola-Swin)"
+    ),
+    "MODEL.SWIN.APE": Key(False, boolean(), "learned absolute position embedding after the patches (Pola-Swin)"),
+    "MODEL.SWIN.PATCH_NORM": Key(True, boolean(), "LayerNorm after the patch embedding (Pola-Swin)"),
+    "MODEL.LA.ALPHA": Key(4, real(0), "range of the learnable exponent p = 1 + ALPHA·sigmoid(power)"),
+    "MODEL.LA.KERNEL_SIZE": Key(5, integer(1), "side of the depthwise convolution over v; odd"),
+    "MODEL.LA.ATTN_TYPE": Key(
+        "LLLL",
+        text(),
+        "attention of each stage: L polarity, S softmax, M polarity in the first k blocks and softmax in the rest, k"
+        " the number after the letters (MLSS4; Pola-Swin only)",
+    ),
+    "MODEL.LA.PVT_LA_SR_RATIOS": Key(
+        1111, integer(1), "spatial reduction of the L stages of Pola-PVT, one digit per stage"
+    ),
+    "MODEL.LA.BACKEND": Key("auto", choice(*BACKENDS), "implementation of the polarity attention op"),
+    # -- training
+    "TRAIN.START_EPOCH": Key(0, integer(0), "first epoch of a run that resumes nothing"),
+    "TRAIN.EPOCHS": Key(300, integer(1), "epochs of the schedule"),
+    "TRAIN.WARMUP_EPOCHS": Key(20, integer(0), "epochs of linear warm-up from WARMUP_LR, part of EPOCHS"),
+    "TRAIN.COOLDOWN_EPOCHS": Key(0, integer(0), "further epochs at the schedule's last rate (cosine: MIN_LR)"),
+    "TRAIN.WEIGHT_DECAY": Key(0.05, real(0), "decoupled weight decay; 1-D parameters and biases have none"),
+    "TRAIN.BASE_LR": Key(5e-4, real(0), "peak learning rate for 512 images a step, scaled by the real global batch"),
+    "TRAIN.WARMUP_LR": Key(5e-7, real(0), "learning rate at the start of the warm-up, scaled likewise"),
+    "TRAIN.MIN_LR": Key(5e-6, real(0), "lowest learning rate after the warm-up, scaled likewise"),
+    "TRAIN.CLIP_GRAD": Key(5.0, optional(real(0)), "largest total gradient norm; null or 0: no clipping"),
+    "TRAIN.AUTO_RESUME": Key(True, boolean(), "continue from the newest readable checkpoint of the run folder"),
+    "TRAIN.USE_CHECKPOINT": Key(
+        False, boolean(), "recompute block activations in backward to save memory (--use-checkpoint)"
+    ),
+    "TRAIN.ACCUMULATION_STEPS": Key(1, integer(1), "forward passes per optimizer step"),
+    "TRAIN.FIND_UNUSED_PARAMS": Key(False, boolean(), "DDP's find_unused_parameters (--find-unused-params)"),
+    "TRAIN.LR_SCHEDULER.NAME": Key("cosine", choice(*SCHEDULERS), "learning rate after the warm-up"),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, integer(1), "epochs between the drops of the step schedule"),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, real(0, 1), "factor of each drop of the step schedule"),
+    "TRAIN.OPTIMIZER.NAME": Key("adamw", choice(*OPTIMIZERS), "optimizer; sgd uses Nesterov momentum"),
+    "TRAIN.OPTIMIZER.EPS": Key(1e-8, real(0), "AdamW's epsilon"),
+    "TRAIN.OPTIMIZER.BETAS": Key(
+        (0.9, 0.999), sequence(real(0, 1, open_high=True), 2, make=tuple), "AdamW's moment decay rates"
+    ),
+    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, real(0, 1, open_high=True), "SGD's momentum"),
+    "EMA.ENABLE": Key(False, boolean(), "keep an exponential moving average of the weights and evaluate it too"),
+    "EMA.DECAY": Key(0.9999, real(0, 1, open_high=True), "share of the old average kept at each step"),
+    "CHECKPOINT.KEEP": Key(3, integer(1), "newest epoch checkpoints kept, beside the best one"),
+    # -- augmentation
+    "AUG.COLOR_JITTER": Key(0.4, real(0), "strength of colour jitter; without effect beside AUTO_AUGMENT, as in timm"),
+    "AUG.AUTO_AUGMENT": Key(
+        "rand-m9-mstd0.5-inc1",
+        text(AUGMENT_POLICY, "a timm policy (rand-…, augmix-…, original, originalr, v0, v0r, 3a) or none"),
+        "timm's automatic augmentation policy, or none",
+    ),
+    "AUG.HFLIP": Key(0.5, real(0, 1), "probability of a horizontal flip"),
+    "AUG.REPROB": Key(0.25, real(0, 1), "probability of random erasing"),
+    "AUG.REMODE": Key("pixel", choice("const", "rand", "pixel"), "fill of erased boxes: zero, one colour, noise"),
+    "AUG.RECOUNT": Key(1, integer(1), "boxes per erased image"),
+    "AUG.MIXUP": Key(0.8, real(0), "mixup alpha; 0 disables"),
+    "AUG.CUTMIX": Key(1.0, real(0), "CutMix alpha; 0 disables"),
+    "AUG.CUTMIX_MINMAX": Key(
+        None, optional(sequence(real(0, 1), 2)), "smallest and largest box side of CutMix as fractions; overrides CUTMIX"
+    ),
+    "AUG.MIXUP_PROB": Key(1.0, real(0, 1), "probability that a batch is mixed"),
+    "AUG.MIXUP_SWITCH_PROB": Key(0.5, real(0, 1), "probability of CutMix where both are enabled"),
+    "AUG.MIXUP_MODE": Key("batch", choice("batch", "pair", "elem"), "one draw per batch, pair or image"),
+    # -- evaluation
+    "TEST.CROP": Key(True, boolean(), "resize to 256/224 of the size, then crop the centre; False: resize to the size"),
+    "TEST.RESIZE": Key(
+        "squash",
+        choice("squash", "shorter"),
+        "resize before the crop: squash ignores the aspect ratio (the released evaluation), shorter keeps it",
+    ),
+    "TEST.AMP": Key(False, boolean(), "evaluate under autocast; False: float32 with TF32 off"),
+    # -- run
+    "AMP": Key(False, boolean(), "train under autocast (--amp)"),
+    "AMP_DTYPE": Key(
+        "auto",
+        choice("auto", "bfloat16", "float16"),
+        "autocast type; auto: bfloat16 where the device has it, else float16 with a gradient scaler",
+    ),
+    "COMPILE": Key(False, boolean(), "compile the model with torch.compile"),
+    "TENSORBOARD": Key(False, boolean(), "write TensorBoard scalars to the run folder"),
+    "OUTPUT": Key("", text(), "root of the run folders; empty means `output` (--output)"),
+    "TAG": Key("default", text(), "last part of the run folder OUTPUT/NAME/TAG (--tag)"),
+    "SAVE_FREQ": Key(1, integer(1), "epochs between checkpoints; the last epoch is always saved"),
+    "PRINT_FREQ": Key(100, integer(1), "optimizer steps between log lines"),
+    "SEED": Key(0, integer(0), "seed of every random generator"),
+    "EVAL_MODE": Key(False, boolean(), "evaluate the --resume file and stop (--eval)"),
+    "THROUGHPUT_MODE": Key(False, boolean(), "measure images/s on synthetic input and stop (--throughput)"),
+    "LOCAL_RANK": Key(0, integer(0), "GPU of a single process; torchrun's LOCAL_RANK takes precedence (--local-rank)"),
+}
+
+# Keys of this family's older configurations that no code ever read, or that only select other architectures.
+DEAD_KEYS = frozenset(
+    [f"MODEL.SWIN.{name}" for name in ("KA", "DIM_REDUCTION", "STAGES", "STAGES_NUM", "RPB", "PADDING_MODE")]
+    + [f"MODEL.SWIN.{name}" for name in ("SHARE_DWC_KERNEL", "SHARE_QKV", "LR_FACTOR", "DEPTHS_LR", "FUSION_TYPE")]
+    + ["MODEL.SWIN.STAGE_CFG", "MODEL.LA.CSWIN_LA_SPLIT_SIZE", "MODEL.SWIN_HR", "MODEL.SWIN_LRVIT", "MODEL.PVD"]
+)
+_SECTIONS = {key.rsplit(".", 1)[0] for key in KEYS if "." in key} | {"TRAIN", "MODEL"}
+
+
+def is_dead_key(key: str) -> bool:
+    """True for a key that never had an effect, or anything below one."""
+    return any(key == dead or key.startswith(dead + ".") for dead in DEAD_KEYS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Merging
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def default_config() -> CfgNode:
+    """A mutable tree of the defaults."""
+    config = CfgNode()
+    for key, declared in KEYS.items():
+        node = config
+        *sections, leaf = key.split(".")
+        for section in sections:
+            node = node.setdefault(section, CfgNode())
+        value = declared.kind.parse(declared.default)
+        node[leaf] = list(value) if isinstance(value, list) else value
+    return config
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return close[0] if close else ""
+
+
+def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
+    if is_dead_key(key):
+        raise ConfigError(f"{source}: {key} has no effect here and was removed; delete it")
+    if key not in KEYS:
+        raise ConfigError(f"{source}: unknown key {key}; the nearest valid key is {_nearest(key, list(KEYS))}")
+    if isinstance(value, str):  # YAML 1.1 reads 5e-4 and None as strings, and --opts are strings
+        try:
+            decoded = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            decoded = value
+    else:
+        decoded = value
+    kind = KEYS[key].kind
+    for candidate in (value, decoded):
+        try:
+            parsed = kind.parse(candidate)
+            break
+        except ValueError:
+            continue
+    else:
+        raise ConfigError(f"{source}: {key} is {value!r} ({type(decoded).__name__}), expected {kind.accepts}")
+    node = config
+    *sections, leaf = key.split(".")
+    for section in sections:
+        node = node[section]
+    node[leaf] = parsed
+
+
+def _flatten(tree: dict[str, Any], source: str, prefix: str = "") -> list[tuple[str, Any]]:
+    items: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and not is_dead_key(key):
+            if key not in _SECTIONS:
+                known = "is a value, not a section" if key in KEYS else "is unknown"
+                raise ConfigError(
+                    f"{source}: section {key} {known}; the nearest valid section is {_nearest(key, sorted(_SECTIONS))}"
+                )
+            items += _flatten(value, source, key + ".")
+        elif key in _SECTIONS:
+            raise ConfigError(f"{source}: {key} is a section and needs keys below it, received {value!r}")
+        else:
+            items.append((key, value))
+    return items
+
+
+def _merge_file(config: CfgNode, path: Path, parents: tuple[Path, ...] = ()) -> None:
+    if not path.is_file():
+        available = sorted(str(p) for p in Path(__file__).with_name("configs").glob("*.yaml"))
+        nearest = _nearest(str(path), [os.path.relpath(p) for p in available])
+        raise ConfigError(f"config file {path} does not exist; did you mean {nearest}?")
+    if path.resolve() in parents:
+        raise ConfigError(f"{path}: BASE files include each other: {' → '.join(p.name for p in parents)} → {path.name}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected `KEY: value` lines, received a {type(tree).__name__}")
+    bases = tree.pop("BASE", None) or []
+    for base in [bases] if isinstance(bases, str) else bases:
+        if base:
+            _merge_file(config, path.parent / base, (*parents, path.resolve()))
+    for key, value in _flatten(tree, str(path)):
+        _set(config, key, value, str(path))
+
+
+def _merge_pairs(config: CfgNode, pairs: Sequence[str], source: str) -> None:
+    if len(pairs) % 2:
+        raise ConfigError(f"{source} takes KEY VALUE pairs, received {len(pairs)} words: {' '.join(pairs)}")
+    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+        _set(config, key, value, source)
+
+
+def load_config(cfg_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """The frozen, validated configuration of a YAML file and KEY VALUE overrides; the path that main.py takes.
+
+    Raises ConfigError for a missing file, an unknown key (naming the nearest), a wrong type or value.
+    """
+    return _merge(cfg_file, (), opts)
+
+
+def _merge(cfg_file: str, flags: Sequence[str], opts: Sequence[str]) -> CfgNode:
+    config = default_config()
+    _merge_file(config, Path(cfg_file))
+    _merge_pairs(config, flags, "command line")
+    _merge_pairs(config, opts, "--opts")
+    validate(config)
+    config.freeze()
+    return config
+
+
+def config_from_tree(tree: dict[str, Any], source: str) -> tuple[CfgNode, list[str]]:
+    """The configuration a checkpoint carries, unvalidated, and the names in it that have no effect here.
+
+    Older files of this family store their whole tree, unknown sections included, so nothing in it is an error.
+    """
+    config, ignored = default_config(), []
+
+    def visit(node: dict[str, Any], prefix: str) -> None:
+        for name, value in node.items():
+            key = f"{prefix}{name}"
+            if key in KEYS:
+                try:
+                    _set(config, key, value, source)
+                except ConfigError:
+                    ignored.append(key)
+            elif isinstance(value, dict) and key in _SECTIONS:
+                visit(value, key + ".")
+            else:
+                ignored.append(key)
+
+    visit(tree, "")
+    config.freeze()
+    return config, ignored
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation across keys, and what is derived from several
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def image_size(config: CfgNode) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    size = config.DATA.IMG_SIZE
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def value_of(config: CfgNode, key: str) -> Any:
+    """The value of a dotted key."""
+    node: Any = config
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+def run_folder(config: CfgNode) -> Path:
+    """Where everything a run writes goes: OUTPUT/NAME/TAG."""
+    return Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
+
+
+def parse_attention_types(attn_type: str, num_stages: int = 4) -> tuple[str, int | None]:
+    """Split ``LLSS`` or ``MLSS4`` into its letters and the number of polarity blocks of an M stage.
+
+    Raises ConfigError for a wrong letter or length, an M without number, or a number without M.
+    """
+    match = re.fullmatch(r"([A-Za-z]*)(\d*)", attn_type)
+    expected = f"expected one of L, S, M per stage ({num_stages}), and after an M a number of blocks, as in MLSS4"
+    if not match or set(match[1]) - set("LSM"):
+        raise ConfigError(f"ATTN_TYPE {attn_type!r} has letters other than L, S, M; {expected}")
+    letters, number = match[1], match[2]
+    if len(letters) != num_stages:
+        raise ConfigError(f"ATTN_TYPE {attn_type!r} has {len(letters)} letters; {expected}")
+    if "M" in letters and not number:
+        raise ConfigError(f"ATTN_TYPE {attn_type!r} has an M stage without a number; {expected}")
+    if number and "M" not in letters:
+        raise ConfigError(f"ATTN_TYPE {attn_type!r} has a number but no M stage that uses it; {expected}")
+    return letters, int(number) if number else None
+
+
+def parse_sr_ratios(ratios: int, num_stages: int = 4) -> tuple[int, ...]:
+    """Split 8421 into (8, 4, 2, 1). Raises ConfigError for a wrong number of digits or a zero."""
+    digits = tuple(int(digit) for digit in str(ratios))
+    if len(digits) != num_stages or 0 in digits:
+        raise ConfigError(f"PVT_LA_SR_RATIOS {ratios} is not {num_stages} digits from 1 to 9, such as 1111 or 8421")
+    return digits
+
+
+def _validate_model(config: CfgNode) -> None:
+    if config.MODEL.TYPE not in MODEL_TYPES:
+        raise ConfigError(f"MODEL.TYPE {config.MODEL.TYPE!r} is unknown, expected one of {', '.join(MODEL_TYPES)}")
+    is_swin = config.MODEL.TYPE == "pola_swin"
+    depths, heads = config.MODEL.SWIN.DEPTHS, config.MODEL.SWIN.NUM_HEADS
+    num_stages = len(depths) if is_swin else 4
+    letters, _ = parse_attention_types(config.MODEL.LA.ATTN_TYPE, num_stages)
+    if config.MODEL.LA.KERNEL_SIZE % 2 == 0:
+        raise ConfigError(f"MODEL.LA.KERNEL_SIZE is {config.MODEL.LA.KERNEL_SIZE}, expected an odd number")
+    patch = config.MODEL.SWIN.PATCH_SIZE if is_swin else 4
+    unit = patch * 2 ** (num_stages - 1)
+    size = image_size(config)
+    if any(side % unit for side in size):
+        raise ConfigError(
+            f"DATA.IMG_SIZE {config.DATA.IMG_SIZE} does not fit {config.MODEL.TYPE}: expected a multiple of {unit} pixels"
+            f" (patch {patch}, halved {num_stages - 1} times), or [height, width] of such multiples"
+        )
+    if is_swin:
+        if len(heads) != num_stages:
+            raise ConfigError(f"MODEL.SWIN.NUM_HEADS {heads} has {len(heads)} stages, MODEL.SWIN.DEPTHS {num_stages}")
+        for stage, count in enumerate(heads):
+            dim = config.MODEL.SWIN.EMBED_DIM * 2**stage
+            if dim % count:
+                raise ConfigError(f"MODEL.SWIN.NUM_HEADS: the {dim} channels of stage {stage} do not divide by {count}")
+        return
+    if "M" in letters:
+        raise ConfigError(f"ATTN_TYPE {config.MODEL.LA.ATTN_TYPE!r}: Pola-PVT has no M stages, expected L or S")
+    for stage, ratio in enumerate(parse_sr_ratios(config.MODEL.LA.PVT_LA_SR_RATIOS)):
+        grid = [side // (4 * 2**stage) for side in size]
+        if letters[stage] == "L" and any(side % ratio for side in grid):
+            raise ConfigError(
+                f"PVT_LA_SR_RATIOS {config.MODEL.LA.PVT_LA_SR_RATIOS}: the {grid[0]}×{grid[1]} map of stage {stage} does"
+                f" not divide by {ratio}"
+            )
+
+
+def validate(config: CfgNode) -> None:
+    """Raise ConfigError where keys contradict each other or name what does not exist."""
+    _validate_model(config)
+    if config.TRAIN.WARMUP_EPOCHS > config.TRAIN.EPOCHS:
+        raise ConfigError(
+            f"TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} exceeds TRAIN.EPOCHS {config.TRAIN.EPOCHS}, of which it is part"
+        )
+    minmax = config.AUG.CUTMIX_MINMAX
+    if minmax is not None and not minmax[0] < minmax[1]:
+        raise ConfigError(f"AUG.CUTMIX_MINMAX {minmax}: expected the smaller fraction first")
+    if config.EVAL_MODE and config.THROUGHPUT_MODE:
+        raise ConfigError("--eval and --throughput exclude each other")
+    if config.EVAL_MODE and not config.MODEL.RESUME:
+        raise ConfigError("--eval needs --resume FILE: the checkpoint to evaluate")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Flags that set a key to their value, and flags that set a key to True.
+VALUE_FLAGS = {
+    "--batch-size": "DATA.BATCH_SIZE",
+    "--data-path": "DATA.DATA_PATH",
+    "--cache-mode": "DATA.CACHE_MODE",
+    "--resume": "MODEL.RESUME",
+    "--pretrained": "MODEL.PRETRAINED",
+    "--output": "OUTPUT",
+    "--tag": "TAG",
+    "--local-rank": "LOCAL_RANK",
+}
+SWITCHES = {
+    "--zip": "DATA.ZIP_MODE",
+    "--use-checkpoint": "TRAIN.USE_CHECKPOINT",
+    "--amp": "AMP",
+    "--eval": "EVAL_MODE",
+    "--throughput": "THROUGHPUT_MODE",
+    "--find-unused-params": "TRAIN.FIND_UNUSED_PARAMS",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="main.py",
+        allow_abbrev=False,
+        description="Train, evaluate or time Pola-Swin and Pola-PVT. Flags and --opts override the YAML file;"
+        " docs/configuration.md lists every key.",
+        epilog="example: torchrun --nproc_per_node=8 main.py --cfg configs/pola_swin_t.yaml --data-path IMAGENET --amp",
+    )
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration, for example configs/pola_swin_t.yaml")
+    parser.add_argument(
+        "--opts", nargs="*", action="extend", default=[], metavar="KEY VALUE", help="override keys: --opts TRAIN.EPOCHS 100"
+    )
+    for flag, key in VALUE_FLAGS.items():
+        names = [flag, "--local_rank"] if flag == "--local-rank" else [flag]
+        parser.add_argument(*names, dest=key, default=argparse.SUPPRESS, metavar="VALUE", help=KEYS[key].help)
+    for flag, key in SWITCHES.items():
+        parser.add_argument(
+            flag, dest=key, action="store_const", const="True", default=argparse.SUPPRESS, help=KEYS[key].help
+        )
+    return parser
+
+
+def parse_command_line(argv: Sequence[str] | None = None) -> CfgNode:
+    """The frozen configuration of the command line (default: sys.argv). Exits with status 2 and one line on a mistake."""
+    parser = _parser()
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [name for action in parser._actions for name in action.option_strings]
+        parser.error(f"unknown argument {unknown[0]}; the nearest valid one is {_nearest(unknown[0], flags)}")
+    given = vars(namespace)
+    pairs = [word for key in KEYS if key in given for word in (key, given[key])]
+    try:
+        config = _merge(namespace.cfg, pairs, namespace.opts)
+        for key, path in (("--resume", config.MODEL.RESUME), ("--pretrained", config.MODEL.PRETRAINED)):
+            if path and not Path(path).is_file():
+                raise ConfigError(f"{key} {path}: no such file")
+    except ConfigError as error:
+        parser.error(str(error))
+    return config
+
+
+if __name__ == "__main__":
+    sys.stdout.write(parse_command_line().dump())

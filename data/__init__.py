@@ -1,0 +1,163 @@
+"""Data: `build_loaders` turns a configuration into training and validation batches of uint8 images."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+from config import image_size
+from data.datasets import (
+    DataError,
+    DigitsSource,
+    EvalDataset,
+    FolderSource,
+    Sample,
+    Source,
+    TrainDataset,
+    ZipSource,
+    too_many_unreadable,
+    warm_page_cache,
+)
+from data.samplers import EvalSampler, TrainSampler
+from data.transforms import evaluation_transform, training_transform
+from logger import get_logger
+from utils import distributed
+
+
+class Batches:
+    """Iterates (images uint8 (B, 3, H, W), labels (B,)); names and counts unreadable training images.
+
+    Raises DataError when more than the allowed number of different files were unreadable.
+    """
+
+    def __init__(self, loader: DataLoader, max_unreadable: int = 0) -> None:
+        self.loader = loader
+        self.max_unreadable = max_unreadable
+        self.unreadable: dict[str, None] = {}  # in the order of appearance
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    @property
+    def num_images(self) -> int:
+        """Images of the whole data set, over all processes."""
+        return len(self.loader.dataset)  # type: ignore[arg-type]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, unreadable in self.loader:
+            for name in unreadable:
+                if name not in self.unreadable:
+                    self.unreadable[name] = None
+                    get_logger().warning("unreadable image %d skipped: %s", len(self.unreadable), name)
+            if len(self.unreadable) > self.max_unreadable:
+                raise DataError(too_many_unreadable(list(self.unreadable), self.num_images, self.max_unreadable))
+            yield images, labels
+
+
+class Loaders(NamedTuple):
+    """`classes` are the class names by label, None where the format stores none; `num_classes` their number."""
+
+    train: Batches | None
+    val: Batches
+    classes: tuple[str, ...] | None
+    num_classes: int
+
+
+def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    shapes = {tuple(sample.image.shape) for sample in samples}
+    if len(shapes) > 1:
+        raise DataError(
+            f"images of different sizes {sorted(shapes)} in one batch: at IMG_SIZE ≤ 32 images are used as they are, so"
+            " prepare them at that size"
+        )
+    images = torch.stack([sample.image for sample in samples])
+    labels = torch.tensor([sample.label for sample in samples])
+    return images, labels, [name for sample in samples for name in sample.unreadable]
+
+
+def _build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> Source:
+    if config.DATA.DATASET == "digits":
+        return DigitsSource(split, image_size(config))
+    if not config.DATA.DATA_PATH:
+        raise DataError("no data set: --data-path names the folder that holds train/ and val/")
+    root = Path(config.DATA.DATA_PATH)
+    if not root.is_dir():
+        raise DataError(f"data set folder {root} does not exist; --data-path names the folder that holds train/ and val/")
+    if not config.DATA.ZIP_MODE:
+        return FolderSource(root / split, classes)
+    source = ZipSource(root / f"{split}.zip", root / f"{split}_map.txt")
+    local_rank, local_size = distributed.local_rank(), distributed.local_world_size()
+    if config.DATA.CACHE_MODE == "full" and local_rank == 0:
+        warm_page_cache(source.path)
+    elif config.DATA.CACHE_MODE == "part":
+        warm_page_cache(source.path, share=local_rank, shares=local_size)
+    return source
+
+
+def _build_val(config: CfgNode, source: Source) -> Batches:
+    loader = DataLoader(
+        EvalDataset(source, evaluation_transform(config)),
+        batch_size=config.DATA.BATCH_SIZE,
+        sampler=EvalSampler(len(source.labels), rank=distributed.rank(), world_size=distributed.world_size()),
+        num_workers=config.DATA.NUM_WORKERS,
+        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+        collate_fn=_collate,
+        generator=torch.Generator(),  # of its own, so that iterating draws nothing from the run's generator
+    )
+    return Batches(loader)
+
+
+def _build_train(config: CfgNode, source: Source) -> Batches:
+    size, world_size = len(source.labels), distributed.world_size()
+    if size // world_size < config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS:
+        raise DataError(
+            f"{size} training images on {world_size} processes are less than one step of"
+            f" {config.TRAIN.ACCUMULATION_STEPS} × {config.DATA.BATCH_SIZE} images; lower DATA.BATCH_SIZE"
+        )
+    max_unreadable = int(config.DATA.MAX_UNREADABLE * size)
+    loader = DataLoader(
+        TrainDataset(source, training_transform(config), seed=config.SEED, max_unreadable=max_unreadable),
+        batch_size=config.DATA.BATCH_SIZE,
+        sampler=TrainSampler(size, rank=distributed.rank(), world_size=world_size, seed=config.SEED),
+        num_workers=config.DATA.NUM_WORKERS,
+        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+        persistent_workers=config.DATA.NUM_WORKERS > 0,
+        drop_last=True,
+        collate_fn=_collate,
+        generator=torch.Generator(),
+    )
+    return Batches(loader, max_unreadable)
+
+
+def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
+    """Loaders of this process's share of the data.
+
+    Args:
+        train: False builds only the validation loader; then `train/` need not exist and the classes are those of
+            `val/`.
+
+    Raises:
+        DataError: a data set that is absent, empty, badly laid out, or smaller than one step.
+    """
+    if config.MODEL.SWIN.IN_CHANS != 3:
+        raise DataError(f"the image loaders deliver 3 channels, MODEL.SWIN.IN_CHANS is {config.MODEL.SWIN.IN_CHANS}")
+    if not train:
+        source = _build_source(config, "val")
+        return Loaders(None, _build_val(config, source), source.classes, source.num_classes)
+    train_source = _build_source(config, "train")
+    val_source = _build_source(config, "val", train_source.classes)
+    if val_source.num_classes > train_source.num_classes:
+        raise DataError(
+            f"the validation set has labels up to {val_source.num_classes - 1}, the training set only"
+            f" {train_source.num_classes} classes"
+        )
+    return Loaders(
+        _build_train(config, train_source), _build_val(config, val_source), train_source.classes, train_source.num_classes
+    )

@@ -1,0 +1,295 @@
+"""Where images come from: an image folder, a zip with a map file, or the digits that ship with scikit-learn.
+
+A source knows its samples' names and labels and decodes one image at a time. `TrainDataset` and `EvalDataset` add the
+transform, the reproducible randomness of a sample, and what happens to an unreadable file.
+"""
+
+import io
+import os
+import random
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, get_worker_info
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from data.samplers import Draw
+
+
+class DataError(ValueError):
+    """A data set that cannot be used as it is: the message names the path and how to mend it."""
+
+
+class UnreadableImage(DataError):
+    """A file that is no complete image."""
+
+
+class Source(Protocol):
+    """Images with labels. `classes` are their names, or None where the format stores none."""
+
+    labels: Sequence[int]
+    classes: tuple[str, ...] | None
+    num_classes: int
+
+    def name(self, index: int) -> str: ...
+
+    def load(self, index: int) -> Image.Image:
+        """RGB image; raises UnreadableImage."""
+        ...
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """Decode a whole image file to RGB. Raises UnreadableImage, with its name, if it is truncated or no image."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableImage(f"{name}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FolderSource:
+    """`root/<class>/…/image`: one class per folder.
+
+    `classes` fixes the order of the labels (the training set's for validation); by default the folders' names, sorted.
+    Raises DataError where the folder is absent, empty, has no class folders, or folders that are no known class.
+    """
+
+    def __init__(self, root: Path, classes: tuple[str, ...] | None = None) -> None:
+        if not root.is_dir():
+            raise DataError(f"data set folder {root} does not exist; --data-path names the folder that holds train/ and val/")
+        folders = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
+        if not folders:
+            loose = sum(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(root))
+            if loose:
+                raise DataError(
+                    f"{root} holds {loose} images but no class folders; expected {root}/<class>/<image>: move every image"
+                    " into a folder named after its class"
+                )
+            raise DataError(f"{root} is empty; expected {root}/<class>/<image>")
+        if classes is not None and (strange := sorted(set(folders) - set(classes))):
+            raise DataError(f"{root} has {len(strange)} class folders that the training set lacks: {', '.join(strange[:5])}")
+        self.classes = classes or folders
+        self.num_classes = len(self.classes)
+        index = {name: i for i, name in enumerate(self.classes)}
+        present = {name: index[name] for name in folders}
+        self._samples = make_dataset(str(root), present, extensions=IMG_EXTENSIONS, allow_empty=True)
+        self.labels = [label for _, label in self._samples]
+        if empty := sorted(set(present.values()) - set(self.labels)):
+            names = ", ".join(self.classes[i] for i in empty[:5])
+            raise DataError(f"{root}: {len(empty)} class folders hold no image ({names}); fill or remove them")
+
+    def name(self, index: int) -> str:
+        return self._samples[index][0]
+
+    def load(self, index: int) -> Image.Image:
+        name = self.name(index)
+        try:
+            data = Path(name).read_bytes()
+        except OSError as error:
+            raise UnreadableImage(f"{name}: {error.strerror}") from error
+        return decode(data, name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Zip with a map file
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ZipSource:
+    """`<split>.zip` with `<split>_map.txt`, whose lines are `path in the zip<TAB>label`.
+
+    Class names are the images' folders where every label has exactly one of its own, else None. Each process opens
+    the zip once. Raises DataError for a missing file, a malformed map line, or a member the zip does not have.
+    """
+
+    def __init__(self, zip_path: Path, map_path: Path) -> None:
+        for path in (zip_path, map_path):
+            if not path.is_file():
+                raise DataError(f"{path} does not exist; --zip needs train.zip, train_map.txt, val.zip and val_map.txt")
+        self.path = zip_path
+        self._handle: tuple[int, zipfile.ZipFile] | None = None
+        try:
+            with zipfile.ZipFile(zip_path) as archive:
+                members = set(archive.namelist())
+        except (zipfile.BadZipFile, OSError) as error:
+            raise DataError(f"{zip_path} is not a readable zip file: {error}") from error
+        self._names: list[str] = []
+        self.labels: list[int] = []
+        for number, line in enumerate(map_path.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            name, tab, label = line.rpartition("\t")
+            if not tab or not label.strip().isdecimal():
+                raise DataError(f"{map_path} line {number}: expected `path<TAB>label`, received {line!r}")
+            if name not in members:
+                raise DataError(f"{map_path} line {number} names {name!r}, which {zip_path} does not contain")
+            self._names.append(name)
+            self.labels.append(int(label))
+        if not self._names:
+            raise DataError(f"{map_path} is empty; expected lines `path<TAB>label`")
+        self.num_classes = max(self.labels) + 1
+        self.classes = self._class_names()
+
+    def _class_names(self) -> tuple[str, ...] | None:
+        folders: list[set[str]] = [set() for _ in range(self.num_classes)]
+        for name, label in zip(self._names, self.labels, strict=True):
+            folders[label].add(name.rpartition("/")[0].rpartition("/")[2])
+        names = [next(iter(found)) for found in folders if len(found) == 1]
+        unique = len(names) == self.num_classes == len(set(names)) and all(names)
+        return tuple(names) if unique else None
+
+    def name(self, index: int) -> str:
+        return f"{self.path}:{self._names[index]}"
+
+    def load(self, index: int) -> Image.Image:
+        if self._handle is None or self._handle[0] != os.getpid():  # a handle shared by forked workers would seek wildly
+            self._handle = (os.getpid(), zipfile.ZipFile(self.path))
+        try:
+            data = self._handle[1].read(self._names[index])
+        except (OSError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+            raise UnreadableImage(f"{self.name(index)}: {error}") from error
+        return decode(data, self.name(index))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_handle": None}
+
+
+def warm_page_cache(path: Path, *, share: int = 0, shares: int = 1) -> None:
+    """Read one of `shares` equal parts of a file once, so that later reads come from memory."""
+    size = path.stat().st_size
+    start, end = size * share // shares, size * (share + 1) // shares
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while start < end and (block := file.read(min(1 << 24, end - start))):
+            start += len(block)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bundled digits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DigitsSource:
+    """The 1,797 handwritten digits of scikit-learn (UCI optical recognition, 8×8, 17 grey levels).
+
+    A fixed stratified split: of each class's images, in the file's order, every fifth is validation. Images are enlarged
+    bicubically to `size` (height, width).
+    """
+
+    classes: tuple[str, ...] | None = tuple(str(digit) for digit in range(10))
+    num_classes = 10
+
+    def __init__(self, split: str, size: tuple[int, int]) -> None:
+        from sklearn.datasets import load_digits  # slow to import, and only this source needs it
+
+        digits = load_digits()
+        position = np.zeros(len(digits.target), dtype=int)
+        for digit in range(10):
+            members = digits.target == digit
+            position[members] = np.arange(members.sum())
+        chosen = np.flatnonzero((position % 5 == 4) == (split == "val"))
+        self.labels = [int(label) for label in digits.target[chosen]]
+        grey = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+        self._images = [
+            Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC).convert("RGB") for image in grey
+        ]
+        self._names = [f"digits/{i}" for i in chosen]
+
+    def name(self, index: int) -> str:
+        return self._names[index]
+
+    def load(self, index: int) -> Image.Image:
+        return self._images[index].copy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    image: torch.Tensor  # uint8 (3, H, W)
+    label: int
+    unreadable: tuple[str, ...] = ()  # what was skipped to find it
+
+
+class EvalDataset(Dataset[Sample]):
+    """Every image as it is; an unreadable one raises, because a count over fewer images is not the result."""
+
+    def __init__(self, source: Source, transform: Callable[[Image.Image], torch.Tensor]) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(self.transform(self.source.load(index)), self.source.labels[index])
+
+
+class TrainDataset(Dataset[Sample]):
+    """Augmented images. A sample's randomness is a function of (seed, epoch, index) alone, whichever worker draws it.
+
+    An unreadable image is replaced by the next readable one and reported in `Sample.unreadable`; more than
+    `max_unreadable` in a row raise.
+    """
+
+    def __init__(
+        self, source: Source, transform: Callable[[Image.Image], torch.Tensor], *, seed: int, max_unreadable: int
+    ) -> None:
+        self.source, self.transform, self.seed, self.max_unreadable = source, transform, seed, max_unreadable
+
+    def __len__(self) -> int:
+        return len(self.source.labels)
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        unreadable: list[str] = []
+        index = draw.index
+        while True:
+            try:
+                image = self.source.load(index)
+                break
+            except UnreadableImage as error:
+                unreadable.append(str(error))
+                if len(unreadable) > self.max_unreadable:
+                    raise DataError(too_many_unreadable(unreadable, len(self), self.max_unreadable)) from error
+                index = (index + 1) % len(self)
+        with sample_randomness(self.seed, draw):
+            return Sample(self.transform(image), self.source.labels[index], tuple(unreadable))
+
+
+def too_many_unreadable(names: Sequence[str], size: int, allowed: int) -> str:
+    return (
+        f"{len(names)} of {size} training images are unreadable, {allowed} are allowed (DATA.MAX_UNREADABLE);"
+        f" the last: {names[-1]}"
+    )
+
+
+class sample_randomness:
+    """Seed Python's, NumPy's and torch's generators for one draw; the main process gets its own states back after."""
+
+    def __init__(self, seed: int, draw: Draw) -> None:
+        self.words = np.random.SeedSequence((seed, draw.epoch, draw.index)).generate_state(3)
+
+    def __enter__(self) -> None:
+        self.states = None
+        if get_worker_info() is None:
+            self.states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        random.seed(int(self.words[0]))
+        np.random.seed(int(self.words[1]))
+        torch.default_generator.manual_seed(int(self.words[2]))
+
+    def __exit__(self, *exception: object) -> None:
+        if self.states is not None:
+            random.setstate(self.states[0])
+            np.random.set_state(self.states[1])
+            torch.set_rng_state(self.states[2])

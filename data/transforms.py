@@ -1,0 +1,170 @@
+"""What happens to an image: on the CPU up to uint8, on the device from there.
+
+CPU: decode → crop, flip, automatic augmentation (training) or resize and centre crop (evaluation) → uint8 (3, H, W).
+Device: normalise → random erasing → mixup and CutMix (`TrainBatch`), or normalise alone (`normalise`).
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data.auto_augment import AugmentOp
+from timm.data.mixup import mixup_target
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from yacs.config import CfgNode
+
+from config import image_size
+
+# Up to this size images are taken as they are: no resize in evaluation, a padded random crop in training.
+SMALL_IMAGE = 32
+_IMAGE_TO_UINT8 = transforms.PILToTensor()
+
+
+def _is_small(config: CfgNode) -> bool:
+    return max(image_size(config)) <= SMALL_IMAGE
+
+
+def evaluation_transform(config: CfgNode) -> Callable[[Image.Image], Tensor]:
+    """PIL image to uint8 (3, H, W).
+
+    TEST.CROP: resize to 256/224 of IMG_SIZE and crop its centre, else resize to IMG_SIZE. The released models were
+    evaluated with the aspect ratio squashed (TEST.RESIZE squash); `shorter` keeps it before a crop.
+    """
+    size = image_size(config)
+    steps: list[Callable] = []
+    if not _is_small(config):
+        mode = InterpolationMode(config.DATA.INTERPOLATION)
+        if not config.TEST.CROP:
+            steps.append(transforms.Resize(size, mode))
+        else:
+            enlarged = [int(256 / 224 * side) for side in size]
+            if config.TEST.RESIZE == "squash":
+                steps.append(transforms.Resize(enlarged, mode))
+            else:
+                steps.append(_CoverResize(enlarged, mode))
+            steps.append(transforms.CenterCrop(size))
+    return transforms.Compose([*steps, _IMAGE_TO_UINT8])
+
+
+class _CoverResize:
+    """Resize, keeping the aspect ratio, to the smallest size that covers (height, width)."""
+
+    def __init__(self, size: list[int], mode: InterpolationMode) -> None:
+        self.size, self.mode = size, mode
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        scale = max(self.size[0] / image.height, self.size[1] / image.width)
+        size = [max(round(image.height * scale), self.size[0]), max(round(image.width * scale), self.size[1])]
+        return transforms.functional.resize(image, size, self.mode)
+
+
+def training_transform(config: CfgNode) -> Callable[[Image.Image], Tensor]:
+    """PIL image to uint8 (3, H, W): timm's random resized crop, flip and automatic augmentation or colour jitter."""
+    size = image_size(config)
+    policy = config.AUG.AUTO_AUGMENT
+    recipe = create_transform(
+        input_size=size,
+        is_training=True,
+        use_prefetcher=True,  # normalisation and erasing run on the device
+        hflip=config.AUG.HFLIP,
+        color_jitter=config.AUG.COLOR_JITTER or None,
+        auto_augment=None if policy == "none" else policy,
+        interpolation=config.DATA.INTERPOLATION,
+    )
+    steps = list(recipe.transforms)[:-1]
+    if _is_small(config):
+        steps[0] = transforms.RandomCrop(size, padding=4)
+    for operation in _augment_operations(steps):
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize(operation.aug_fn)
+    return transforms.Compose([*steps, _IMAGE_TO_UINT8])
+
+
+def _augment_operations(node: object) -> Iterator[AugmentOp]:
+    """The AugmentOps of timm's policies, which hold them in lists under `ops` or `policy`."""
+    if isinstance(node, AugmentOp):
+        yield node
+    elif isinstance(node, list | tuple):
+        for child in node:
+            yield from _augment_operations(child)
+    else:
+        for name in ("ops", "policy", "augmentations"):
+            yield from _augment_operations(getattr(node, name, ()))
+
+
+def _posterize(posterize: Callable) -> Callable:
+    """timm's posterize for every strength: Pillow 13 refuses 0 bits, which earlier versions rendered as black."""
+
+    def safe(image: Image.Image, bits_to_keep: int, **parameters: object) -> Image.Image:
+        if bits_to_keep < 1:
+            return Image.new(image.mode, image.size)
+        return posterize(image, bits_to_keep, **parameters)
+
+    return safe
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 (B, 3, H, W) to floating point with ImageNet's mean and standard deviation."""
+    mean, std = (
+        torch.tensor(values, dtype=dtype, device=images.device).view(1, 3, 1, 1)
+        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
+    return (images.to(dtype) / 255 - mean) / std
+
+
+def mixup_enabled(config: CfgNode) -> bool:
+    """True where the AUG keys ask for mixup, CutMix or both; targets are then soft."""
+    mixes = config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0 or config.AUG.CUTMIX_MINMAX is not None
+    return mixes and config.AUG.MIXUP_PROB > 0
+
+
+class TrainBatch:
+    """uint8 images (B, 3, H, W) and labels (B,) to the model's input and target, on the images' device.
+
+    The target is (B, classes) where mixup is enabled (label smoothing included), else the labels.
+    """
+
+    def __init__(
+        self, config: CfgNode, num_classes: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.dtype = dtype
+        self.num_classes = num_classes
+        self.smoothing = config.MODEL.LABEL_SMOOTHING
+        self.erase = RandomErasing(
+            config.AUG.REPROB, mode=config.AUG.REMODE, max_count=config.AUG.RECOUNT, device=device.type
+        )
+        self.mixup = None
+        if mixup_enabled(config):
+            self.mixup = Mixup(
+                mixup_alpha=config.AUG.MIXUP,
+                cutmix_alpha=config.AUG.CUTMIX,
+                cutmix_minmax=config.AUG.CUTMIX_MINMAX,
+                prob=config.AUG.MIXUP_PROB,
+                switch_prob=config.AUG.MIXUP_SWITCH_PROB,
+                mode=config.AUG.MIXUP_MODE,
+                label_smoothing=self.smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images = self.erase(normalise(images, self.dtype))
+        if self.mixup is None:
+            return images, labels
+        # Images are mixed in pairs; the last of an odd batch stays as it is.
+        pairs = len(images) // 2 * 2
+        targets = []
+        if pairs:
+            _, mixed = self.mixup(images[:pairs], labels[:pairs])  # timm mixes the images in place
+            targets.append(mixed)
+        if pairs < len(images):
+            targets.append(mixup_target(labels[pairs:], self.num_classes, smoothing=self.smoothing))
+        return images, torch.cat(targets).to(self.dtype)

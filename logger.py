@@ -1,0 +1,106 @@
+"""What a run says: console and log file (rank 0), metrics.jsonl, TensorBoard, and a progress bar on a terminal."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from termcolor import colored
+from tqdm import tqdm
+
+T = TypeVar("T")
+COLOURS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
+
+
+def get_logger() -> logging.Logger:
+    """The run's logger; silent until `setup_logger`."""
+    return logging.getLogger("polaformer")
+
+
+class _ConsoleHandler(logging.Handler):
+    """Lines on standard output, coloured on a terminal, that leave a progress bar intact."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        if sys.stdout.isatty():
+            stamp, _, message = line.partition("] ")
+            line = f"{colored(stamp + ']', 'green')} {colored(message, COLOURS.get(record.levelname))}"
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def setup_logger(rank: int, log_file: Path | None = None) -> logging.Logger:
+    """Rank 0 logs to the console and appends to `log_file`; other ranks only warn, with their rank."""
+    logger = get_logger()
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    who = "" if rank == 0 else f"rank {rank} "
+    formatter = logging.Formatter(f"[%(asctime)s] {who}%(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    handlers: list[logging.Handler] = [_ConsoleHandler()]
+    if rank == 0 and log_file is not None:
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
+    return logger
+
+
+def progress(steps: Iterable[T], total: int, description: str, rank: int) -> Iterator[T]:
+    """`steps` with a bar, rate and remaining time on rank 0's terminal; elsewhere unchanged."""
+    enabled = rank == 0 and sys.stderr.isatty()
+    return iter(tqdm(steps, total=total, desc=description, disable=not enabled, leave=False, dynamic_ncols=True))
+
+
+class MetricsWriter:
+    """Appends one JSON object per line to metrics.jsonl, and scalars to TensorBoard, in rank 0's run folder.
+
+    Every record has `kind` (train, val or ema), `epoch` and `step`; times are seconds per step, memory MiB.
+    A folder of None writes nothing.
+    """
+
+    def __init__(self, folder: Path | None, tensorboard: bool = False) -> None:
+        self.path = folder / "metrics.jsonl" if folder else None
+        self.tensorboard = None
+        if folder and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only runs with TENSORBOARD need it
+
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, kind: str, epoch: int, step: int, **values: float) -> None:
+        if self.path is None:
+            return
+        record: dict[str, Any] = {"kind": kind, "epoch": epoch, "step": step, **values}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.tensorboard:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            self.tensorboard.flush()
+
+    def drop_after(self, step: int) -> None:
+        """Forget records beyond `step`: a run continues there, and would write them again."""
+        if self.path is None or not self.path.exists():
+            return
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def close(self) -> None:
+        if self.tensorboard:
+            self.tensorboard.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records

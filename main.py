@@ -1,0 +1,419 @@
+"""Train, evaluate or time Pola-Swin and Pola-PVT: the story of a run, from top to bottom.
+
+    python main.py --cfg configs/quickstart.yaml                                  one process, CPU or one GPU
+    torchrun --nproc_per_node=8 main.py --cfg configs/pola_swin_t.yaml --data-path IMAGENET --amp
+    python main.py --cfg configs/pola_swin_t.yaml --data-path IMAGENET --eval --resume FILE.pth
+"""
+
+from config import ConfigError, parse_command_line
+
+if __name__ == "__main__":
+    # Before anything heavy is imported: --help and mistakes answer at once, and on a CPU denormals are flushed before
+    # the first tensor operation (threads started earlier would keep their setting).
+    COMMAND_LINE = parse_command_line()
+
+    import torch
+
+    torch.set_flush_denormal(True)
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from yacs.config import CfgNode
+
+from config import KEYS, config_from_tree, run_folder, value_of
+from data import DataError, Loaders, build_loaders
+from data.transforms import TrainBatch, mixup_enabled
+from engine import NonFiniteError, Training, evaluate, throughput, train_one_epoch
+from logger import MetricsWriter, get_logger, setup_logger
+from lr_scheduler import build_scheduler
+from models import build_model
+from models.ops.polarity_attention import choose_backend
+from optimizer import build_optimizer, load_optimizer_state
+from utils import distributed
+from utils.checkpoint import (
+    BEST_FILE,
+    CheckpointError,
+    differing_function_keys,
+    epoch_file,
+    file_digest,
+    load_checkpoint,
+    load_pretrained,
+    load_weights,
+    newest_checkpoint,
+    num_classes_of,
+    remove_old_checkpoints,
+    save_checkpoint,
+    stored_config,
+)
+from utils.curves import draw_curves
+from utils.metrics import Accuracy
+from utils.precision import autocast_dtype
+from utils.randomness import generator_states, restore_generators, seed_everything
+
+CHECKPOINT_VERSION = 1
+REFERENCE_BATCH = 512  # images per step that BASE_LR, WARMUP_LR and MIN_LR are given for
+
+
+class Progress(NamedTuple):
+    """Where a run stands: the number of finished epochs, and the best validation top-1 so far in percent."""
+
+    epoch: int = 0
+    best: float = 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Set-up
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def setup(config: CfgNode) -> torch.device:
+    """Join the other processes, open the run folder and its log, seed every generator; returns the device."""
+    setup_logger(int(os.environ.get("RANK", 0)))
+    device = distributed.init(config.LOCAL_RANK)
+    folder = run_folder(config)
+    if not config.THROUGHPUT_MODE:
+        if distributed.rank() == 0:
+            _open_folder(folder)
+        distributed.barrier()
+        setup_logger(distributed.rank(), folder / "log.txt")
+    seed_everything(config.SEED, distributed.rank())
+    get_logger().info(
+        "%d × %s, torch %s, polarity attention backend: %s",
+        distributed.world_size(),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)",
+        torch.__version__,
+        choose_backend(config.MODEL.LA.BACKEND),
+    )
+    return device
+
+
+def _open_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be written ({error.strerror}); --output names another root") from error
+
+
+def check_classes(checkpoint: dict[str, Any], loaders: Loaders, source: str) -> None:
+    """Raise CheckpointError unless the checkpoint's classes are the data set's: by name, else by number."""
+    stored, head = checkpoint.get("classes"), num_classes_of(checkpoint, source)
+    if stored and loaders.classes:
+        stored, own = tuple(stored), loaders.classes
+        if stored == own:
+            return
+        lacking, strange = sorted(set(stored) - set(own)), sorted(set(own) - set(stored))
+        raise CheckpointError(
+            f"{source} was trained on {len(stored)} classes, the data set has {len(own)}, and their names differ:"
+            f" missing in the data set: {', '.join(lacking[:5]) or 'none'}; unknown to the checkpoint:"
+            f" {', '.join(strange[:5]) or 'none'}" + ("" if lacking or strange else "; the order differs")
+        )
+    if head != loaders.num_classes:
+        raise CheckpointError(f"{source} has {head} classes, the data set {loaders.num_classes}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation and throughput
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_evaluation(config: CfgNode, device: torch.device) -> Accuracy:
+    """Evaluate exactly the --resume file; a second line for its averaged weights where it holds them."""
+    logger, path = get_logger(), config.MODEL.RESUME
+    checkpoint = load_checkpoint(path)
+    if differing := differing_function_keys(checkpoint, config, path):
+        raise CheckpointError("; ".join(differing))
+    loaders = build_loaders(config, train=False)
+    check_classes(checkpoint, loaders, path)
+    model = build_model(config, num_classes_of(checkpoint, path))
+    amp_dtype = autocast_dtype(config, device) if config.TEST.AMP else None
+    precision = str(amp_dtype or torch.float32).removeprefix("torch.")
+    digest = file_digest(path)
+    results = []
+    for title, weights in (("", checkpoint["model"]), ("EMA weights of ", checkpoint.get("model_ema"))):
+        if weights is None:
+            continue
+        load_weights(model, weights, path)
+        results.append(evaluate(model.to(device), loaders.val, device, amp_dtype))
+        logger.info("evaluated %s%s (sha256 %s), %s: %s", title, path, digest, precision, results[-1])
+    return results[0]
+
+
+def run_throughput(config: CfgNode, device: torch.device) -> None:
+    """Measure the forward pass on synthetic input; no data set is needed."""
+    model = build_model(config).to(device)
+    if config.COMPILE:
+        model.compile()
+    amp_dtype = autocast_dtype(config, device) if config.AMP else None
+    result = throughput(config, model, device, amp_dtype)
+    get_logger().info(
+        "throughput of %s, batch %d, %s, size %s: median %.1f images/s (lowest %.1f, highest %.1f, %d batches)",
+        config.MODEL.NAME,
+        config.DATA.BATCH_SIZE,
+        str(amp_dtype or torch.float32).removeprefix("torch."),
+        config.DATA.IMG_SIZE,
+        result.median,
+        result.low,
+        result.high,
+        result.batches,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_training(config: CfgNode, model: nn.Module, loaders: Loaders, device: torch.device) -> Training:
+    """Optimizer, schedule, scaler, average and loss around a bare model that is already on its device."""
+    assert loaders.train is not None
+    accumulation = config.TRAIN.ACCUMULATION_STEPS
+    global_batch = config.DATA.BATCH_SIZE * accumulation * distributed.world_size()
+    lr_scale = global_batch / REFERENCE_BATCH
+    steps_per_epoch = len(loaders.train) // accumulation
+    optimizer = build_optimizer(config, model, lr_scale)
+    amp_dtype = autocast_dtype(config, device) if config.AMP else None
+    get_logger().info(
+        "global batch %d, learning rate %.3e (%g × %.3e), %d steps an epoch, %s",
+        global_batch,
+        config.TRAIN.BASE_LR * lr_scale,
+        lr_scale,
+        config.TRAIN.BASE_LR,
+        steps_per_epoch,
+        str(amp_dtype or torch.float32).removeprefix("torch."),
+    )
+    smoothing = 0.0 if mixup_enabled(config) else config.MODEL.LABEL_SMOOTHING  # mixup's targets are smoothed already
+    return Training(
+        model=model,
+        bare_model=model,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, optimizer, steps_per_epoch, lr_scale),
+        criterion=nn.CrossEntropyLoss(label_smoothing=smoothing),
+        prepare=TrainBatch(config, loaders.num_classes, device, next(model.parameters()).dtype),
+        device=device,
+        steps_per_epoch=steps_per_epoch,
+        accumulation_steps=accumulation,
+        clip_grad=config.TRAIN.CLIP_GRAD,
+        amp_dtype=amp_dtype,
+        scaler=torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None,
+        ema=ModelEmaV3(model, decay=config.EMA.DECAY) if config.EMA.ENABLE else None,
+    )
+
+
+def wrap(config: CfgNode, training: Training) -> None:
+    """Compile and distribute the model that the loop calls; `bare_model` stays what it is."""
+    if config.COMPILE:
+        training.bare_model.compile()
+    if distributed.world_size() > 1:
+        training.model = DistributedDataParallel(
+            training.bare_model,
+            device_ids=[training.device.index] if training.device.type == "cuda" else None,
+            find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS,
+        )
+
+
+def resume(config: CfgNode, training: Training, loaders: Loaders, metrics: MetricsWriter) -> Progress:
+    """Continue the run folder's newest readable checkpoint, else --resume, else start from --pretrained or scratch."""
+    logger, path = get_logger(), None
+    if config.TRAIN.AUTO_RESUME:
+        path = newest_checkpoint(run_folder(config)) if distributed.rank() == 0 else None
+        path = distributed.broadcast_object(path)
+    source = str(path or config.MODEL.RESUME)
+    if source:
+        progress = restore(config, training, loaders, load_checkpoint(source), source)
+        metrics.drop_after(progress.epoch * training.steps_per_epoch)
+        logger.info("continues from %s: %d epochs finished, best top-1 %.3f %%", source, progress.epoch, progress.best)
+        return progress
+    if config.MODEL.PRETRAINED:
+        source = config.MODEL.PRETRAINED
+        checkpoint = load_checkpoint(source)
+        for line in differing_function_keys(checkpoint, config, source):
+            logger.warning("%s", line)
+        load_pretrained(training.bare_model, checkpoint["model"], source)
+        if training.ema:
+            training.ema.set(training.bare_model)
+        logger.info("starts from the weights of %s", source)
+    return Progress(epoch=config.TRAIN.START_EPOCH)
+
+
+def restore(
+    config: CfgNode, training: Training, loaders: Loaders, checkpoint: dict[str, Any], source: str
+) -> Progress:
+    """Put everything a checkpoint holds back, the configuration's schedule and hyperparameters staying in force.
+
+    Raises CheckpointError where it belongs to another model, data set, function or optimizer.
+    """
+    if differing := differing_function_keys(checkpoint, config, source):
+        raise CheckpointError("; ".join(differing))
+    check_classes(checkpoint, loaders, source)
+    missing = [name for name in ("optimizer", "epoch") if name not in checkpoint]
+    if missing:
+        raise CheckpointError(f"{source} has no {' and no '.join(missing)} to continue from; --pretrained starts from weights")
+    _log_changed_keys(checkpoint, config, source)
+    load_weights(training.bare_model, checkpoint["model"], source)
+    load_optimizer_state(training.optimizer, training.bare_model, checkpoint["optimizer"], source)
+    if training.ema:
+        load_weights(training.ema.module, checkpoint.get("model_ema") or checkpoint["model"], source)
+    if training.scaler and checkpoint.get("scaler"):
+        training.scaler.load_state_dict(checkpoint["scaler"])
+    states = checkpoint.get("rng")
+    epoch = checkpoint["epoch"]
+    if states and len(states) == distributed.world_size():
+        restore_generators(states[distributed.rank()])
+    else:  # another number of processes, or a file that stores none
+        seed_everything(config.SEED, distributed.rank(), epoch)
+        get_logger().info("random generators start from SEED, rank and epoch: the file has no state for each process")
+    if epoch > 0:
+        training.scheduler.step_update(epoch * training.steps_per_epoch - 1)
+    return Progress(epoch, checkpoint.get("max_accuracy", 0.0))
+
+
+def _log_changed_keys(checkpoint: dict[str, Any], config: CfgNode, source: str) -> None:
+    """Name every training key that changed since a checkpoint of ours was written; the new values apply."""
+    if not isinstance(checkpoint.get("config"), str):
+        get_logger().info("%s stores no unscaled learning rates: schedule and optimizer follow the configuration", source)
+        return
+    stored = stored_config(checkpoint, source)
+    assert stored is not None
+    changed = [
+        f"{key} {value_of(stored, key)} → {value_of(config, key)}"
+        for key in KEYS
+        if key.startswith(("TRAIN.", "DATA.", "AUG.", "EMA.", "MODEL.", "AMP", "SEED"))
+        and value_of(stored, key) != value_of(config, key)
+    ]
+    if changed:
+        get_logger().warning("changed since %s, the new values apply: %s", source, "; ".join(changed))
+
+
+def checkpoint_state(config: CfgNode, training: Training, loaders: Loaders, progress: Progress) -> dict[str, Any]:
+    """Everything a run continues from, as tensors and plain values; collective, because every rank has generators."""
+    return {
+        "model": training.bare_model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "lr_scheduler": {
+            name: value for name, value in training.scheduler.state_dict().items() if not isinstance(value, torch.Tensor)
+        },
+        "scaler": training.scaler.state_dict() if training.scaler else None,
+        "model_ema": training.ema.module.state_dict() if training.ema else None,
+        "epoch": progress.epoch,
+        "step": progress.epoch * training.steps_per_epoch,
+        "max_accuracy": progress.best,
+        "rng": distributed.gather_objects(generator_states()),
+        "classes": list(loaders.classes) if loaders.classes else None,
+        "config": config.dump(),
+        "version": CHECKPOINT_VERSION,
+    }
+
+
+def validate_epoch(
+    config: CfgNode, training: Training, loaders: Loaders, epoch: int, metrics: MetricsWriter
+) -> Accuracy:
+    """Evaluate the model after `epoch` epochs, and its average where there is one; returns the model's accuracy."""
+    amp_dtype = autocast_dtype(config, training.device) if config.TEST.AMP else None
+    averaged = training.ema.module if training.ema else None
+    results = []
+    for kind, model in (("val", training.bare_model), ("ema", averaged)):
+        if model is None:
+            continue
+        result = evaluate(model, loaders.val, training.device, amp_dtype)
+        metrics.write(
+            kind, epoch - 1, epoch * training.steps_per_epoch, loss=result.loss, top1=result.top1, top5=result.top5
+        )
+        get_logger().info("epoch %d %s: %s", epoch - 1, {"val": "validation", "ema": "validation (EMA)"}[kind], result)
+        results.append(result)
+    return results[0]
+
+
+def run_training(config: CfgNode, device: torch.device) -> Progress:
+    """Train from where the run stands to its last epoch, saving and evaluating on the way."""
+    logger, folder, is_main = get_logger(), run_folder(config), distributed.rank() == 0
+    # data
+    loaders = build_loaders(config)
+    assert loaders.train is not None
+    logger.info(
+        "%d training and %d validation images of %d classes",
+        loaders.train.num_images,
+        loaders.val.num_images,
+        loaders.num_classes,
+    )
+    # model and optimiser
+    model = build_model(config, loaders.num_classes).to(device)
+    logger.info("%s: %.2f M parameters", config.MODEL.TYPE, sum(p.numel() for p in model.parameters()) / 1e6)
+    training = build_training(config, model, loaders, device)
+    metrics = MetricsWriter(folder if is_main else None, config.TENSORBOARD)
+    # resume
+    progress = resume(config, training, loaders, metrics)
+    if is_main:
+        (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
+    wrap(config, training)
+    last_epoch = config.TRAIN.EPOCHS + config.TRAIN.COOLDOWN_EPOCHS
+    if progress.epoch >= last_epoch:
+        logger.info("this run is finished: all %d epochs are done; evaluating it", progress.epoch)
+        logger.info("validation: %s", evaluate(training.bare_model, loaders.val, device))
+    # loop
+    for epoch in range(progress.epoch, last_epoch):
+        train_one_epoch(config, training, loaders.train, epoch, metrics)
+        top1 = validate_epoch(config, training, loaders, epoch + 1, metrics).top1
+        is_best = top1 > progress.best or epoch == 0
+        progress = Progress(epoch + 1, max(top1, progress.best))
+        saves = (epoch + 1) % config.SAVE_FREQ == 0 or epoch + 1 == last_epoch
+        if saves or is_best:
+            state = checkpoint_state(config, training, loaders, progress)
+            if is_main:
+                if is_best:
+                    save_checkpoint(state, folder / BEST_FILE)
+                if saves:
+                    save_checkpoint(state, epoch_file(folder, epoch + 1))
+                    remove_old_checkpoints(folder, config.CHECKPOINT.KEEP)
+    metrics.close()
+    if is_main:
+        summarise(config, progress)
+    distributed.barrier()
+    return progress
+
+
+def summarise(config: CfgNode, progress: Progress) -> None:
+    """Say where the run lies, how good it is, and how to evaluate it again."""
+    logger, folder = get_logger(), run_folder(config)
+    curves = draw_curves(folder)
+    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
+    best = folder / BEST_FILE
+    words = [python, "main.py", "--cfg", str(folder / "config.yaml"), "--eval", "--resume", str(best)]
+    logger.info("run folder: %s", folder)
+    logger.info("best top-1: %.3f %%", progress.best)
+    if curves:
+        logger.info("curves: %s", curves)
+    logger.info("evaluate it with: %s", shlex.join(words))
+
+
+def main(config: CfgNode) -> None:
+    """Run what the configuration asks for: throughput, evaluation, or training."""
+    device = setup(config)
+    if config.THROUGHPUT_MODE:
+        run_throughput(config, device)
+    elif config.EVAL_MODE:
+        run_evaluation(config, device)
+    else:
+        run_training(config, device)
+    distributed.cleanup()
+
+
+if __name__ == "__main__":
+    try:
+        main(COMMAND_LINE)
+    except (ConfigError, DataError, CheckpointError, distributed.LaunchError, NonFiniteError) as problem:
+        get_logger().error("error: %s", problem)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        get_logger().warning("interrupted; the last complete checkpoint is intact, and the same command continues from it")
+        sys.exit(130)

@@ -1,0 +1,224 @@
+"""The attention modules: polarity-aware linear attention in two token layouts, and the softmax ones of `S` stages.
+
+Letters: B batch (windows count as batch in Swin), N query tokens, n key tokens, C channels, h heads, d = C/h channels
+per head, r spatial reduction ratio.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.layers import Grid
+from models.ops.polarity_attention import polarity_attention
+
+
+class PolaLinearAttention(nn.Module):
+    """What both layouts of polarity-aware linear attention share (PolaFormer, ICLR 2025, arXiv 2501.15061, section 4).
+
+    Subclasses project their tokens to q, k, v and the gate g, then call `attend`.
+
+    Parameters: `power` (1, h, 1, d), the raw learnable exponent; `scale` (1, 1, C), softplus of which divides q and k;
+    `positional_encoding` (1, n, C), added to k.
+    """
+
+    proj: nn.Linear
+    dwc: nn.Conv2d
+
+    def __init__(self, dim: int, num_heads: int, key_grid: Grid, *, alpha: float, kernel_size: int, backend: str) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"KERNEL_SIZE {kernel_size} of the depthwise convolution is even, expected an odd number")
+        self.num_heads = num_heads
+        self.alpha = alpha
+        self.key_grid = key_grid
+        self.backend = backend
+        self.power = nn.Parameter(torch.zeros(1, num_heads, 1, dim // num_heads))
+        self.scale = nn.Parameter(torch.zeros(1, 1, dim))
+        self.positional_encoding = nn.Parameter(torch.zeros(1, key_grid[0] * key_grid[1], dim))
+
+    def exponent(self) -> Tensor:
+        """p = 1 + α·sigmoid(power), (h, d)."""
+        return 1 + self.alpha * torch.sigmoid(self.power[0, :, 0])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, grid: Grid, key_mask: Tensor | None = None) -> Tensor:
+        """Attention over q (B, N, C) and k, v (B, n, C), plus the depthwise branch over v, gated by g: (B, N, C)."""
+        B, N, C = q.shape
+        scale = F.softplus(self.scale)
+        q = q / scale
+        k = (k + self.positional_encoding) / scale
+        if key_mask is not None:
+            v = v.masked_fill(~key_mask[:, :, None], 0.0)
+        # one dtype for the op: under autocast the parameters promote q and k to float32 while v is low precision
+        q, k, v_heads = (t.to(v.dtype).unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
+        out = polarity_attention(q, k, v_heads, self.exponent(), key_mask=key_mask, backend=self.backend)
+        return self.proj((out.flatten(2) + self.local_branch(v, grid)) * g)
+
+    def local_branch(self, v: Tensor, grid: Grid) -> Tensor:
+        """Depthwise convolution over v (B, n, C) as a map of N = H·W tokens; all heads share the kernel: (B, N, C)."""
+        H, W = grid
+        if v.shape[1] != H * W:  # reduced keys: back to N tokens, linearly along the token axis
+            v = F.interpolate(v.transpose(1, 2), size=H * W, mode="linear", align_corners=False).transpose(1, 2)
+        image = v.unflatten(1, (H, W)).permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
+        weight = self.dwc.weight.repeat(self.num_heads, 1, 1, 1)
+        assert self.dwc.bias is not None
+        bias = self.dwc.bias.repeat(self.num_heads)
+        return F.conv2d(image, weight, bias, padding=self.dwc.padding, groups=v.shape[-1]).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _head_convolution(dim: int, num_heads: int, kernel_size: int) -> nn.Conv2d:
+    """The depthwise kernel of one head: d×1×K×K, shared by all heads."""
+    d = dim // num_heads
+    return nn.Conv2d(d, d, kernel_size, padding=kernel_size // 2, groups=d)
+
+
+class PolaWindowAttention(PolaLinearAttention):
+    """Polarity-aware linear attention inside windows (Pola-Swin): one projection gives q, k, v, g."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: Grid,
+        *,
+        alpha: float = 4.0,
+        kernel_size: int = 5,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dim, num_heads, window, alpha=alpha, kernel_size=kernel_size, backend=backend)
+        self.qkvg = nn.Linear(dim, 4 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.dwc = _head_convolution(dim, num_heads, kernel_size)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """x (windows·B, N, C); key_mask (windows·B, N) bool, False for padding."""
+        q, k, v, g = self.qkvg(x).chunk(4, dim=-1)
+        return self.proj_drop(self.attend(q, k, v, g, self.key_grid, key_mask))
+
+
+class PolaReductionAttention(PolaLinearAttention):
+    """Polarity-aware linear attention over a whole map (Pola-PVT): keys and values may come from a reduced map."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: Grid,
+        *,
+        sr_ratio: int = 1,
+        alpha: float = 4.0,
+        kernel_size: int = 5,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        if grid[0] % sr_ratio or grid[1] % sr_ratio:
+            raise ValueError(f"a {grid[0]}×{grid[1]} map does not divide by the spatial reduction ratio {sr_ratio}")
+        key_grid = (grid[0] // sr_ratio, grid[1] // sr_ratio)
+        super().__init__(dim, num_heads, key_grid, alpha=alpha, kernel_size=kernel_size, backend=backend)
+        self.grid = grid
+        self.qg = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.reduction = sr_ratio
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
+            self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.dwc = _head_convolution(dim, num_heads, kernel_size)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """x (B, H·W, C) with its grid (H, W). Raises ValueError for another grid than the module was built for."""
+        if grid != self.grid:
+            raise ValueError(
+                f"polarity attention was built for a {self.grid[0]}×{self.grid[1]} map and received {grid[0]}×{grid[1]}:"
+                " build the model with the input's IMG_SIZE and load the weights with --pretrained, which resizes them"
+            )
+        q, g = self.qg(x).chunk(2, dim=-1)
+        k, v = self.kv(reduce_tokens(self, x, grid)).chunk(2, dim=-1)
+        return self.proj_drop(self.attend(q, k, v, g, grid))
+
+
+def reduce_tokens(module: "PolaReductionAttention | SpatialReductionAttention", x: Tensor, grid: Grid) -> Tensor:
+    """Tokens (B, H·W, C) to (B, H·W/r², C) by the module's strided convolution `sr` and LayerNorm `norm`."""
+    if module.reduction == 1:
+        return x
+    image = x.unflatten(1, grid).permute(0, 3, 1, 2)
+    return module.norm(module.sr(image).flatten(2).transpose(1, 2))
+
+
+class WindowAttention(nn.Module):
+    """Softmax attention inside windows with relative position bias (Swin Transformer, arXiv 2103.14030)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: Grid,
+        *,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window = window
+        self.qk_scale = qk_scale
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads))
+        self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (windows·B, N, C); mask (windows, N, N), added to the scores of each window of an image."""
+        B, N, C = x.shape
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]  # (1, h, N, N)
+        windows = 1
+        if mask is not None:  # windows join the heads, so that the sum of bias and mask has no batch axis
+            windows = mask.shape[0]
+            bias = (bias + mask[:, None].to(bias.dtype)).flatten(0, 1)[None]  # (1, windows·h, N, N)
+        qkv = self.qkv(x).reshape(B // windows, windows, N, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)  # 3 × (B/windows, windows·h, N, d)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=self.qk_scale)
+        out = out.unflatten(1, (windows, self.num_heads)).transpose(2, 3).reshape(B, N, C)
+        return self.proj_drop(self.proj(out))
+
+
+def relative_position_index(window: Grid) -> Tensor:
+    """(N, N) row of the bias table for each pair of positions in a window, by their offset."""
+    height, width = window
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    rows, columns = rows.flatten(), columns.flatten()
+    row_offset = rows[:, None] - rows[None, :] + height - 1
+    column_offset = columns[:, None] - columns[None, :] + width - 1
+    return row_offset * (2 * width - 1) + column_offset
+
+
+class SpatialReductionAttention(nn.Module):
+    """Softmax attention whose keys and values come from a map reduced r times (PVT, arXiv 2102.12122)."""
+
+    def __init__(
+        self, dim: int, num_heads: int, *, sr_ratio: int = 1, qkv_bias: bool = True, proj_drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.reduction = sr_ratio
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
+            self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """x (B, H·W, C) with its grid (H, W)."""
+        heads = (self.num_heads, -1)
+        q = self.q(x).unflatten(-1, heads).transpose(1, 2)
+        k, v = self.kv(reduce_tokens(self, x, grid)).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

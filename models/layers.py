@@ -1,0 +1,103 @@
+"""Building blocks shared by Pola-Swin and Pola-PVT.
+
+Letters: B batch, C channels, H×W token grid, N = H·W tokens.
+"""
+
+from math import isqrt
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Grid = tuple[int, int]  # (height, width) in tokens or pixels
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class PatchEmbed(nn.Module):
+    """Image (B, C_in, H·p, W·p) to tokens (B, H·W, C) by a convolution whose kernel is its stride p."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, *, norm: bool = True) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(dim, eps=1e-5) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
+        x = self.proj(x)
+        grid = (x.shape[2], x.shape[3])
+        return self.norm(x.flatten(2).transpose(1, 2)), grid
+
+
+class PatchMerging(nn.Module):
+    """Halve the token grid and double the channels: LayerNorm and a linear layer over 2×2 neighbours (Swin)."""
+
+    def __init__(self, grid: Grid, dim: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(4 * dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = self.grid
+        # channel order: neighbours down the columns first, as the released weights expect
+        x = rearrange(x, "B (H dh W dw) C -> B (H W) (dw dh C)", H=H // 2, dh=2, W=W // 2, dw=2)
+        return self.reduction(self.norm(x))
+
+
+def window_partition(x: Tensor, window: Grid) -> Tensor:
+    """(B, H, W, C) to (B·windows, tokens per window, C); H and W are multiples of the window."""
+    return rearrange(x, "B (nh wh) (nw ww) C -> (B nh nw) (wh ww) C", wh=window[0], ww=window[1])
+
+
+def window_reverse(windows: Tensor, window: Grid, grid: Grid) -> Tensor:
+    """The inverse of `window_partition`."""
+    nh, nw = grid[0] // window[0], grid[1] // window[1]
+    return rearrange(windows, "(B nh nw) (wh ww) C -> B (nh wh) (nw ww) C", nh=nh, nw=nw, wh=window[0])
+
+
+def init_weights(module: nn.Module) -> None:
+    """Linear: truncated normal of std 0.02 and zero bias. LayerNorm and convolutions keep PyTorch's defaults."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def resize_grid_table(table: Tensor, grid: Grid, source: Grid | None = None) -> Tensor:
+    """Resize a position table (1, n, C) bicubically to (1, H·W, C).
+
+    `source` is its own grid; by default a square one. Raises ValueError where n is no such grid.
+    """
+    _, n, C = table.shape
+    height, width = source or (isqrt(n), isqrt(n))
+    if height * width != n:
+        raise ValueError(f"a position table of {n} rows is not a {height}×{width} grid")
+    image = table.float().reshape(1, height, width, C).permute(0, 3, 1, 2)
+    resized = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], C).to(table.dtype)
+
+
+def reset_head(head: nn.Linear) -> None:
+    """Initialise a new classifier: truncated normal of std 0.02, zero bias."""
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+
+
+def drop_path_rates(rate: float, depths: list[int] | tuple[int, ...]) -> list[list[float]]:
+    """Stochastic depth per stage and block, linear from 0 at the first block to `rate` at the last."""
+    flat = torch.linspace(0, rate, sum(depths), dtype=torch.float64).tolist()
+    ends = [sum(depths[: i + 1]) for i in range(len(depths))]
+    return [flat[end - depth : end] for end, depth in zip(ends, depths, strict=True)]

@@ -1,0 +1,1 @@
+"""Operations with a readable reference and faster implementations of the same function."""

@@ -1,0 +1,31 @@
+"""The equations of polarity-aware linear attention, literally: slow, obvious, any floating dtype."""
+
+import torch
+from torch import Tensor
+
+
+def polarity_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, exponent: Tensor, key_mask: Tensor | None, eps: float
+) -> Tensor:
+    """Arguments and result as in `polarity_attention`; low-precision inputs are computed in float32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        queries, keys, values = (t.to(dtype).transpose(1, 2) for t in (q, k, v))  # (B, h, N or n, d)
+        power = exponent.to(dtype)[:, None, :]  # (h, 1, d)
+        positive_q, negative_q = torch.relu(queries) ** power, torch.relu(-queries) ** power
+        positive_k, negative_k = torch.relu(keys) ** power, torch.relu(-keys) ** power
+        key_features = torch.cat([positive_k, negative_k], dim=-1)  # (B, h, n, 2d)
+        if key_mask is None:
+            count = torch.full((1, 1, 1, 1), float(k.shape[1]), dtype=dtype, device=q.device)
+        else:
+            key_features = key_features * key_mask[:, None, :, None].to(dtype)
+            count = key_mask.sum(dim=1).clamp(min=1).to(dtype)[:, None, None, None]
+        same = torch.cat([positive_q, negative_q], dim=-1)
+        opposite = torch.cat([negative_q, positive_q], dim=-1)
+        mean_key = key_features.sum(dim=2, keepdim=True) / count  # (B, h, 1, 2d)
+        streams = []
+        for query_features, value in zip((same, opposite), values.chunk(2, dim=-1), strict=False):
+            state = key_features.transpose(-2, -1) @ value / count  # (B, h, 2d, d/2)
+            normaliser = (query_features * mean_key).sum(dim=-1, keepdim=True) + eps
+            streams.append(query_features @ state / normaliser)
+        return torch.cat(streams, dim=-1).transpose(1, 2).to(q.dtype)

@@ -1,0 +1,94 @@
+"""The optimizer: which parameters decay, AdamW or SGD, and how its state returns from a checkpoint."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from yacs.config import CfgNode
+
+from utils.checkpoint import CheckpointError
+
+
+def parameter_groups(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of the decayed and the undecayed parameters, in the model's order.
+
+    No decay: 1-D parameters, biases, and what the model's `no_weight_decay` names.
+    """
+    exempt = tuple(model.no_weight_decay())
+    decay, no_decay = [], []
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim == 1 or name.endswith(".bias") or (exempt and name.endswith(exempt))
+        (no_decay if plain else decay).append(name)
+    return decay, no_decay
+
+
+def build_optimizer(config: CfgNode, model: nn.Module, lr_scale: float = 1.0) -> Optimizer:
+    """AdamW or SGD (Nesterov) at BASE_LR · `lr_scale` over the bare model's two parameter groups.
+
+    Fused kernels are used because they can suppress an update on the device (`found_inf`), without the host.
+    """
+    parameters = dict(model.named_parameters())
+    decay, no_decay = parameter_groups(model)
+    groups = [
+        {"params": [parameters[name] for name in decay], "weight_decay": config.TRAIN.WEIGHT_DECAY},
+        {"params": [parameters[name] for name in no_decay], "weight_decay": 0.0},
+    ]
+    lr = config.TRAIN.BASE_LR * lr_scale
+    name = config.TRAIN.OPTIMIZER.NAME
+    if name == "adamw":
+        return torch.optim.AdamW(
+            groups,
+            lr=lr,
+            betas=config.TRAIN.OPTIMIZER.BETAS,
+            eps=config.TRAIN.OPTIMIZER.EPS,
+            weight_decay=config.TRAIN.WEIGHT_DECAY,
+            fused=True,
+        )
+    if name == "sgd":
+        return torch.optim.SGD(
+            groups,
+            lr=lr,
+            momentum=config.TRAIN.OPTIMIZER.MOMENTUM,
+            weight_decay=config.TRAIN.WEIGHT_DECAY,
+            nesterov=config.TRAIN.OPTIMIZER.MOMENTUM > 0,
+            fused=True,
+        )
+    raise ValueError(f"TRAIN.OPTIMIZER.NAME {name!r} is unknown, expected adamw or sgd")
+
+
+def load_optimizer_state(optimizer: Optimizer, model: nn.Module, stored: dict[str, Any], source: str) -> None:
+    """Restore moments and step counts from an optimizer state dict; hyperparameters stay those of the configuration.
+
+    Positions in a released file also count parameters that the released model had and ours does not
+    (`unused_released_parameters`, which stood before the head); they are skipped.
+
+    Raises CheckpointError when the state belongs to another optimizer or another model.
+    """
+    names = [name for group in parameter_groups(model) for name in group]
+    groups = [len(group["params"]) for group in stored["param_groups"]]
+    own = [len(group["params"]) for group in optimizer.param_groups]
+    stored_names: list[str | None] = list(names)
+    if groups == [own[0], own[1] + len(model.unused_released_parameters)] != own:
+        head = names.index("head.bias")
+        stored_names[head:head] = [None] * len(model.unused_released_parameters)
+    elif groups != own:
+        raise CheckpointError(f"{source}: its optimizer has groups of {groups} parameters, this model {own}")
+    parameters = dict(model.named_parameters())
+    state: dict[int, Any] = {}
+    for position, name in enumerate(stored_names):
+        if name is None or position not in stored["state"]:
+            continue
+        entry = stored["state"][position]
+        for key, value in entry.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameters[name].shape:
+                raise CheckpointError(
+                    f"{source}: optimizer state {key} of {name} has shape {tuple(value.shape)}, the parameter"
+                    f" {tuple(parameters[name].shape)}"
+                )
+        state[names.index(name)] = entry
+    expected = {torch.optim.AdamW: "exp_avg", torch.optim.SGD: "momentum_buffer"}[type(optimizer)]
+    if state and any(expected not in entry for entry in state.values()):
+        found = ", ".join(sorted({key for entry in state.values() for key in entry}))
+        raise CheckpointError(f"{source}: its optimizer state ({found}) is not that of {type(optimizer).__name__}")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

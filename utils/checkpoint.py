@@ -1,0 +1,261 @@
+"""Checkpoint files: safe reading, atomic verified writing, retention, and the search for the newest readable one.
+
+A file of ours holds tensors and plain values only. Released files of this family also pickle a yacs CfgNode under
+`config`; it is read as a dictionary. No other class is ever looked up, so a file cannot execute code.
+"""
+
+import collections
+import hashlib
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from config import config_from_tree, value_of
+from logger import get_logger
+
+EPOCH_FILE = re.compile(r"ckpt_epoch_(\d+)\.pth")
+BEST_FILE = "max_acc.pth"
+# Keys that change what a model computes without changing any shape: a file must have been written with the same.
+FUNCTION_KEYS = ("MODEL.LA.ALPHA", "MODEL.SWIN.QK_SCALE")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: the message names the file and what is wrong with it."""
+
+
+def epoch_file(folder: Path, epoch: int) -> Path:
+    """The checkpoint after `epoch` finished epochs."""
+    return folder / f"ckpt_epoch_{epoch}.pth"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of ours, a released one, or a bare state dict (returned as {"model": …}), on the CPU.
+
+    Raises CheckpointError for a missing, empty, truncated or damaged file, for one that asks for any class or function
+    beyond tensors and plain values (naming it), and for one that holds no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"checkpoint {path} is empty")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise CheckpointError(f"checkpoint {path} is damaged: {damaged} does not match its checksum")
+        with torch.serialization.safe_globals([(collections.OrderedDict, "yacs.config.CfgNode")]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|global:?|class|function|type) [`']?([\w.]+\.[\w.]+)", str(error))
+        if named:
+            raise CheckpointError(
+                f"checkpoint {path} refused: it asks for {named[1]}, and only tensors and plain values are loaded"
+            ) from error
+        raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"checkpoint {path} is truncated or damaged: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}, expected a dictionary with `model`")
+    if "model" not in content and content and all(isinstance(value, Tensor) for value in content.values()):
+        content = {"model": content}
+    weights = content.get("model")
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(f"checkpoint {path} holds no `model` of named tensors; its keys: {', '.join(map(str, content))}")
+    return content
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def stored_config(checkpoint: dict[str, Any], source: str) -> CfgNode | None:
+    """The configuration a checkpoint was written with, or None. Keys without effect are dropped with one log line.
+
+    The learning rates in a released file are already scaled by its batch size: they are not the YAML's and never reused.
+    """
+    stored = checkpoint.get("config")
+    if stored is None:
+        return None
+    tree = yaml.safe_load(stored) if isinstance(stored, str) else _plain(stored)
+    if not isinstance(tree, dict):
+        return None
+    config, ignored = config_from_tree(tree, source)
+    if ignored:
+        get_logger().info("%s: ignored %d stored keys without effect: %s", source, len(ignored), ", ".join(ignored))
+    return config
+
+
+def _plain(node: Any) -> Any:
+    return {key: _plain(value) for key, value in node.items()} if isinstance(node, dict) else node
+
+
+def differing_function_keys(checkpoint: dict[str, Any], config: CfgNode, source: str) -> list[str]:
+    """A line for each key by which the file's configuration computes another function with the same shapes."""
+    stored = stored_config(checkpoint, source)
+    if stored is None:
+        return []
+    pairs = {key: (value_of(stored, key), value_of(config, key)) for key in FUNCTION_KEYS}
+    return [
+        f"{source} was trained with {key} {theirs}, this configuration has {ours}, which gives other results from the"
+        f" same weights; --opts {key} {theirs} restores it"
+        for key, (theirs, ours) in pairs.items()
+        if theirs != ours
+    ]
+
+
+def _listed(title: str, names: Iterable[str]) -> str:
+    names = list(names)
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"\n  {title} ({len(names)}): {shown}" if names else ""
+
+
+def released_names(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """`state` without what this family's files may hold and our models do not, and a line on what was dropped.
+
+    The allowances: a `module.` prefix of every name (a saved DDP wrapper), buffers that the model derives
+    (`derived_entries`), and parameters that the released forward pass never used (`unused_released_parameters`).
+    """
+    notes = []
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+        notes.append("prefix `module.` removed")
+    own = model.state_dict()
+    dropped = [
+        name
+        for name in state
+        if name not in own
+        and (name.endswith(tuple(model.derived_entries)) or name in model.unused_released_parameters)
+    ]
+    if dropped:
+        notes.append(f"dropped {len(dropped)} entries that the model derives or never used: {', '.join(dropped[:4])}…")
+    return {name: value for name, value in state.items() if name not in dropped}, notes
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load a state dict strictly, apart from `released_names`.
+
+    Raises CheckpointError that lists missing, unexpected and mis-shaped entries.
+    """
+    state, notes = released_names(model, state)
+    own = model.state_dict()
+    misshaped = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    problems = (
+        _listed("missing", (name for name in own if name not in state))
+        + _listed("unexpected", (name for name in state if name not in own))
+        + _listed("other shape", misshaped)
+    )
+    if problems:
+        raise CheckpointError(f"{source} does not fit {type(model).__name__} of this configuration:{problems}")
+    model.load_state_dict(state, strict=True)
+    for note in notes:
+        get_logger().info("%s: %s", source, note)
+
+
+def load_pretrained(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load weights into a model of another image size or number of classes, logging each adaptation.
+
+    Position tables are resized; the head keeps its fresh initialisation where the number of classes differs.
+    Raises CheckpointError for whatever else does not fit.
+    """
+    state, _ = released_names(model, state)
+    try:
+        state, notes = model.adapt_state_dict(state)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    own = model.state_dict()
+    head = [name for name in ("head.weight", "head.bias") if name in own]
+    if any(name not in state or state[name].shape != own[name].shape for name in head):
+        old = len(state["head.bias"]) if "head.bias" in state else 0
+        notes.append(f"head: {old} classes in the file, {model.num_classes} here; starts anew")
+        state.update({name: own[name] for name in head})
+    load_weights(model, state, source)
+    for note in notes:
+        get_logger().info("%s: %s", source, note)
+
+
+def num_classes_of(checkpoint: dict[str, Any], source: str) -> int:
+    """The size of the stored head. Raises CheckpointError where there is none."""
+    for name in ("head.bias", "module.head.bias"):
+        if name in checkpoint["model"]:
+            return len(checkpoint["model"][name])
+    raise CheckpointError(f"{source} holds no classifier head (head.bias)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint so that `path` always holds a complete one: temporary file, flush, fsync, verify, rename.
+
+    Raises OSError when the disk refuses; whatever was at `path` before is then still there.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        with zipfile.ZipFile(temporary) as archive:
+            if archive.testzip():
+                raise OSError(f"{temporary} does not read back as it was written")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def epoch_checkpoints(folder: Path) -> list[Path]:
+    """The epoch checkpoints of a run folder, newest epoch first (file times play no part)."""
+    found = [(int(match[1]), path) for path in folder.glob("*.pth") if (match := EPOCH_FILE.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
+    """Keep the newest `keep` epoch checkpoints; the best one has its own name and stays."""
+    for path in epoch_checkpoints(folder)[keep:]:
+        path.unlink(missing_ok=True)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest readable checkpoint of a run folder, the best one as a last resort; warns of each it skips."""
+    best = folder / BEST_FILE
+    for path in [*epoch_checkpoints(folder), *([best] if best.is_file() else [])]:
+        try:
+            load_checkpoint(path)
+            return path
+        except CheckpointError as error:
+            get_logger().warning("skipped: %s", error)
+    return None

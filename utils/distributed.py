@@ -1,0 +1,96 @@
+"""Processes: the environment of torchrun, or one process without it. On one process everything here is a no-op."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class LaunchError(ValueError):
+    """A launch that cannot work on this machine: the message names what to change."""
+
+
+def _environment(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
+
+
+def world_size() -> int:
+    """Number of processes of the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this process in the run."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """Index of this process on its node."""
+    return _environment("LOCAL_RANK", 0)
+
+
+def local_world_size() -> int:
+    """Number of processes on this node."""
+    return _environment("LOCAL_WORLD_SIZE", 1)
+
+
+def init(single_process_gpu: int = 0) -> torch.device:
+    """Join the process group that the environment describes and return this process's device.
+
+    Without WORLD_SIZE in the environment this is one process on GPU `single_process_gpu`, or on the CPU.
+    Raises LaunchError when the node has fewer GPUs than processes.
+    """
+    launched = "WORLD_SIZE" in os.environ and "RANK" in os.environ
+    index = local_rank() if launched else single_process_gpu
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        processes = local_world_size() if launched else index + 1
+        if processes > gpus:
+            raise LaunchError(
+                f"{processes} processes need {processes} GPUs, and this node has {gpus}: lower --nproc_per_node (NPROC)"
+            )
+        torch.cuda.set_device(index)
+        device, backend = torch.device("cuda", index), "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if launched and not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return device
+
+
+def cleanup() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The elementwise sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: object) -> list:
+    """`value` of every process, by rank, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's `value`, on every process."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,32 @@
+"""Numerical precision: which type autocast uses, and float32 that really is float32."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from yacs.config import CfgNode
+
+
+def autocast_dtype(config: CfgNode, device: torch.device) -> torch.dtype:
+    """AMP_DTYPE; auto is bfloat16 where the device computes in it, else float16."""
+    if config.AMP_DTYPE != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}[config.AMP_DTYPE]
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Autocast to `dtype`, or nothing for None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """TF32 off in matrix products and convolutions, and back to what it was after."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
