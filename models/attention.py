@@ -59,10 +59,12 @@ class PolaLinearAttention(nn.Module):
         if v.shape[1] != H * W:  # reduced keys: back to N tokens, linearly along the token axis
             v = F.interpolate(v.transpose(1, 2), size=H * W, mode="linear", align_corners=False).transpose(1, 2)
         image = v.unflatten(1, (H, W)).permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
-        weight = self.dwc.weight.repeat(self.num_heads, 1, 1, 1)
+        # repeated as a matrix: its gradient is then laid out like the parameter, as DDP's buckets want it
+        kernel = self.dwc.weight.flatten(1).repeat(self.num_heads, 1).unflatten(1, (1, *self.dwc.kernel_size))
         assert self.dwc.bias is not None
         bias = self.dwc.bias.repeat(self.num_heads)
-        return F.conv2d(image, weight, bias, padding=self.dwc.padding, groups=v.shape[-1]).permute(0, 2, 3, 1).flatten(1, 2)
+        out = F.conv2d(image, kernel, bias, padding=self.dwc.padding, groups=v.shape[-1])
+        return out.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _head_convolution(dim: int, num_heads: int, kernel_size: int) -> nn.Conv2d:

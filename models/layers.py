@@ -5,7 +5,6 @@ Letters: B batch, C channels, H×W token grid, N = H·W tokens.
 
 from math import isqrt
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -98,6 +97,7 @@ def reset_head(head: nn.Linear) -> None:
 
 def drop_path_rates(rate: float, depths: list[int] | tuple[int, ...]) -> list[list[float]]:
     """Stochastic depth per stage and block, linear from 0 at the first block to `rate` at the last."""
-    flat = torch.linspace(0, rate, sum(depths), dtype=torch.float64).tolist()
+    total = sum(depths)
+    flat = [rate * i / max(1, total - 1) for i in range(total)]
     ends = [sum(depths[: i + 1]) for i in range(len(depths))]
     return [flat[end - depth : end] for end, depth in zip(ends, depths, strict=True)]

@@ -146,10 +146,10 @@ def polarity_module(
 ) -> Tensor:
     """What both polarity layouts do after their first linear maps: q, g (B,N,C), k, v (B,n,C) -> (B,N,C).
 
-    The positional encoding is added to k; q and k are divided by softplus(scale); p = 1 + alpha·sigmoid(power); the core
-    runs head by head; the depthwise convolution of v, whose kernel all heads share, is added; the sum is multiplied
-    by g and projected. The values of tokens that are not real are 0 for the convolution too. When there are fewer
-    keys than tokens, v is first interpolated linearly along its flattened token axis to N tokens.
+    The positional encoding is added to k; q and k are divided by softplus(scale); p = 1 + alpha * sigmoid(power).
+    The core runs head by head, and the depthwise convolution of v, whose kernel all heads share, is added; the sum is
+    multiplied by g and projected. The values of tokens that are not real are 0 for the convolution too. When there
+    are fewer keys than tokens, v is first interpolated linearly along its flattened token axis to N tokens.
     """
     batch, tokens, channels = q.shape
     width = channels // num_heads

@@ -1,0 +1,42 @@
+# make quickstart    set up, then train a small Pola-Swin on real handwritten digits (minutes on two CPU cores)
+# make test          set up, then run every test that does not need minutes of its own
+# PYTHON=/path/to/python make …   uses that environment as it is and installs nothing
+
+ifdef PYTHON
+  RUN := $(PYTHON)
+  SETUP :=
+  SETUP_DEV :=
+else
+  RUN := .venv/bin/python
+  SETUP := .venv/installed
+  SETUP_DEV := .venv/installed-dev
+endif
+
+.PHONY: quickstart test test-slow lint reference
+
+quickstart: $(SETUP)
+	PYTHON=$(RUN) TAG=$$(date +%Y%m%d-%H%M%S) bash pretrain.sh
+
+test: $(SETUP_DEV)
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: $(SETUP_DEV)
+	$(RUN) -m pytest -m slow
+
+lint: $(SETUP_DEV)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# docs/configuration.md from config.py
+reference: $(SETUP)
+	$(RUN) -m tools.config_reference > docs/configuration.md
+
+.venv/installed: requirements.txt
+	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

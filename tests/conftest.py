@@ -1,0 +1,99 @@
+"""Shared by all tests: the reference fixtures, the recipe's weights, small configurations, and a way to run main.py."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+torch.set_flush_denormal(True)
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "tests" / "fixtures" / "reference"
+sys.path.insert(0, str(REFERENCE))  # recipe.py: the weights and inputs every fixture is built from
+sys.path.insert(0, str(ROOT / "tests"))
+
+import recipe  # noqa: E402
+
+OFFICIAL = [
+    "pola_pvt_t",
+    "pola_pvt_s",
+    "pola_pvt_m",
+    "pola_pvt_b",
+    "pola_swin_t",
+    "pola_swin_s",
+    "pola_swin_b",
+    "pola_swin_b_384",
+]
+
+
+def config_file(name: str) -> str:
+    return str(ROOT / "configs" / f"{name}.yaml")
+
+
+def read_json(name: str) -> dict:
+    return json.loads((REFERENCE / name).read_text())
+
+
+def fill_with_recipe(model: nn.Module) -> nn.Module:
+    """Give every parameter the value the recipe derives from its name."""
+    values = recipe.fill(model.state_dict())
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in values.items()})
+    return model
+
+
+def recipe_input(size: int) -> Tensor:
+    return torch.from_numpy(recipe.input_batch(size))
+
+
+def largest_deviation(value: Tensor, expected: Tensor | np.ndarray) -> float:
+    """Largest absolute difference over the largest entry of `expected`."""
+    expected = torch.as_tensor(expected)
+    return ((value - expected).abs().max() / expected.abs().max()).item()
+
+
+# A model of a few thousand parameters on the bundled digits: one epoch takes about a second.
+TINY = """
+DATA: {DATASET: digits, IMG_SIZE: 32, BATCH_SIZE: 64, NUM_WORKERS: 0}
+MODEL:
+  TYPE: pola_swin
+  NAME: tiny
+  DROP_PATH_RATE: 0.1
+  SWIN: {PATCH_SIZE: 4, EMBED_DIM: 8, DEPTHS: [1, 1, 1, 1], NUM_HEADS: [1, 2, 2, 4], WINDOW_SIZE: 56}
+  LA: {ATTN_TYPE: LLSS}
+TRAIN: {EPOCHS: 2, WARMUP_EPOCHS: 1, BASE_LR: 8.0e-3}
+PRINT_FREQ: 5
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """Path of a tiny configuration file; its run folder is `tmp_path / "out" / "tiny" / "default"`."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY + f"OUTPUT: {tmp_path / 'out'}\n")
+    return path
+
+
+def run_main(
+    *arguments: str | Path, processes: int = 0, check: bool = True, timeout: float = 300, launcher: Sequence[str] = ()
+) -> subprocess.CompletedProcess:
+    """Run main.py in its own process, or under torchrun with `processes`; fails with its output unless it exits 0."""
+    command = [sys.executable]
+    if launcher:
+        command += launcher
+    elif processes:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["main.py", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    if check and result.returncode:
+        pytest.fail(f"{' '.join(command)} exited {result.returncode}\n{result.stdout}\n{result.stderr}")
+    return result

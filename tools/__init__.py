@@ -1,0 +1,1 @@
+"""Small command-line programs over the same parts as main.py."""
