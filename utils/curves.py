@@ -21,7 +21,7 @@ def draw_curves(folder: Path) -> Path | None:
         return [record["step"] for record in chosen], [record[field] for record in chosen]
 
     figure, (loss, accuracy, rate) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    labels = {"train": "training", "val": "validation", "ema": "validation (EMA)"}
+    labels = {"train": "training (as optimised)", "val": "validation", "ema": "validation (EMA)"}
     for kind, label in labels.items():
         steps, values = series(kind, "loss")
         if steps:

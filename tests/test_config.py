@@ -1,0 +1,235 @@
+"""Configuration: the official values, precedence, and what a mistake is answered with.
+
+    pytest tests/test_config.py
+"""
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import OFFICIAL, ROOT, config_file, read_json
+
+import config
+from config import ConfigError, default_config, is_dead_key, load_config, parse_command_line, run_folder, value_of
+from models import list_models
+from tools.config_reference import render
+
+DEFAULTS = read_json("defaults.json")
+
+
+def _leaves(tree: dict, prefix: str = ""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_family():
+    tree = default_config()
+    for key, expected in _leaves(DEFAULTS["defaults"]):
+        assert (key in config.KEYS) != is_dead_key(key), key
+        if key in config.KEYS:
+            assert _plain(value_of(tree, key)) == expected, key
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_yaml_merges_to_the_reference(name):
+    merged = load_config(config_file(name))
+    for key, expected in _leaves(DEFAULTS["merged"][name]):
+        if key == "OUTPUT":
+            assert str(run_folder(merged)) == expected
+        elif key in config.KEYS:
+            assert _plain(value_of(merged, key)) == expected, key
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_yaml_of_this_family_as_published_merges_to_the_reference(name, tmp_path):
+    """The published files write 5e-4 and None, which YAML reads as strings, and use no BASE."""
+    path = tmp_path / "published.yaml"
+    path.write_text(str(DEFAULTS["yaml"][name]))  # a Python dict of this kind is valid YAML flow style
+    assert load_config(str(path)) == load_config(config_file(name))
+
+
+def test_precedence(tmp_path):
+    (tmp_path / "base.yaml").write_text("TRAIN: {EPOCHS: 1, WARMUP_EPOCHS: 1}\nSEED: 1\nTAG: base\nOUTPUT: base\n")
+    path = tmp_path / "own.yaml"
+    path.write_text("BASE: [base.yaml]\nMODEL: {TYPE: pola_swin}\nSEED: 2\nTAG: own\nOUTPUT: own\n")
+    merged = parse_command_line(["--cfg", str(path), "--tag", "flag", "--output", "flag", "--opts", "OUTPUT", "opts"])
+    assert merged.TRAIN.EPOCHS == 1  # BASE over default
+    assert merged.SEED == 2  # YAML over BASE
+    assert merged.TAG == "flag"  # flag over YAML
+    assert merged.OUTPUT == "opts"  # --opts over flag
+    assert merged.DATA.BATCH_SIZE == 128  # a flag that was not given changes nothing
+
+
+def test_frozen_and_reproducible(tmp_path):
+    merged = load_config(config_file("pola_pvt_m"), ["MODEL.LA.ALPHA", "2.5", "DATA.IMG_SIZE", "[192, 256]"])
+    with pytest.raises(AttributeError):
+        merged.TRAIN.EPOCHS = 3
+    path = tmp_path / "config.yaml"
+    path.write_text(merged.dump())
+    assert load_config(str(path)) == merged
+    assert merged.TRAIN.OPTIMIZER.BETAS == (0.9, 0.999)
+
+
+def test_integer_where_a_key_is_a_float_and_fractional_alpha():
+    merged = load_config(config_file("pola_swin_t"), "MODEL.DROP_PATH_RATE 0 MODEL.LA.ALPHA 2.5".split())
+    assert isinstance(merged.MODEL.DROP_PATH_RATE, float)
+    assert merged.MODEL.LA.ALPHA == 2.5
+
+
+def test_flags_set_their_keys():
+    argv = ["--cfg", config_file("pola_swin_t"), "--batch-size", "7", "--data-path", "/data", "--zip", "--amp"]
+    argv += ["--cache-mode", "full", "--use-checkpoint", "--throughput", "--find-unused-params", "--local_rank", "1"]
+    merged = parse_command_line(argv)
+    assert (merged.DATA.BATCH_SIZE, merged.DATA.DATA_PATH, merged.DATA.CACHE_MODE) == (7, "/data", "full")
+    assert merged.DATA.ZIP_MODE and merged.AMP and merged.TRAIN.USE_CHECKPOINT and merged.THROUGHPUT_MODE
+    assert merged.TRAIN.FIND_UNUSED_PARAMS and merged.LOCAL_RANK == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Declarations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_key_has_a_reader_and_every_read_key_is_declared():
+    files = [path for path in ROOT.glob("*.py") if path.name != "config.py"]
+    files += [path for folder in ("models", "data", "utils") for path in (ROOT / folder).rglob("*.py")]
+    # config.py itself reads what it derives values from
+    derived = (ROOT / "config.py").read_text().split("# Validation across keys", 1)[1]
+    source = "\n".join(path.read_text() for path in files) + derived
+    read = set(re.findall(r"config\.((?:[A-Z][A-Z0-9_]*\.)*[A-Z][A-Z0-9_]*)\b", source)) - {"KEYS", "MODEL_TYPES"}
+    sections = {key.rsplit(".", 1)[0] for key in config.KEYS if "." in key}
+    assert read - set(config.KEYS) - sections == set()
+    assert set(config.KEYS) - read == {"BASE"}  # consumed while merging
+
+
+def test_names_of_models_are_those_that_exist():
+    assert list(config.MODEL_TYPES) == list_models()
+
+
+def test_reference_page_is_up_to_date():
+    assert (ROOT / "docs" / "configuration.md").read_text() == render(), "run `make reference`"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+# ---------------------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "TRAIN.EPOCH 3": "unknown key TRAIN.EPOCH; the nearest valid key is TRAIN.EPOCHS",
+    "MODEL.SWIN.KA [7,7,7,7]": "MODEL.SWIN.KA has no effect here and was removed",
+    "MODEL.SWIN_HR.ANYTHING 1": "MODEL.SWIN_HR.ANYTHING has no effect here and was removed",
+    "TRAIN.EPOCHS 3.5": "TRAIN.EPOCHS is '3.5' (float), expected an integer ≥ 1",
+    "TRAIN.EPOCHS 0": "expected an integer ≥ 1",
+    "TRAIN.EPOCHS many": "TRAIN.EPOCHS is 'many' (str), expected an integer",
+    "TRAIN.EPOCHS None": "expected an integer",
+    "TRAIN.EPOCHS True": "expected an integer",
+    "TRAIN.BASE_LR nan": "TRAIN.BASE_LR is 'nan'",
+    "AMP yes": "AMP is 'yes' (str), expected True or False",
+    "MODEL.DROP_PATH_RATE 1.0": "expected a number ≥ 0 and < 1",
+    "MODEL.LA.ALPHA -1": "expected a number ≥ 0",
+    "MODEL.TYPE pola_vit": "MODEL.TYPE 'pola_vit' is unknown, expected one of pola_swin, pola_pvt_tiny",
+    "TRAIN.OPTIMIZER.NAME lamb": "expected one of adamw, sgd",
+    "TRAIN.LR_SCHEDULER.NAME poly": "expected one of cosine, linear, step",
+    "DATA.DATASET cifar": "expected one of imagenet, digits",
+    "DATA.INTERPOLATION cubic": "expected one of bicubic, bilinear",
+    "AUG.AUTO_AUGMENT rnd-m9": "expected a timm policy",
+    "AUG.CUTMIX_MINMAX [0.8,0.2]": "the smaller fraction first",
+    "MODEL.LA.ATTN_TYPE LLX": "ATTN_TYPE 'LLX' has letters other than L, S, M; expected one of L, S, M per stage (4)",
+    "MODEL.LA.ATTN_TYPE LLL": "ATTN_TYPE 'LLL' has 3 letters; expected one of L, S, M per stage (4)",
+    "MODEL.LA.ATTN_TYPE MLSS": "has an M stage without a number",
+    "MODEL.LA.ATTN_TYPE LLSS4": "has a number but no M stage",
+    "MODEL.LA.KERNEL_SIZE 4": "MODEL.LA.KERNEL_SIZE is 4, expected an odd number",
+    "DATA.IMG_SIZE 225": "DATA.IMG_SIZE 225 does not fit pola_swin: expected a multiple of 32",
+    "DATA.IMG_SIZE [224,100]": "expected a multiple of 32",
+    "DATA.IMG_SIZE [224,224,224]": "expected an integer ≥ 1, or a list of 2",
+    "MODEL.SWIN.NUM_HEADS [3,6,12]": "has 3 stages, MODEL.SWIN.DEPTHS 4",
+    "MODEL.SWIN.NUM_HEADS [5,6,12,24]": "the 96 channels of stage 0 do not divide by 5",
+    "MODEL.TYPE pola_pvt_tiny MODEL.LA.ATTN_TYPE MLLL2": "Pola-PVT has no M stages",
+    "MODEL.TYPE pola_pvt_tiny MODEL.LA.PVT_LA_SR_RATIOS 111": "is not 4 digits",
+    "MODEL.TYPE pola_pvt_tiny MODEL.LA.ATTN_TYPE LLLL MODEL.LA.PVT_LA_SR_RATIOS 1114": "the 7×7 map of stage 3 does not divide by 4",
+    "TRAIN.WARMUP_EPOCHS 301": "TRAIN.WARMUP_EPOCHS 301 exceeds TRAIN.EPOCHS 300",
+    "EVAL_MODE True": "--eval needs --resume FILE",
+    "TRAIN.EPOCHS": "--opts takes KEY VALUE pairs, received 1 words",
+}
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES.items(), ids=MISTAKES.keys())
+def test_mistake_in_opts(options, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file("pola_swin_t"), options.split())
+    assert message in str(caught.value)
+
+
+FILES = {
+    "TRAIN:\n  EPOCHES: 3\n": "own.yaml: unknown key TRAIN.EPOCHES; the nearest valid key is TRAIN.EPOCHS",
+    "TRIAN:\n  EPOCHS: 3\n": "own.yaml: section TRIAN is unknown; the nearest valid section is TRAIN",
+    "TRAIN: 3\n": "TRAIN is a section and needs keys below it",
+    "SEED:\n  A: 1\n": "section SEED is a value, not a section",
+    "MODEL:\n  SWIN:\n    RPB: true\n": "MODEL.SWIN.RPB has no effect here and was removed",
+    "TRAIN: [": "own.yaml is not valid YAML",
+    "- 3\n": "expected `KEY: value` lines, received a list",
+    "BASE: [own.yaml]\n": "BASE files include each other",
+    "BASE: [absent.yaml]\n": "absent.yaml does not exist",
+    "MODEL: {NAME: mine}\n": "MODEL.TYPE 'swin' is unknown, expected one of pola_swin",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), FILES.items(), ids=FILES.keys())
+def test_mistake_in_a_file(text, message, tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    assert message in str(caught.value)
+
+
+ARGUMENTS = {
+    "--cfg configs/absent.yaml": "config file configs/absent.yaml does not exist; did you mean configs/",
+    "--cfg configs/pola_swin_t.yaml --batchsize 3": "unknown argument --batchsize; the nearest valid one is --batch-size",
+    "--cfg configs/pola_swin_t.yaml --batch-size three": "command line: DATA.BATCH_SIZE is 'three'",
+    "--cfg configs/pola_swin_t.yaml --eval": "--eval needs --resume FILE",
+    "--cfg configs/pola_swin_t.yaml --eval --resume absent.pth": "--resume absent.pth: no such file",
+    "--cfg configs/pola_swin_t.yaml --pretrained absent.pth": "--pretrained absent.pth: no such file",
+    "--cfg configs/pola_swin_t.yaml --opts TRAIN.EPOCS 3": "unknown key TRAIN.EPOCS; the nearest valid key is TRAIN.EPOCHS",
+    "": "the following arguments are required: --cfg",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS.items(), ids=ARGUMENTS.keys())
+def test_mistake_on_the_command_line_is_one_line_without_heavy_imports(arguments, message):
+    code = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_path('main.py', run_name='__main__')\n"
+        "finally:\n    assert not {'torch', 'numpy', 'timm'} & set(sys.modules), 'heavy import'\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments.split()], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""
+
+
+def test_help_answers_in_under_a_second():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        output = subprocess.run([sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert "--cfg FILE" in output.stdout
+    assert min(times) < 1.0
