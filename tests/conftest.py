@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 torch.set_flush_denormal(True)
+torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "tests" / "fixtures" / "reference"

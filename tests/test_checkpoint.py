@@ -1,0 +1,324 @@
+"""Checkpoint files: nothing in them is executed, nothing incomplete is ever left, and what does not fit is named.
+
+    pytest tests/test_checkpoint.py
+"""
+
+import collections
+import hashlib
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REFERENCE, config_file, read_json
+
+from config import load_config
+from models import build_model
+from optimizer import build_optimizer, load_optimizer_state, parameter_groups
+from utils import checkpoint as checkpoint_module
+from utils.checkpoint import (
+    CheckpointError,
+    differing_function_keys,
+    epoch_checkpoints,
+    epoch_file,
+    file_digest,
+    load_checkpoint,
+    load_weights,
+    newest_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+    stored_config,
+)
+
+RELEASED = REFERENCE / "checkpoint_official_tiny.pth"
+DESCRIBED = read_json("checkpoint_official_tiny.json")
+
+
+@pytest.fixture
+def config():
+    return load_config(config_file("pola_swin_t"), DESCRIBED["opts"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_released_file_loads_without_executing_anything():
+    checkpoint = load_checkpoint(RELEASED)
+    assert list(checkpoint) == DESCRIBED["top_level_keys"]
+    assert checkpoint["epoch"] == DESCRIBED["epoch"] and checkpoint["max_accuracy"] == DESCRIBED["max_accuracy"]
+    assert type(checkpoint["config"]) is collections.OrderedDict
+    assert file_digest(RELEASED) == DESCRIBED["sha256"]
+
+
+def test_stored_configuration_of_a_released_file_drops_dead_keys_with_one_line(caplog):
+    with caplog.at_level("INFO", logger="polaformer"):
+        stored = stored_config(load_checkpoint(RELEASED), "file.pth")
+    assert stored.MODEL.SWIN.EMBED_DIM == 12 and stored.MODEL.NUM_CLASSES == 10
+    assert stored.TRAIN.OPTIMIZER.BETAS == (0.9, 0.999)
+    assert len(caplog.records) == 1
+    assert "ignored" in caplog.text and "MODEL.SWIN.KA" in caplog.text
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch EXECUTED",)
+
+
+class Nested:
+    def __reduce__(self):
+        return collections.OrderedDict, ([("a", Evil())],)
+
+
+@pytest.mark.parametrize("payload", [Evil(), {"model": {}, "config": Evil()}, {"model": {"a": Nested()}}])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_that_tries_to_run_code_is_refused_by_name(payload, legacy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(payload, "evil.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=r"evil\.pth refused: it asks for (posix|nt)\.system"):
+        load_checkpoint("evil.pth")
+    Path("raw.pth").write_bytes(pickle.dumps(payload))
+    with pytest.raises(CheckpointError, match=r"raw\.pth"):
+        load_checkpoint("raw.pth")
+    assert not Path("EXECUTED").exists()
+
+
+@pytest.mark.parametrize("value", [collections.deque, np.float64(1.0), Path("/etc")])
+def test_every_other_global_is_refused_by_name(value, tmp_path):
+    torch.save({"model": {}, "extra": value}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=r"file\.pth refused: it asks for (collections|numpy|pathlib)\S*"):
+        load_checkpoint(tmp_path / "file.pth")
+
+
+def _saved(path: Path) -> bytes:
+    torch.save({"model": {"weight": torch.arange(5000.0)}, "epoch": 1}, path)
+    return path.read_bytes()
+
+
+def test_damaged_files_are_explained(tmp_path):
+    path = tmp_path / "file.pth"
+    with pytest.raises(CheckpointError, match=r"file\.pth does not exist"):
+        load_checkpoint(path)
+    content = _saved(path)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"file\.pth is empty"):
+        load_checkpoint(path)
+    for kept in (1, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:kept])
+        with pytest.raises(CheckpointError, match=r"file\.pth is (truncated|damaged)"):
+            load_checkpoint(path)
+    path.write_bytes(b"no checkpoint at all, but text")
+    with pytest.raises(CheckpointError, match=r"file\.pth is (truncated or )?damaged"):
+        load_checkpoint(path)
+
+
+def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path):
+    path = tmp_path / "file.pth"
+    content = bytearray(_saved(path))
+    position = content.index(np.arange(1000.0, 1004.0, dtype="<f4").tobytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"file\.pth is damaged: .* does not match its checksum"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"model": 3}, {"model": {"a": 1}}, {}])
+def test_a_file_without_weights_is_explained(content, tmp_path):
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=r"file\.pth holds (a list|no `model` of named tensors)"):
+        load_checkpoint(tmp_path / "file.pth")
+
+
+def test_a_bare_state_dict_and_a_module_prefix_are_accepted(config, tmp_path):
+    model, other = build_model(config), build_model(config)
+    torch.save({f"module.{name}": value for name, value in model.state_dict().items()}, tmp_path / "file.pth")
+    load_weights(other, load_checkpoint(tmp_path / "file.pth")["model"], "file.pth")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Strictness
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_missing_unexpected_and_misshaped_entries_are_listed_together(config):
+    model = build_model(config)
+    state = model.state_dict()
+    del state["head.bias"]
+    state["extra.weight"] = torch.zeros(1)
+    state["norm.weight"] = torch.zeros(3)
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(model, state, "file.pth")
+    message = str(caught.value)
+    assert "file.pth does not fit PolaSwin of this configuration:" in message
+    assert "missing (1): head.bias" in message
+    assert "unexpected (1): extra.weight" in message
+    assert "other shape (1): norm.weight (3,) instead of (96,)" in message
+
+
+def test_only_the_named_allowances_are_dropped(config):
+    model = build_model(config)
+    state = model.state_dict()
+    state["layers.2.blocks.1.attn_mask"] = torch.zeros(1)
+    state["layers.2.blocks.1.attn.relative_position_index"] = torch.zeros(1)
+    load_weights(model, state, "file.pth")
+    pvt = build_model(load_config(config_file("pola_pvt_t"), ["DATA.IMG_SIZE", "32"]))
+    load_weights(pvt, {**pvt.state_dict(), "norm.weight": torch.ones(512), "norm.bias": torch.zeros(512)}, "file.pth")
+    with pytest.raises(CheckpointError, match=r"unexpected \(1\): block1.0.attn_mask"):
+        load_weights(pvt, {**pvt.state_dict(), "block1.0.attn_mask": torch.ones(1)}, "file.pth")
+
+
+def test_another_alpha_is_named_although_every_shape_fits(config):
+    checkpoint = load_checkpoint(RELEASED)
+    assert differing_function_keys(checkpoint, config, "file.pth") == []
+    other = load_config(config_file("pola_swin_t"), [*DESCRIBED["opts"], "MODEL.LA.ALPHA", "3"])
+    (line,) = differing_function_keys(checkpoint, other, "file.pth")
+    assert "trained with MODEL.LA.ALPHA 4.0, this configuration has 3.0" in line
+    assert "--opts MODEL.LA.ALPHA 4.0" in line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer state
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_optimizer_state_of_a_released_file_reaches_its_parameters(config):
+    model = build_model(config)
+    checkpoint = load_checkpoint(RELEASED)
+    load_weights(model, checkpoint["model"], "file.pth")
+    optimizer = build_optimizer(config, model, lr_scale=2.0)
+    load_optimizer_state(optimizer, model, checkpoint["optimizer"], "file.pth")
+    names = [name for group in parameter_groups(model) for name in group]
+    parameters = dict(model.named_parameters())
+    for position, name in enumerate(names):
+        entry = checkpoint["optimizer"]["state"][position]
+        assert torch.equal(optimizer.state[parameters[name]]["exp_avg"], entry["exp_avg"]), name
+        assert optimizer.state[parameters[name]]["step"] == DESCRIBED["step_value"]
+    # the file's rates are scaled by its batch size and its schedule: the configuration's stay in force
+    assert all(group["lr"] == 2 * config.TRAIN.BASE_LR for group in optimizer.param_groups)
+
+
+def test_unused_parameters_of_released_pola_pvt_files_are_skipped():
+    config = load_config(config_file("pola_pvt_t"), ["DATA.IMG_SIZE", "32", "MODEL.NUM_CLASSES", "5"])
+    model = build_model(config)
+    parameters = dict(model.named_parameters())
+    released = read_json("schedule.json")["configs"]["pola_pvt_t"]["param_groups"]
+    names = [name for group in released for name in group["names"]]
+    state = {
+        i: {"step": 7, "exp_avg": torch.full_like(parameters[name], i), "exp_avg_sq": torch.ones_like(parameters[name])}
+        for i, name in enumerate(names)
+        if name in parameters  # norm.* have a position but never had a state
+    }
+    assert len(names) == len(parameters) + 2
+    sizes = [len(group["names"]) for group in released]
+    groups = [{"params": list(range(sizes[0]))}, {"params": list(range(sizes[0], sum(sizes)))}]
+    optimizer = build_optimizer(config, model)
+    load_optimizer_state(optimizer, model, {"state": state, "param_groups": groups}, "file.pth")
+    for i, name in enumerate(names):
+        if name in parameters:
+            assert (optimizer.state[parameters[name]]["exp_avg"] == i).all(), name
+    model(torch.randn(1, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    assert optimizer.state[parameters["head.bias"]]["step"] == 8
+
+
+def test_optimizer_state_of_another_kind_is_refused(config):
+    model = build_model(config)
+    stored = load_checkpoint(RELEASED)["optimizer"]
+    sgd = load_config(config_file("pola_swin_t"), [*DESCRIBED["opts"], "TRAIN.OPTIMIZER.NAME", "sgd"])
+    with pytest.raises(CheckpointError, match="optimizer state .* is not that of SGD"):
+        load_optimizer_state(build_optimizer(sgd, model), model, stored, "file.pth")
+    deeper = load_config(config_file("pola_swin_t"), [*DESCRIBED["opts"], "MODEL.SWIN.DEPTHS", "[1,1,3,1]"])
+    with pytest.raises(CheckpointError, match="its optimizer has groups of"):
+        load_optimizer_state(build_optimizer(deeper, build_model(deeper)), build_model(deeper), stored, "file.pth")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _state(epoch: int) -> dict:
+    return {"model": {"weight": torch.full((10,), float(epoch))}, "epoch": epoch}
+
+
+def test_a_written_file_is_complete_and_leaves_nothing_else(tmp_path):
+    save_checkpoint(_state(1), tmp_path / "file.pth")
+    assert load_checkpoint(tmp_path / "file.pth")["epoch"] == 1
+    assert os.listdir(tmp_path) == ["file.pth"]
+
+
+@pytest.mark.parametrize("failing", ["torch.save", "os.fsync", "os.replace"])
+def test_a_failed_write_keeps_the_file_before(failing, tmp_path, monkeypatch):
+    path = tmp_path / "file.pth"
+    save_checkpoint(_state(1), path)
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "torch" if failing == "torch.save" else "os", _Patched(failing, fail))
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(_state(2), path)
+    monkeypatch.undo()
+    assert load_checkpoint(path)["epoch"] == 1
+    assert os.listdir(tmp_path) == ["file.pth"]
+
+
+class _Patched:
+    """A module with one function replaced."""
+
+    def __init__(self, name, function):
+        module, attribute = name.split(".")
+        self._module = {"torch": torch, "os": os}[module]
+        setattr(self, attribute, function)
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+
+def test_a_file_that_does_not_read_back_is_not_put_in_place(tmp_path, monkeypatch):
+    path = tmp_path / "file.pth"
+    save_checkpoint(_state(1), path)
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda archive: "data.pkl")
+    with pytest.raises(OSError, match="does not read back"):
+        save_checkpoint(_state(2), path)
+    monkeypatch.undo()
+    assert load_checkpoint(path)["epoch"] == 1
+
+
+def test_newest_files_and_the_best_are_kept(tmp_path):
+    for epoch in (1, 2, 9, 10, 11):
+        save_checkpoint(_state(epoch), epoch_file(tmp_path, epoch))
+    save_checkpoint(_state(2), tmp_path / "max_acc.pth")
+    remove_old_checkpoints(tmp_path, keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt_epoch_10.pth", "ckpt_epoch_11.pth", "max_acc.pth"]
+
+
+def test_newest_readable_checkpoint_goes_by_epoch_not_by_time(tmp_path, caplog):
+    assert newest_checkpoint(tmp_path) is None
+    for age, epoch in enumerate((11, 10, 9, 2)):
+        save_checkpoint(_state(epoch), epoch_file(tmp_path, epoch))
+        os.utime(epoch_file(tmp_path, epoch), (1e9 + age, 1e9 + age))  # the older epoch has the newer time
+    assert [path.name for path in epoch_checkpoints(tmp_path)][:2] == ["ckpt_epoch_11.pth", "ckpt_epoch_10.pth"]
+    assert newest_checkpoint(tmp_path) == epoch_file(tmp_path, 11)
+    epoch_file(tmp_path, 11).write_bytes(b"")
+    shutil.copyfile(RELEASED, epoch_file(tmp_path, 10))
+    os.truncate(epoch_file(tmp_path, 10), 5000)
+    assert newest_checkpoint(tmp_path) == epoch_file(tmp_path, 9)
+    assert "ckpt_epoch_11.pth is empty" in caplog.text and "ckpt_epoch_10.pth is" in caplog.text
+
+
+def test_the_best_file_is_the_last_resort(tmp_path):
+    save_checkpoint(_state(2), tmp_path / "max_acc.pth")
+    epoch_file(tmp_path, 3).write_bytes(b"")
+    assert newest_checkpoint(tmp_path) == tmp_path / "max_acc.pth"
+
+
+def test_digest_is_sha256(tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * 3_000_000)
+    assert file_digest(tmp_path / "file") == hashlib.sha256(b"x" * 3_000_000).hexdigest()

@@ -1,0 +1,462 @@
+"""Data: sources, transforms, samplers, and what unreadable or badly laid out data is answered with.
+
+    pytest tests/test_data.py
+"""
+
+import io
+import itertools
+import os
+import random
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REFERENCE, config_file
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+
+import data
+from config import load_config
+from data import DataError, build_loaders
+from data.datasets import DigitsSource, TrainDataset, UnreadableImage, ZipSource, warm_page_cache
+from data.samplers import Draw, EvalSampler, TrainSampler
+from data.transforms import TrainBatch, evaluation_transform, normalise, training_transform
+
+
+def jpeg(seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
+    """A photograph-like JPEG of (width, height)."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An image folder: 3 classes, 8 training and 3 validation images each."""
+    root = tmp_path / "set"
+    for split, count in (("train", 8), ("val", 3)):
+        for label, name in enumerate(["ant", "bee", "cat"]):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                (root / split / name / f"{i}.jpg").write_bytes(jpeg(100 * label + i))
+    return root
+
+
+def loaders(root: Path, *options: str, train: bool = True) -> data.Loaders:
+    fixed = f"DATA.DATA_PATH {root} DATA.IMG_SIZE 64 DATA.BATCH_SIZE 4 DATA.NUM_WORKERS 0".split()
+    return build_loaders(load_config(config_file("pola_swin_t"), [*fixed, *options]), train=train)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_image_folder_yields_uint8_batches_and_its_classes(folder, workers):
+    built = loaders(folder, "DATA.NUM_WORKERS", workers)
+    assert built.classes == ("ant", "bee", "cat") and built.num_classes == 3
+    built.train.set_epoch(0)
+    batches = list(built.train)
+    assert len(batches) == len(built.train) == 6
+    for images, labels in batches:
+        assert images.dtype == torch.uint8 and images.shape == (4, 3, 64, 64)
+        assert labels.dtype == torch.int64
+    assert Counter(torch.cat([labels for _, labels in batches]).tolist()) == {0: 8, 1: 8, 2: 8}
+    labels = torch.cat([labels for _, labels in built.val])
+    assert labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3  # every image once, the odd last batch included
+
+
+def test_evaluation_needs_only_val(folder):
+    os.rename(folder / "train", folder / "elsewhere")
+    built = loaders(folder, train=False)
+    assert built.train is None and built.val.num_images == 9 and built.classes == ("ant", "bee", "cat")
+
+
+def test_validation_labels_are_those_of_training_when_val_lacks_a_class(folder):
+    for file in (folder / "val" / "ant").iterdir():
+        file.unlink()
+    (folder / "val" / "ant").rmdir()
+    labels = torch.cat([labels for _, labels in loaders(folder).val])
+    assert labels.tolist() == [1] * 3 + [2] * 3
+
+
+def _flatten_val(root: Path) -> None:
+    for file in list((root / "val").glob("*/*.jpg")):
+        file.rename(root / "val" / f"{file.parent.name}_{file.name}")
+    for name in ("ant", "bee", "cat"):
+        (root / "val" / name).rmdir()
+
+
+def _empty_val(root: Path) -> None:
+    _flatten_val(root)
+    for file in (root / "val").iterdir():
+        file.unlink()
+
+
+def _empty_class(root: Path) -> None:
+    for file in (root / "train" / "bee").iterdir():
+        file.unlink()
+
+
+BAD_LAYOUTS = {
+    "absent": (lambda root: os.rename(root, f"{root}-gone"), r"data set folder .*set does not exist; --data-path"),
+    "no val": (lambda root: os.rename(root / "val", root / "valid"), r"data set folder .*set/val does not exist"),
+    "empty": (_empty_val, r"set/val is empty; expected"),
+    "flat val": (_flatten_val, r"set/val holds 9 images but no class folders; expected .*/val/<class>/<image>"),
+    "unknown class": (lambda root: (root / "val" / "dog").mkdir(), r"1 class folders that the training set lacks: dog"),
+    "class without images": (_empty_class, r"1 class folders hold no image \(bee\)"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_LAYOUTS.values(), ids=BAD_LAYOUTS.keys())
+def test_bad_layout_is_explained(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(DataError, match=message):
+        loaders(folder)
+
+
+def test_settings_that_cannot_work_are_explained(folder):
+    with pytest.raises(DataError, match="--data-path names the folder"):
+        build_loaders(load_config(config_file("pola_swin_t")))
+    with pytest.raises(DataError, match=r"24 training images on 1 processes are less than one step of 1 × 32 images"):
+        loaders(folder, "DATA.BATCH_SIZE", "32")
+    with pytest.raises(DataError, match="deliver 3 channels, MODEL.SWIN.IN_CHANS is 1"):
+        loaders(folder, "MODEL.SWIN.IN_CHANS", "1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Unreadable images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "vanished"])
+def test_unreadable_training_image_is_named_counted_and_replaced(folder, workers, damage):
+    victim = folder / "train" / "bee" / "3.jpg"
+    built = loaders(folder, "DATA.NUM_WORKERS", workers, "DATA.MAX_UNREADABLE", "0.05")
+    content = {"truncated": victim.read_bytes()[:400], "empty": b"", "text": b"not an image" * 20}
+    if damage == "vanished":
+        victim.unlink()
+    else:
+        victim.write_bytes(content[damage])
+    for epoch in range(2):
+        built.train.set_epoch(epoch)
+        labels = torch.cat([labels for _, labels in built.train])
+        assert Counter(labels.tolist()) == {0: 8, 1: 8, 2: 8}  # bee/4.jpg took its place
+    assert len(built.train.unreadable) == 1  # the same file in both epochs counts once
+    assert str(victim) in next(iter(built.train.unreadable))
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_more_unreadable_images_than_allowed_stop_the_run(folder, workers):
+    built = loaders(folder, "DATA.NUM_WORKERS", workers, "DATA.MAX_UNREADABLE", "0.1")
+    for i in (0, 3, 6):
+        (folder / "train" / "cat" / f"{i}.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"3 of 24 training images are unreadable, 2 are allowed"):
+        list(built.train)
+
+
+def test_a_data_set_without_any_readable_image_stops_at_once(folder):
+    built = loaders(folder, "DATA.MAX_UNREADABLE", "0.1")
+    for file in (folder / "train").glob("*/*.jpg"):
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="unreadable, 2 are allowed"):
+        next(iter(built.train))
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_unreadable_image_in_evaluation_is_an_error(folder, workers):
+    built = loaders(folder, "DATA.NUM_WORKERS", workers, train=False)
+    victim = folder / "val" / "bee" / "1.jpg"
+    victim.write_bytes(victim.read_bytes()[:400])
+    with pytest.raises(UnreadableImage, match=r"bee/1\.jpg"):
+        list(built.val)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Zip
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def zipped(folder: Path) -> Path:
+    for split in ("train", "val"):
+        lines = []
+        with zipfile.ZipFile(folder / f"{split}.zip", "w") as archive:
+            for file in sorted((folder / split).glob("*/*.jpg")):
+                member = f"{file.parent.name}/{file.name}"
+                archive.write(file, member)
+                lines.append(f"{member}\t{['ant', 'bee', 'cat'].index(file.parent.name)}\n")
+        (folder / f"{split}_map.txt").write_text("".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["no", "full", "part"])
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_zip_gives_the_same_batches_as_the_folder(zipped, mode, workers):
+    plain = loaders(zipped)
+    built = loaders(zipped, "DATA.ZIP_MODE", "True", "DATA.CACHE_MODE", mode, "DATA.NUM_WORKERS", workers)
+    assert built.classes == plain.classes == ("ant", "bee", "cat")
+    for part in ("train", "val"):
+        for (images, labels), (expected, expected_labels) in zip(getattr(built, part), getattr(plain, part), strict=True):
+            assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+
+
+def test_flat_zip_has_no_class_names_only_their_number(tmp_path):
+    with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
+        for i in range(4):
+            archive.writestr(f"{i}.jpg", jpeg(i))
+    (tmp_path / "val_map.txt").write_text("".join(f"{i}.jpg\t{i % 2}\n" for i in range(4)))
+    source = ZipSource(tmp_path / "val.zip", tmp_path / "val_map.txt")
+    assert source.classes is None and source.num_classes == 2 and list(source.labels) == [0, 1, 0, 1]
+
+
+def test_each_process_opens_the_zip_itself(zipped):
+    source = ZipSource(zipped / "val.zip", zipped / "val_map.txt")
+    source.load(0)
+    handle = source._handle[1]
+    source.load(1)
+    assert source._handle[1] is handle  # one handle per process
+    source._handle = (os.getpid() + 1, handle)  # as after a fork
+    source.load(1)
+    assert source._handle[1] is not handle
+
+
+BAD_MAPS = {
+    "ant/0.jpg\t0\nant/99.jpg\t0\n": r"val_map.txt line 2 names 'ant/99.jpg', which .*val.zip does not contain",
+    "ant/0.jpg 0\n": r"val_map.txt line 1: expected `path<TAB>label`, received 'ant/0.jpg 0'",
+    "ant/0.jpg\t-1\n": r"line 1: expected `path<TAB>label`",
+    "\n": r"val_map.txt is empty",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_MAPS.items(), ids=["missing member", "no tab", "label", "empty"])
+def test_bad_map_is_explained(zipped, text, message):
+    (zipped / "val_map.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        loaders(zipped, "DATA.ZIP_MODE", "True")
+
+
+def test_missing_and_damaged_zip_are_explained(zipped):
+    (zipped / "val.zip").write_bytes(b"PK damaged")
+    with pytest.raises(DataError, match="val.zip is not a readable zip file"):
+        loaders(zipped, "DATA.ZIP_MODE", "True")
+    (zipped / "val.zip").unlink()
+    with pytest.raises(DataError, match=r"val.zip does not exist; --zip needs train.zip, train_map.txt"):
+        loaders(zipped, "DATA.ZIP_MODE", "True")
+
+
+def test_page_cache_shares_cover_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1000))
+    read = []
+    real_open = Path.open
+
+    def counting_open(self, *args, **kwargs):
+        file = real_open(self, *args, **kwargs)
+
+        class Counting:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *exception):
+                file.close()
+
+            def seek(self, offset):
+                self.start = offset
+                file.seek(offset)
+
+            def read(self, count):
+                block = file.read(count)
+                read.append((file.tell() - len(block), file.tell()))
+                return block
+
+        return Counting()
+
+    monkeypatch.setattr(Path, "open", counting_open)
+    for share in range(3):
+        warm_page_cache(path, share=share, shares=3)
+    assert read == [(0, 333), (333, 666), (666, 1000)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Digits
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_digits_split_is_fixed_stratified_and_complete():
+    train, val = DigitsSource("train", (32, 32)), DigitsSource("val", (32, 32))
+    names = [source.name(i) for source in (train, val) for i in range(len(source.labels))]
+    assert len(set(names)) == len(names) == 1797
+    total, held_out = Counter(load_digits().target.tolist()), Counter(val.labels)
+    for digit in range(10):
+        assert held_out[digit] == total[digit] // 5
+    assert val.name(0) == DigitsSource("val", (32, 32)).name(0)
+    image = train.load(0)
+    assert image.mode == "RGB" and image.size == (32, 32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transforms
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "crop", "name"), [(224, True, "224_crop"), (384, False, "384_nocrop")])
+def test_evaluation_transform_is_that_of_the_released_models(size, crop, name):
+    golden = np.load(REFERENCE / "eval_transform.npz")
+    config = load_config(config_file("pola_swin_t"), ["DATA.IMG_SIZE", str(size), "TEST.CROP", str(crop)])
+    transform = evaluation_transform(config)
+    samples = load_sample_images()
+    for file, pixels in zip(samples.filenames, samples.images, strict=True):
+        image = f"{Path(file).stem}_{name}"
+        tensor = transform(Image.fromarray(pixels))
+        assert tensor.dtype == torch.uint8
+        tensor = normalise(tensor[None])[0]
+        for value, key in ((tensor[:, ::8, ::8], "every8"), (tensor[:, 100], "row100")):
+            assert ((value - torch.from_numpy(golden[f"{image}_{key}"])).abs() < 0.02).float().mean() >= 0.999
+        assert np.allclose(tensor.double().mean((1, 2)), golden[f"{image}_mean"], atol=2e-3)
+        assert np.allclose(tensor.double().std((1, 2)), golden[f"{image}_std"], atol=2e-3)
+
+
+def test_evaluation_can_keep_the_aspect_ratio():
+    image = Image.fromarray(load_sample_images().images[0])  # 427×640
+    config = load_config(config_file("pola_swin_t"), ["TEST.RESIZE", "shorter"])
+    expected = image.resize((round(640 * 256 / 427), 256), Image.Resampling.BICUBIC)
+    left, top = (expected.width - 224) // 2, (256 - 224) // 2
+    expected = np.asarray(expected.crop((left, top, left + 224, top + 224)))
+    actual = evaluation_transform(config)(image).permute(1, 2, 0).numpy()
+    assert np.abs(actual.astype(int) - expected).mean() < 0.5
+    squashed = evaluation_transform(load_config(config_file("pola_swin_t")))(image).permute(1, 2, 0).numpy()
+    assert np.abs(squashed.astype(int) - expected).mean() > 10
+
+
+def test_non_square_and_small_sizes():
+    image = Image.fromarray(load_sample_images().images[0])
+    for option, shape in (("[64,96]", (3, 64, 96)), ("128", (3, 128, 128))):
+        config = load_config(config_file("pola_swin_t"), ["DATA.IMG_SIZE", option])
+        assert evaluation_transform(config)(image).shape == training_transform(config)(image).shape == shape
+    config = load_config(config_file("pola_swin_t"), ["DATA.IMG_SIZE", "32", "AUG.AUTO_AUGMENT", "none"])
+    small = image.resize((32, 32))
+    assert torch.equal(evaluation_transform(config)(small), torch.from_numpy(np.array(small)).permute(2, 0, 1))
+    assert training_transform(config)(small).shape == (3, 32, 32)
+
+
+def test_policy_survives_100_000_draws():
+    """timm's policy asks for posterize with 0 bits now and then, which Pillow 13 refuses."""
+    config = load_config(config_file("pola_swin_t"), ["DATA.IMG_SIZE", "32"])
+    policy = training_transform(config).transforms[2]
+    assert type(policy).__name__ == "RandAugment"
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    random.seed(0), np.random.seed(0)
+    for _ in range(100_000):
+        policy(image)
+
+
+@pytest.mark.parametrize(
+    ("policy", "posterizing"),
+    [("original", 5), ("originalr", 5), ("v0", 2), ("v0r", 2), ("augmix-m9-w3", 1), ("rand-m10-inc1", 1), ("3a", 0)],
+)
+def test_every_policy_renders_zero_bits_as_black(policy, posterizing):
+    config = load_config(config_file("pola_swin_t"), ["AUG.AUTO_AUGMENT", policy])
+    steps = training_transform(config).transforms
+    found = [op for op in data.transforms._augment_operations(list(steps)) if op.name.startswith("Posterize")]
+    assert len(found) == posterizing
+    image = Image.new("RGB", (4, 4), (200, 100, 50))
+    for operation in found:
+        assert operation.aug_fn(image, 0).getextrema() == ((0, 0),) * 3
+        assert operation.aug_fn(image, 8).getextrema() == ((200, 200), (100, 100), (50, 50))
+
+
+AUG = {
+    "MIXUP": ("0.0", "0.8"),
+    "CUTMIX": ("0.0", "1.0"),
+    "CUTMIX_MINMAX": ("None", "[0.2,0.8]"),
+    "MIXUP_MODE": ("batch", "pair", "elem"),
+    "REPROB": ("0.0", "1.0"),
+}
+
+
+@pytest.mark.parametrize("values", list(itertools.product(*AUG.values())), ids=str)
+@pytest.mark.parametrize("size", [1, 4, 5])
+def test_augmentation_keys_in_every_combination(values, size):
+    options = [word for name, value in zip(AUG, values, strict=True) for word in (f"AUG.{name}", value)]
+    config = load_config(config_file("pola_swin_t"), [*options, "AUG.REMODE", "const"])
+    prepare = TrainBatch(config, 10, torch.device("cpu"))
+    images, labels = torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8), torch.arange(size)
+    random.seed(0), np.random.seed(0)
+    mixed, targets = prepare(images.clone(), labels)
+    assert mixed.shape == (size, 3, 32, 32) and mixed.dtype == torch.float32 and mixed.isfinite().all()
+    mixes = values[0] != "0.0" or values[1] != "0.0" or values[2] != "None"
+    if not mixes:
+        assert torch.equal(targets, labels)
+    else:
+        assert targets.shape == (size, 10)
+        assert torch.allclose(targets.sum(1), torch.ones(size))
+    if size % 2 and mixes:  # the odd image out keeps its own label, smoothed
+        assert targets[-1, size - 1] == pytest.approx(0.91)
+    plain = normalise(images)
+    if values[4] == "1.0":
+        assert (mixed == 0).any()
+    elif not mixes or size == 1:
+        assert torch.equal(mixed, plain)
+    else:
+        assert not torch.equal(mixed, plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers and randomness
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "world"), [(10, 1), (10, 3), (2, 4), (9, 3)])
+def test_evaluation_shards_neither_drop_nor_duplicate(size, world):
+    shards = [list(EvalSampler(size, rank=rank, world_size=world)) for rank in range(world)]
+    assert sorted(itertools.chain(*shards)) == list(range(size))
+
+
+def test_training_shards_are_disjoint_equal_and_a_function_of_seed_and_epoch():
+    def shards(epoch, seed=0):
+        samplers = [TrainSampler(11, rank=rank, world_size=2, seed=seed) for rank in range(2)]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        return [list(sampler) for sampler in samplers]
+
+    first, second = shards(3)
+    assert len(first) == len(second) == 5 == len(TrainSampler(11, rank=0, world_size=2, seed=0))
+    assert len({draw.index for draw in first + second}) == 10
+    assert {draw.epoch for draw in first} == {3}
+    assert shards(3) == [first, second]
+    assert shards(4) != [first, second] and shards(3, seed=1) != [first, second]
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index(folder):
+    def images(workers, seed="0", epoch=1):
+        built = loaders(folder, "DATA.NUM_WORKERS", workers, "SEED", seed)
+        built.train.set_epoch(epoch)
+        return torch.cat([images for images, _ in built.train])
+
+    expected = images("0")
+    assert torch.equal(images("2"), expected)
+    assert not torch.equal(images("0", seed="1"), expected)
+    assert not torch.equal(images("0", epoch=2), expected)
+
+
+def test_drawing_in_the_main_process_leaves_its_generators_alone():
+    config = load_config(config_file("pola_swin_t"), ["DATA.IMG_SIZE", "32"])
+    dataset = TrainDataset(DigitsSource("val", (32, 32)), training_transform(config), seed=0, max_unreadable=0)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    expected = random.random(), np.random.rand(), torch.rand(1)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    dataset[Draw(0, 3)]
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected
+
+
+def test_images_of_different_sizes_without_resize_are_explained(folder):
+    (folder / "val" / "ant" / "0.jpg").write_bytes(jpeg(0, (30, 31)))
+    with pytest.raises(DataError, match="images of different sizes"):
+        next(iter(loaders(folder, "DATA.IMG_SIZE", "32", train=False).val))

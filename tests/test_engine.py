@@ -1,0 +1,411 @@
+"""The loops: what one step does, what a non-finite step does not do, and evaluation that counts exactly.
+
+    pytest tests/test_engine.py
+"""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import TINY
+from torch import nn
+
+import engine
+from config import load_config
+from data import Batches, build_loaders
+from data.transforms import normalise
+from engine import FiniteGuard, NonFiniteError, evaluate, throughput, train_one_epoch
+from logger import MetricsWriter, read_metrics
+from main import build_training
+from models import build_model
+from utils.metrics import AccuracyCounter
+from utils.precision import autocast_dtype, exact_float32
+from utils.randomness import generator_states, restore_generators, seed_everything
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Build (config, training, loaders) of the tiny configuration with overrides, from a fixed seed."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+
+    def build(options: str = ""):
+        config = load_config(str(path), options.split())
+        seed_everything(config.SEED)
+        loaders = build_loaders(config)
+        model = build_model(config, loaders.num_classes)
+        return config, build_training(config, model, loaders, CPU), loaders
+
+    return build
+
+
+def _weights(training) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in training.bare_model.parameters()]
+
+
+def _equal(first, second) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+PLAIN = "AUG.MIXUP 0 AUG.CUTMIX 0 AUG.REPROB 0 AUG.AUTO_AUGMENT none AUG.HFLIP 0 MODEL.DROP_PATH_RATE 0"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "AMP True",
+        "AMP True AMP_DTYPE float16",
+        "EMA.ENABLE True EMA.DECAY 0.9",
+        "TRAIN.ACCUMULATION_STEPS 2",
+        "TRAIN.USE_CHECKPOINT True",
+        "TRAIN.OPTIMIZER.NAME sgd",
+        "TRAIN.CLIP_GRAD None",
+        "AUG.MIXUP 0 AUG.CUTMIX 0",
+    ],
+)
+def test_an_epoch_trains_and_logs(start, tmp_path, options):
+    config, training, loaders = start(options)
+    before = _weights(training)
+    train_one_epoch(config, training, loaders.train, 0, MetricsWriter(tmp_path))
+    assert not _equal(before, _weights(training))
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    steps = len(loaders.train) // config.TRAIN.ACCUMULATION_STEPS
+    assert [record["step"] for record in records] == [*range(5, steps, 5), *([steps] if steps % 5 else [])] or steps % 5 == 0
+    for record in records:
+        assert set(record) == {"kind", "epoch", "step", "loss", "lr", "grad_norm"} | {
+            "data_time",
+            "step_time",
+            "images_per_s",
+            "memory_mb",
+        }
+        assert record["kind"] == "train" and all(math.isfinite(v) for k, v in record.items() if k != "kind")
+    assert 1.5 < records[0]["loss"] < 4
+
+
+def test_logged_rate_and_loss_are_those_used(start, tmp_path):
+    config, training, loaders = start(f"{PLAIN} PRINT_FREQ 1")
+    rates, losses = [], []
+    training.optimizer.register_step_pre_hook(lambda o, a, k: rates.append(o.param_groups[0]["lr"]))
+    training.criterion.register_forward_hook(lambda m, a, loss: losses.append(loss.item()))
+    train_one_epoch(config, training, loaders.train, 0, MetricsWriter(tmp_path))
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["lr"] for record in records] == rates
+    assert rates[0] == rates[1] < rates[2]  # iterations 0 and 1 both use WARMUP_LR
+    assert [record["loss"] for record in records] == pytest.approx(losses, rel=1e-6)
+
+
+def test_accumulated_steps_equal_one_large_batch(start, tmp_path):
+    whole_config, whole, loaders = start(f"{PLAIN} DATA.BATCH_SIZE 64")
+    half_config, halves, half_loaders = start(f"{PLAIN} DATA.BATCH_SIZE 32 TRAIN.ACCUMULATION_STEPS 2")
+    halves.bare_model.load_state_dict(whole.bare_model.state_dict())
+    assert whole.steps_per_epoch == halves.steps_per_epoch
+    assert whole.optimizer.param_groups[0]["lr"] == halves.optimizer.param_groups[0]["lr"]
+    for training in (whole, halves):
+        training.bare_model.double()
+        training.prepare.dtype = torch.float64
+    none = MetricsWriter(None)
+    train_one_epoch(whole_config, whole, loaders.train, 0, none)
+    train_one_epoch(half_config, halves, half_loaders.train, 0, none)
+    for a, b in zip(_weights(whole), _weights(halves), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_gradients_are_clipped_to_the_total_norm(start):
+    config, training, loaders = start("TRAIN.CLIP_GRAD 0.01")
+    norms = []
+
+    def note(optimizer, args, kwargs):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+    training.optimizer.register_step_pre_hook(note)
+    train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))
+    assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
+
+
+def test_average_follows_the_weights(start):
+    config, training, loaders = start("EMA.ENABLE True EMA.DECAY 0.5 DATA.BATCH_SIZE 256")
+    expected = _weights(training)
+
+    def average(optimizer, args, kwargs):
+        for mean, weight in zip(expected, training.bare_model.parameters(), strict=True):
+            mean.lerp_(weight.detach(), 0.5)
+
+    training.optimizer.register_step_post_hook(average)
+    train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))
+    for mean, own in zip(expected, training.ema.module.parameters(), strict=True):
+        assert torch.allclose(mean, own, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Non-finite steps
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Poison(nn.Module):
+    """A criterion that returns a non-finite loss at one call only."""
+
+    def __init__(self, at: int, value: float = math.nan) -> None:
+        super().__init__()
+        self.at, self.value, self.calls = at, value, 0
+
+    def forward(self, logits, targets):
+        loss = nn.functional.cross_entropy(logits, targets)
+        self.calls += 1
+        return loss * self.value if self.calls - 1 == self.at else loss
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(("amp", "value"), [("", math.nan), ("AMP True", math.inf), ("AMP True AMP_DTYPE float16", math.nan)])
+def test_a_non_finite_step_stops_with_the_weights_of_before(start, optimizer, amp, value):
+    options = f"{amp} TRAIN.OPTIMIZER.NAME {optimizer} PRINT_FREQ 10 EMA.ENABLE True"
+    config, training, loaders = start(options)
+    snapshots = []
+    training.optimizer.register_step_pre_hook(lambda *_: snapshots.append(_weights(training)))
+    training.criterion = Poison(at=7, value=value)
+    with pytest.raises(NonFiniteError, match=r"step 7: non-finite .* learning rate \d\.\d+e-\d+ \(loss not finite on rank 0\)"):
+        train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))
+    before = snapshots[7] if training.scaler is None else _weights(training)
+    assert training.criterion.calls == 10  # noticed at the log line, three clean losses later
+    assert _equal(_weights(training), before)
+    if training.scaler is None:
+        assert not _equal(snapshots[6], snapshots[7])
+    assert all(weight.isfinite().all() for weight in _weights(training))
+
+
+def test_float16_stops_with_the_weights_of_before_too(start):
+    """The scaler skips optimizer.step altogether, so the weights are compared around the bad step from outside."""
+    config, training, loaders = start("AMP True AMP_DTYPE float16 PRINT_FREQ 10")
+    snapshots = []
+
+    class Watching(Poison):
+        def forward(self, logits, targets):
+            snapshots.append(_weights(training))
+            return super().forward(logits, targets)
+
+    training.criterion = Watching(at=7)
+    with pytest.raises(NonFiniteError, match="step 7"):
+        train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))
+    assert len(snapshots) == 10
+    assert not _equal(snapshots[6], snapshots[7])
+    assert _equal(snapshots[7], snapshots[9]) and _equal(snapshots[7], _weights(training))
+
+
+def test_a_non_finite_gradient_of_a_finite_loss_is_noticed(start):
+    config, training, loaders = start("PRINT_FREQ 10")
+    calls = []
+
+    def poison(grad):
+        calls.append(None)
+        return grad * math.inf if len(calls) == 4 else grad
+
+    training.bare_model.head.weight.register_hook(poison)
+    with pytest.raises(NonFiniteError, match=r"step 3: .*every loss was finite, the gradient not"):
+        train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))
+
+
+def test_overflow_in_float16_is_skipped_not_fatal(start):
+    config, training, loaders = start("AMP True AMP_DTYPE float16 PRINT_FREQ 10")
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    before = _weights(training)
+    train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))
+    assert training.scaler.get_scale() < 2.0**24
+    assert not _equal(before, _weights(training))
+
+
+def test_a_collapsed_float16_scale_stops(start):
+    config, training, loaders = start("AMP True AMP_DTYPE float16 PRINT_FREQ 3")
+    training.bare_model.head.weight.register_hook(lambda grad: grad * math.inf)
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with pytest.raises(NonFiniteError, match="gradient scale fell to 0.5"):
+        train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))
+
+
+def test_the_guard_reads_nothing_back_per_step(start, monkeypatch):
+    """Between log lines no value leaves the device: .item(), .tolist(), bool() and float() of a tensor are forbidden."""
+    config, training, loaders = start(f"{PLAIN} PRINT_FREQ 1000 EMA.ENABLE True")
+    batches = list(loaders.train)[:3]
+
+    def forbidden(self, *arguments):
+        raise AssertionError("a tensor was read by the host during a step")
+
+    stream, guard, interval = iter(batches), FiniteGuard(training), engine.Interval(CPU)
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, forbidden)
+    # what torch itself does to CPU scalars inside the fused optimizer is not ours to see: only the step around it
+    monkeypatch.setattr(training.optimizer, "step", lambda: None)
+    for step in range(3):
+        engine._optimizer_step(training, stream, guard, interval, step)
+    assert interval.steps == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _count(logits, labels):
+    counter = AccuracyCounter(CPU)
+    counter.update(logits, labels)
+    return counter.result(len(labels))
+
+
+def test_accuracy_equals_sorting():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(500, 20), torch.randint(0, 20, (500,))
+    result = _count(logits, labels)
+    order = logits.argsort(dim=1, descending=True)
+    assert result.correct1 == (order[:, 0] == labels).sum()
+    assert result.correct5 == (order[:, :5] == labels[:, None]).sum()
+    assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert result.top1 == 100 * result.correct1 / 500
+
+
+def test_ties_and_non_finite_logits_are_not_right_by_accident():
+    labels = torch.tensor([0, 3, 7])
+    constant = _count(torch.zeros(3, 10), labels)
+    assert (constant.correct1, constant.correct5) == (1, 2)  # class 0 alone comes first, classes 0 to 4 in the first 5
+    broken = _count(torch.full((3, 10), torch.nan), labels)
+    assert (broken.correct1, broken.correct5, broken.non_finite) == (0, 0, 3)
+    assert "3 images with non-finite logits" in str(broken)
+    infinite = torch.zeros(1, 10)
+    infinite[0, 2] = torch.inf
+    assert _count(infinite, torch.tensor([2])).correct1 == 0
+
+
+def test_fewer_than_five_classes():
+    result = _count(torch.randn(8, 3), torch.randint(0, 3, (8,)))
+    assert result.correct5 == 8
+
+
+def test_a_lost_image_is_an_error():
+    counter = AccuracyCounter(CPU)
+    counter.update(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(RuntimeError, match="counted 4 images, the data set has 5"):
+        counter.result(5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 400])
+def test_every_batch_size_gives_the_same_counts(start, batch_size):
+    _, training, loaders = start("DATA.BATCH_SIZE 50")
+    expected = evaluate(training.bare_model, loaders.val, CPU)
+    assert expected.images == 355
+    _, _, other = start(f"DATA.BATCH_SIZE {batch_size} TRAIN.ACCUMULATION_STEPS 1")
+    result = evaluate(training.bare_model, other.val, CPU)
+    assert (result.images, result.correct1, result.correct5) == (expected.images, expected.correct1, expected.correct5)
+    assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+
+
+def test_evaluation_equals_a_plain_loop(start):
+    _, training, loaders = start()
+    model = training.bare_model.eval()
+    with torch.no_grad():
+        pairs = [(model(normalise(images)).argmax(1), labels) for images, labels in loaders.val]
+    correct = sum((predicted == labels).sum().item() for predicted, labels in pairs)
+    assert evaluate(model, loaders.val, CPU).correct1 == correct
+
+
+def test_evaluation_switches_tf32_off_and_back():
+    class Probe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, images):
+            assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+            assert images.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and not self.training
+            return images.mean((2, 3)) * self.weight
+
+    class Val(Batches):
+        def __init__(self):
+            pass
+
+        def __iter__(self):
+            yield torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
+
+        def __len__(self):
+            return 1
+
+        num_images = 2
+
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        evaluate(Probe(), Val(), CPU)
+        assert torch.backends.cuda.matmul.allow_tf32
+        with pytest.raises(KeyError), exact_float32():
+            raise KeyError
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Throughput, precision, randomness, log
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_throughput_honours_batch_size_image_size_and_precision(start):
+    config, training, _ = start("DATA.BATCH_SIZE 3")
+    seen = []
+    training.bare_model.register_forward_hook(lambda m, args, out: seen.append((args[0].shape, out.dtype)))
+    result = throughput(config, training.bare_model, CPU, torch.bfloat16, warmup=1, batches=4)
+    assert seen == [((3, 3, 32, 32), torch.bfloat16)] * 5
+    assert result.batches == 4 and 0 < result.low <= result.median <= result.high
+
+
+def test_amp_dtype(start):
+    config, _, _ = start()
+    assert autocast_dtype(config, CPU) == torch.bfloat16
+    config, _, _ = start("AMP_DTYPE float16")
+    assert autocast_dtype(config, CPU) == torch.float16
+
+
+def test_generator_states_survive_a_checkpoint(tmp_path):
+    import random
+
+    import numpy as np
+
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(2).tolist()
+
+    seed_everything(3, 1)
+    draw()
+    torch.save(generator_states(), tmp_path / "states.pth")
+    expected = draw()
+    seed_everything(9)
+    restore_generators(torch.load(tmp_path / "states.pth", weights_only=True))
+    assert draw() == expected
+    seed_everything(3, 1)
+    first = draw()
+    seed_everything(3, 2)
+    assert draw() != first
+
+
+def test_records_beyond_the_resumed_step_are_dropped(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step in (5, 10, 15):
+        writer.write("train", 0, step, loss=1.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "ep')  # what a crash leaves
+    writer.drop_after(10)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10]
+
+
+def test_tensorboard_receives_the_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricsWriter(tmp_path, tensorboard=True)
+    writer.write("val", 0, 5, top1=12.5)
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("val/top1")] == [(5, 12.5)]
