@@ -84,7 +84,7 @@ def setup(config: CfgNode) -> torch.device:
             _open_folder(folder)
         distributed.barrier()
         setup_logger(distributed.rank(), folder / "log.txt")
-    seed_everything(config.SEED, distributed.rank())
+    seed_everything(config.SEED)  # the same on every rank: all build the same model
     get_logger().info(
         "%d × %s, torch %s, polarity attention backend: %s",
         distributed.world_size(),
@@ -363,6 +363,7 @@ def run_training(config: CfgNode, device: torch.device) -> Progress:
     training = build_training(config, model, loaders, device)
     metrics = MetricsWriter(folder if is_main else None, config.TENSORBOARD)
     # resume
+    seed_everything(config.SEED, distributed.rank())  # from here each rank draws its own
     progress = resume(config, training, loaders, metrics)
     if is_main:
         (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")

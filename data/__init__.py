@@ -71,12 +71,6 @@ class Loaders(NamedTuple):
 
 
 def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
-    shapes = {tuple(sample.image.shape) for sample in samples}
-    if len(shapes) > 1:
-        raise DataError(
-            f"images of different sizes {sorted(shapes)} in one batch: at IMG_SIZE ≤ 32 images are used as they are, so"
-            " prepare them at that size"
-        )
     images = torch.stack([sample.image for sample in samples])
     labels = torch.tensor([sample.label for sample in samples])
     return images, labels, [name for sample in samples for name in sample.unreadable]

@@ -19,13 +19,24 @@ from yacs.config import CfgNode
 
 from config import image_size
 
-# Up to this size images are taken as they are: no resize in evaluation, a padded random crop in training.
+# Up to this IMG_SIZE, images that have it already are taken as they are: no resize in evaluation, a padded random crop
+# in training.
 SMALL_IMAGE = 32
 _IMAGE_TO_UINT8 = transforms.PILToTensor()
 
 
-def _is_small(config: CfgNode) -> bool:
-    return max(image_size(config)) <= SMALL_IMAGE
+class _BySize:
+    """One step for images of (height, width), another for the rest."""
+
+    def __init__(self, size: tuple[int, int], same: Callable, other: Callable) -> None:
+        self.size, self.same, self.other = size, same, other
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return (self.same if image.size == self.size[::-1] else self.other)(image)
+
+
+def _keep(image: Image.Image) -> Image.Image:
+    return image
 
 
 def evaluation_transform(config: CfgNode) -> Callable[[Image.Image], Tensor]:
@@ -35,19 +46,17 @@ def evaluation_transform(config: CfgNode) -> Callable[[Image.Image], Tensor]:
     evaluated with the aspect ratio squashed (TEST.RESIZE squash); `shorter` keeps it before a crop.
     """
     size = image_size(config)
-    steps: list[Callable] = []
-    if not _is_small(config):
-        mode = InterpolationMode(config.DATA.INTERPOLATION)
-        if not config.TEST.CROP:
-            steps.append(transforms.Resize(size, mode))
-        else:
-            enlarged = [int(256 / 224 * side) for side in size]
-            if config.TEST.RESIZE == "squash":
-                steps.append(transforms.Resize(enlarged, mode))
-            else:
-                steps.append(_CoverResize(enlarged, mode))
-            steps.append(transforms.CenterCrop(size))
-    return transforms.Compose([*steps, _IMAGE_TO_UINT8])
+    mode = InterpolationMode(config.DATA.INTERPOLATION)
+    if not config.TEST.CROP:
+        fit: Callable = transforms.Resize(size, mode)
+    else:
+        enlarged = [int(256 / 224 * side) for side in size]
+        squash = config.TEST.RESIZE == "squash"
+        resize = transforms.Resize(enlarged, mode) if squash else _CoverResize(enlarged, mode)
+        fit = transforms.Compose([resize, transforms.CenterCrop(size)])
+    if max(size) <= SMALL_IMAGE:
+        fit = _BySize(size, _keep, fit)
+    return transforms.Compose([fit, _IMAGE_TO_UINT8])
 
 
 class _CoverResize:
@@ -76,8 +85,8 @@ def training_transform(config: CfgNode) -> Callable[[Image.Image], Tensor]:
         interpolation=config.DATA.INTERPOLATION,
     )
     steps = list(recipe.transforms)[:-1]
-    if _is_small(config):
-        steps[0] = transforms.RandomCrop(size, padding=4)
+    if max(size) <= SMALL_IMAGE:
+        steps[0] = _BySize(size, transforms.RandomCrop(size, padding=4), steps[0])
     for operation in _augment_operations(steps):
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _posterize(operation.aug_fn)

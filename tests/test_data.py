@@ -456,7 +456,11 @@ def test_drawing_in_the_main_process_leaves_its_generators_alone():
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
 
 
-def test_images_of_different_sizes_without_resize_are_explained(folder):
-    (folder / "val" / "ant" / "0.jpg").write_bytes(jpeg(0, (30, 31)))
-    with pytest.raises(DataError, match="images of different sizes"):
-        next(iter(loaders(folder, "DATA.IMG_SIZE", "32", train=False).val))
+def test_small_sizes_resize_only_what_has_another_size(folder):
+    exact = jpeg(0, (32, 32))
+    (folder / "val" / "ant" / "0.jpg").write_bytes(exact)
+    images, _ = next(iter(loaders(folder, "DATA.IMG_SIZE", "32", train=False).val))
+    assert images.shape == (4, 3, 32, 32)
+    assert torch.equal(images[0], torch.from_numpy(np.array(Image.open(io.BytesIO(exact)))).permute(2, 0, 1))
+    built = loaders(folder, "DATA.IMG_SIZE", "32")
+    assert next(iter(built.train))[0].shape == (4, 3, 32, 32)
