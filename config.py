@@ -47,7 +47,9 @@ class Kind:
     parse: Callable[[Any], Any]
 
 
-def _number(types: tuple[type, ...], convert: type, name: str, low: float, high: float, open_high: bool) -> Kind:
+def _number(
+    types: tuple[type, ...], convert: Callable[[Any], Any], name: str, low: float, high: float, open_high: bool
+) -> Kind:
     bounds = "" if low == -float("inf") else f" ≥ {low:g}"
     if high != float("inf"):
         bounds += f" and {'<' if open_high else '≤'} {high:g}"
@@ -55,9 +57,10 @@ def _number(types: tuple[type, ...], convert: type, name: str, low: float, high:
     def parse(value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, types):
             raise ValueError
+        value = convert(value)
         if not (low <= value < high if open_high else low <= value <= high):  # NaN fails both
             raise ValueError
-        return convert(value)
+        return value
 
     return Kind(f"{name}{bounds}", parse)
 
@@ -253,7 +256,9 @@ KEYS: dict[str, Key] = {
     "AUG.MIXUP": Key(0.8, real(0), "mixup alpha; 0 disables"),
     "AUG.CUTMIX": Key(1.0, real(0), "CutMix alpha; 0 disables"),
     "AUG.CUTMIX_MINMAX": Key(
-        None, optional(sequence(real(0, 1), 2)), "smallest and largest box side of CutMix as fractions; overrides CUTMIX"
+        None,
+        optional(sequence(real(0, 1), 2)),
+        "smallest and largest box side of CutMix as fractions; overrides CUTMIX",
     ),
     "AUG.MIXUP_PROB": Key(1.0, real(0, 1), "probability that a batch is mixed"),
     "AUG.MIXUP_SWITCH_PROB": Key(0.5, real(0, 1), "probability of CutMix where both are enabled"),
@@ -505,8 +510,8 @@ def _validate_model(config: CfgNode) -> None:
     size = image_size(config)
     if any(side % unit for side in size):
         raise ConfigError(
-            f"DATA.IMG_SIZE {config.DATA.IMG_SIZE} does not fit {config.MODEL.TYPE}: expected a multiple of {unit} pixels"
-            f" (patch {patch}, halved {num_stages - 1} times), or [height, width] of such multiples"
+            f"DATA.IMG_SIZE {config.DATA.IMG_SIZE} does not fit {config.MODEL.TYPE}: expected a multiple of {unit}"
+            f" pixels (patch {patch}, halved {num_stages - 1} times), or [height, width] of such multiples"
         )
     if is_swin:
         if len(heads) != num_stages:
@@ -522,8 +527,8 @@ def _validate_model(config: CfgNode) -> None:
         grid = [side // (4 * 2**stage) for side in size]
         if letters[stage] == "L" and any(side % ratio for side in grid):
             raise ConfigError(
-                f"PVT_LA_SR_RATIOS {config.MODEL.LA.PVT_LA_SR_RATIOS}: the {grid[0]}×{grid[1]} map of stage {stage} does"
-                f" not divide by {ratio}"
+                f"PVT_LA_SR_RATIOS {config.MODEL.LA.PVT_LA_SR_RATIOS}: the {grid[0]}×{grid[1]} map of stage {stage}"
+                f" does not divide by {ratio}"
             )
 
 
@@ -532,7 +537,8 @@ def validate(config: CfgNode) -> None:
     _validate_model(config)
     if config.TRAIN.WARMUP_EPOCHS > config.TRAIN.EPOCHS:
         raise ConfigError(
-            f"TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} exceeds TRAIN.EPOCHS {config.TRAIN.EPOCHS}, of which it is part"
+            f"TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} exceeds TRAIN.EPOCHS {config.TRAIN.EPOCHS},"
+            " of which it is part"
         )
     minmax = config.AUG.CUTMIX_MINMAX
     if minmax is not None and not minmax[0] < minmax[1]:
@@ -581,9 +587,16 @@ def _parser() -> argparse.ArgumentParser:
         " docs/configuration.md lists every key.",
         epilog="example: torchrun --nproc_per_node=8 main.py --cfg configs/pola_swin_t.yaml --data-path IMAGENET --amp",
     )
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML configuration, for example configs/pola_swin_t.yaml")
     parser.add_argument(
-        "--opts", nargs="*", action="extend", default=[], metavar="KEY VALUE", help="override keys: --opts TRAIN.EPOCHS 100"
+        "--cfg", required=True, metavar="FILE", help="YAML configuration, for example configs/pola_swin_t.yaml"
+    )
+    parser.add_argument(
+        "--opts",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="KEY VALUE",
+        help="override keys: --opts TRAIN.EPOCHS 100",
     )
     for flag, key in VALUE_FLAGS.items():
         names = [flag, "--local_rank"] if flag == "--local-rank" else [flag]
@@ -596,7 +609,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def parse_command_line(argv: Sequence[str] | None = None) -> CfgNode:
-    """The frozen configuration of the command line (default: sys.argv). Exits with status 2 and one line on a mistake."""
+    """The frozen configuration of the command line (default: sys.argv). A mistake exits with status 2 and one line."""
     parser = _parser()
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -20,6 +20,7 @@ from config import image_size
 from data import Batches
 from data.transforms import TrainBatch, normalise
 from logger import MetricsWriter, get_logger, progress
+from models.classifier import Classifier
 from utils import distributed
 from utils.metrics import Accuracy, AccuracyCounter
 from utils.precision import autocast, exact_float32
@@ -34,7 +35,7 @@ class Training:
     """What one optimizer step needs. `model` is wrapped as the loop calls it, `bare_model` is saved and evaluated."""
 
     model: nn.Module
-    bare_model: nn.Module
+    bare_model: Classifier
     optimizer: Optimizer
     scheduler: Scheduler
     criterion: nn.Module
@@ -89,15 +90,17 @@ class FiniteGuard:
             seen = distributed.gather_objects((int(self.first_bad_step), bool(self.bad_loss)))
             step = min(step for step, _ in seen if step >= 0)
             ranks = [str(rank) for rank, (_, bad_loss) in enumerate(seen) if bad_loss]
-            whose = f"loss not finite on rank {', '.join(ranks)}" if ranks else "every loss was finite, the gradient not"
+            whose = (
+                f"loss not finite on rank {', '.join(ranks)}" if ranks else "every loss was finite, the gradient not"
+            )
             raise NonFiniteError(
                 f"step {step}: non-finite gradient or loss at learning rate {lr:.3e} ({whose}). The weights are those"
                 " before this step; a lower TRAIN.BASE_LR, TRAIN.CLIP_GRAD or AMP_DTYPE bfloat16 may help"
             )
         if scaler and scaler.get_scale() < 1:
             raise NonFiniteError(
-                f"the float16 gradient scale fell to {scaler.get_scale():g} at learning rate {lr:.3e}: gradients overflow"
-                " at every scale; use AMP_DTYPE bfloat16 or a lower TRAIN.BASE_LR"
+                f"the float16 gradient scale fell to {scaler.get_scale():g} at learning rate {lr:.3e}: gradients"
+                " overflow at every scale; use AMP_DTYPE bfloat16 or a lower TRAIN.BASE_LR"
             )
 
 
@@ -118,9 +121,7 @@ def memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def train_one_epoch(
-    config: CfgNode, training: Training, batches: Batches, epoch: int, metrics: MetricsWriter
-) -> None:
+def train_one_epoch(config: CfgNode, training: Training, batches: Batches, epoch: int, metrics: MetricsWriter) -> None:
     """Train for one epoch and log every PRINT_FREQ optimizer steps and at the end.
 
     Raises NonFiniteError on all ranks at the log line after the first non-finite step.

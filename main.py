@@ -1,8 +1,8 @@
 """Train, evaluate or time Pola-Swin and Pola-PVT: the story of a run, from top to bottom.
 
-    python main.py --cfg configs/quickstart.yaml                                  one process, CPU or one GPU
-    torchrun --nproc_per_node=8 main.py --cfg configs/pola_swin_t.yaml --data-path IMAGENET --amp
-    python main.py --cfg configs/pola_swin_t.yaml --data-path IMAGENET --eval --resume FILE.pth
+python main.py --cfg configs/quickstart.yaml                                  one process, CPU or one GPU
+torchrun --nproc_per_node=8 main.py --cfg configs/pola_swin_t.yaml --data-path IMAGENET --amp
+python main.py --cfg configs/pola_swin_t.yaml --data-path IMAGENET --eval --resume FILE.pth
 """
 
 from config import ConfigError, parse_command_line
@@ -28,13 +28,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from config import KEYS, config_from_tree, run_folder, value_of
+from config import KEYS, run_folder, value_of
 from data import DataError, Loaders, build_loaders
 from data.transforms import TrainBatch, mixup_enabled
 from engine import NonFiniteError, Training, evaluate, throughput, train_one_epoch
 from logger import MetricsWriter, get_logger, setup_logger
 from lr_scheduler import build_scheduler
 from models import build_model
+from models.classifier import Classifier
+from models.loading import load_pretrained, load_weights
 from models.ops.polarity_attention import choose_backend
 from optimizer import build_optimizer, load_optimizer_state
 from utils import distributed
@@ -45,8 +47,6 @@ from utils.checkpoint import (
     epoch_file,
     file_digest,
     load_checkpoint,
-    load_pretrained,
-    load_weights,
     newest_checkpoint,
     num_classes_of,
     remove_old_checkpoints,
@@ -102,17 +102,19 @@ def _open_folder(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"the run folder {folder} cannot be written ({error.strerror}); --output names another root") from error
+        raise ConfigError(
+            f"the run folder {folder} cannot be written ({error.strerror}); --output names another root"
+        ) from error
 
 
-def place(model: nn.Module, device: torch.device) -> nn.Module:
+def place(model: Classifier, device: torch.device) -> Classifier:
     """Move a model to its device; dense convolutions channels last, as tokens reach and leave them in that order.
 
     (Their gradients come in that layout too, and DDP's buckets want both alike.)
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.groups == 1:
-            module.to(memory_format=torch.channels_last)
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     return model.to(device)
 
 
@@ -185,7 +187,7 @@ def run_throughput(config: CfgNode, device: torch.device) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_training(config: CfgNode, model: nn.Module, loaders: Loaders, device: torch.device) -> Training:
+def build_training(config: CfgNode, model: Classifier, loaders: Loaders, device: torch.device) -> Training:
     """Optimizer, schedule, scaler, average and loss around a bare model that is already on its device."""
     assert loaders.train is not None
     accumulation = config.TRAIN.ACCUMULATION_STEPS
@@ -235,11 +237,10 @@ def wrap(config: CfgNode, training: Training) -> None:
 
 def resume(config: CfgNode, training: Training, loaders: Loaders, metrics: MetricsWriter) -> Progress:
     """Continue the run folder's newest readable checkpoint, else --resume, else start from --pretrained or scratch."""
-    logger, path = get_logger(), None
+    logger, source = get_logger(), config.MODEL.RESUME
     if config.TRAIN.AUTO_RESUME:
-        path = newest_checkpoint(run_folder(config)) if distributed.rank() == 0 else None
-        path = distributed.broadcast_object(path)
-    source = str(path or config.MODEL.RESUME)
+        newest = newest_checkpoint(run_folder(config)) if distributed.rank() == 0 else None
+        source = str(distributed.broadcast_object(newest) or source)
     if source:
         progress = restore(config, training, loaders, load_checkpoint(source), source)
         metrics.drop_after(progress.epoch * training.steps_per_epoch)
@@ -257,9 +258,7 @@ def resume(config: CfgNode, training: Training, loaders: Loaders, metrics: Metri
     return Progress(epoch=config.TRAIN.START_EPOCH)
 
 
-def restore(
-    config: CfgNode, training: Training, loaders: Loaders, checkpoint: dict[str, Any], source: str
-) -> Progress:
+def restore(config: CfgNode, training: Training, loaders: Loaders, checkpoint: dict[str, Any], source: str) -> Progress:
     """Put everything a checkpoint holds back, the configuration's schedule and hyperparameters staying in force.
 
     Raises CheckpointError where it belongs to another model, data set, function or optimizer.
@@ -269,7 +268,9 @@ def restore(
     check_classes(checkpoint, loaders, source)
     missing = [name for name in ("optimizer", "epoch") if name not in checkpoint]
     if missing:
-        raise CheckpointError(f"{source} has no {' and no '.join(missing)} to continue from; --pretrained starts from weights")
+        raise CheckpointError(
+            f"{source} has no {' and no '.join(missing)} to continue from; --pretrained starts from weights"
+        )
     _log_changed_keys(checkpoint, config, source)
     load_weights(training.bare_model, checkpoint["model"], source)
     load_optimizer_state(training.optimizer, training.bare_model, checkpoint["optimizer"], source)
@@ -292,7 +293,9 @@ def restore(
 def _log_changed_keys(checkpoint: dict[str, Any], config: CfgNode, source: str) -> None:
     """Name every training key that changed since a checkpoint of ours was written; the new values apply."""
     if not isinstance(checkpoint.get("config"), str):
-        get_logger().info("%s stores no unscaled learning rates: schedule and optimizer follow the configuration", source)
+        get_logger().info(
+            "%s stores no unscaled learning rates: schedule and optimizer follow the configuration", source
+        )
         return
     stored = stored_config(checkpoint, source)
     assert stored is not None
@@ -312,7 +315,9 @@ def checkpoint_state(config: CfgNode, training: Training, loaders: Loaders, prog
         "model": training.bare_model.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "lr_scheduler": {
-            name: value for name, value in training.scheduler.state_dict().items() if not isinstance(value, torch.Tensor)
+            name: value
+            for name, value in training.scheduler.state_dict().items()
+            if not isinstance(value, torch.Tensor)
         },
         "scaler": training.scaler.state_dict() if training.scaler else None,
         "model_ema": training.ema.module.state_dict() if training.ema else None,
@@ -427,5 +432,7 @@ if __name__ == "__main__":
         get_logger().error("error: %s", problem)
         sys.exit(2)
     except KeyboardInterrupt:
-        get_logger().warning("interrupted; the last complete checkpoint is intact, and the same command continues from it")
+        get_logger().warning(
+            "interrupted; the last complete checkpoint is intact, and the same command continues from it"
+        )
         sys.exit(130)

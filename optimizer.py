@@ -3,27 +3,29 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
+from models.classifier import Classifier
 from utils.checkpoint import CheckpointError
 
 
-def parameter_groups(model: nn.Module) -> tuple[list[str], list[str]]:
+def parameter_groups(model: Classifier) -> tuple[list[str], list[str]]:
     """Names of the decayed and the undecayed parameters, in the model's order.
 
     No decay: 1-D parameters, biases, and what the model's `no_weight_decay` names.
     """
-    exempt = tuple(model.no_weight_decay())
-    decay, no_decay = [], []
+    exempt = model.no_weight_decay()
+    decay: list[str] = []
+    no_decay: list[str] = []
     for name, parameter in model.named_parameters():
-        plain = parameter.ndim == 1 or name.endswith(".bias") or (exempt and name.endswith(exempt))
+        plain = parameter.ndim == 1 or name.endswith(".bias") or name in exempt
         (no_decay if plain else decay).append(name)
     return decay, no_decay
 
 
-def build_optimizer(config: CfgNode, model: nn.Module, lr_scale: float = 1.0) -> Optimizer:
+def build_optimizer(config: CfgNode, model: Classifier, lr_scale: float = 1.0) -> Optimizer:
     """AdamW or SGD (Nesterov) at BASE_LR · `lr_scale` over the bare model's two parameter groups.
 
     Fused kernels are used because they can suppress an update on the device (`found_inf`), without the host.
@@ -57,7 +59,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, lr_scale: float = 1.0) ->
     raise ValueError(f"TRAIN.OPTIMIZER.NAME {name!r} is unknown, expected adamw or sgd")
 
 
-def load_optimizer_state(optimizer: Optimizer, model: nn.Module, stored: dict[str, Any], source: str) -> None:
+def load_optimizer_state(optimizer: Optimizer, model: Classifier, stored: dict[str, Any], source: str) -> None:
     """Restore moments and step counts from an optimizer state dict; hyperparameters stay those of the configuration.
 
     Positions in a released file also count parameters that the released model had and ours does not

@@ -83,7 +83,9 @@ def _build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None =
         raise DataError("no data set: --data-path names the folder that holds train/ and val/")
     root = Path(config.DATA.DATA_PATH)
     if not root.is_dir():
-        raise DataError(f"data set folder {root} does not exist; --data-path names the folder that holds train/ and val/")
+        raise DataError(
+            f"data set folder {root} does not exist; --data-path names the folder that holds train/ and val/"
+        )
     if not config.DATA.ZIP_MODE:
         return FolderSource(root / split, classes)
     source = ZipSource(root / f"{split}.zip", root / f"{split}_map.txt")
@@ -153,5 +155,8 @@ def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
             f" {train_source.num_classes} classes"
         )
     return Loaders(
-        _build_train(config, train_source), _build_val(config, val_source), train_source.classes, train_source.num_classes
+        _build_train(config, train_source),
+        _build_val(config, val_source),
+        train_source.classes,
+        train_source.num_classes,
     )

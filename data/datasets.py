@@ -8,6 +8,7 @@ import io
 import os
 import random
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -32,9 +33,14 @@ class UnreadableImage(DataError):
 class Source(Protocol):
     """Images with labels. `classes` are their names, or None where the format stores none."""
 
-    labels: Sequence[int]
-    classes: tuple[str, ...] | None
-    num_classes: int
+    @property
+    def labels(self) -> Sequence[int]: ...
+
+    @property
+    def classes(self) -> tuple[str, ...] | None: ...
+
+    @property
+    def num_classes(self) -> int: ...
 
     def name(self, index: int) -> str: ...
 
@@ -68,18 +74,22 @@ class FolderSource:
 
     def __init__(self, root: Path, classes: tuple[str, ...] | None = None) -> None:
         if not root.is_dir():
-            raise DataError(f"data set folder {root} does not exist; --data-path names the folder that holds train/ and val/")
+            raise DataError(
+                f"data set folder {root} does not exist; --data-path names the folder that holds train/ and val/"
+            )
         folders = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
         if not folders:
             loose = sum(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(root))
             if loose:
                 raise DataError(
-                    f"{root} holds {loose} images but no class folders; expected {root}/<class>/<image>: move every image"
-                    " into a folder named after its class"
+                    f"{root} holds {loose} images but no class folders; expected {root}/<class>/<image>: move every"
+                    " image into a folder named after its class"
                 )
             raise DataError(f"{root} is empty; expected {root}/<class>/<image>")
         if classes is not None and (strange := sorted(set(folders) - set(classes))):
-            raise DataError(f"{root} has {len(strange)} class folders that the training set lacks: {', '.join(strange[:5])}")
+            raise DataError(
+                f"{root} has {len(strange)} class folders that the training set lacks: {', '.join(strange[:5])}"
+            )
         self.classes = classes or folders
         self.num_classes = len(self.classes)
         index = {name: i for i, name in enumerate(self.classes)}
@@ -154,11 +164,13 @@ class ZipSource:
         return f"{self.path}:{self._names[index]}"
 
     def load(self, index: int) -> Image.Image:
-        if self._handle is None or self._handle[0] != os.getpid():  # a handle shared by forked workers would seek wildly
+        if (
+            self._handle is None or self._handle[0] != os.getpid()
+        ):  # a handle shared by forked workers would seek wildly
             self._handle = (os.getpid(), zipfile.ZipFile(self.path))
         try:
             data = self._handle[1].read(self._names[index])
-        except (OSError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
             raise UnreadableImage(f"{self.name(index)}: {error}") from error
         return decode(data, self.name(index))
 
@@ -184,8 +196,8 @@ def warm_page_cache(path: Path, *, share: int = 0, shares: int = 1) -> None:
 class DigitsSource:
     """The 1,797 handwritten digits of scikit-learn (UCI optical recognition, 8×8, 17 grey levels).
 
-    A fixed stratified split: of each class's images, in the file's order, every fifth is validation. Images are enlarged
-    bicubically to `size` (height, width).
+    A fixed stratified split: of each class's images, in the file's order, every fifth is validation. Images are
+    enlarged bicubically to `size` (height, width).
     """
 
     classes: tuple[str, ...] | None = tuple(str(digit) for digit in range(10))
@@ -255,7 +267,7 @@ class TrainDataset(Dataset[Sample]):
 
     def __getitem__(self, draw: Draw) -> Sample:
         unreadable: list[str] = []
-        index = draw.index
+        index = draw.position
         while True:
             try:
                 image = self.source.load(index)
@@ -265,7 +277,7 @@ class TrainDataset(Dataset[Sample]):
                 if len(unreadable) > self.max_unreadable:
                     raise DataError(too_many_unreadable(unreadable, len(self), self.max_unreadable)) from error
                 index = (index + 1) % len(self)
-        with sample_randomness(self.seed, draw):
+        with SampleRandomness(self.seed, draw):
             return Sample(self.transform(image), self.source.labels[index], tuple(unreadable))
 
 
@@ -276,11 +288,11 @@ def too_many_unreadable(names: Sequence[str], size: int, allowed: int) -> str:
     )
 
 
-class sample_randomness:
+class SampleRandomness:
     """Seed Python's, NumPy's and torch's generators for one draw; the main process gets its own states back after."""
 
     def __init__(self, seed: int, draw: Draw) -> None:
-        self.words = np.random.SeedSequence((seed, draw.epoch, draw.index)).generate_state(3)
+        self.words = np.random.SeedSequence((seed, draw.epoch, draw.position)).generate_state(3)
 
     def __enter__(self) -> None:
         self.states = None

@@ -11,7 +11,7 @@ class Draw(NamedTuple):
     """One training sample of one epoch: what its augmentation may depend on, beside the seed of the run."""
 
     epoch: int
-    index: int
+    position: int  # in the data set
 
 
 class TrainSampler(Sampler[Draw]):

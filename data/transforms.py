@@ -80,7 +80,7 @@ def training_transform(config: CfgNode) -> Callable[[Image.Image], Tensor]:
         is_training=True,
         use_prefetcher=True,  # normalisation and erasing run on the device
         hflip=config.AUG.HFLIP,
-        color_jitter=config.AUG.COLOR_JITTER or None,
+        color_jitter=config.AUG.COLOR_JITTER,
         auto_augment=None if policy == "none" else policy,
         interpolation=config.DATA.INTERPOLATION,
     )
@@ -89,7 +89,7 @@ def training_transform(config: CfgNode) -> Callable[[Image.Image], Tensor]:
         steps[0] = _BySize(size, transforms.RandomCrop(size, padding=4), steps[0])
     for operation in _augment_operations(steps):
         if operation.name.startswith("Posterize"):
-            operation.aug_fn = _posterize(operation.aug_fn)
+            operation.aug_fn = _SafePosterize(operation.aug_fn)  # type: ignore[assignment, arg-type]  # inferred too narrowly
     return transforms.Compose([*steps, _IMAGE_TO_UINT8])
 
 
@@ -105,15 +105,16 @@ def _augment_operations(node: object) -> Iterator[AugmentOp]:
             yield from _augment_operations(getattr(node, name, ()))
 
 
-def _posterize(posterize: Callable) -> Callable:
+class _SafePosterize:
     """timm's posterize for every strength: Pillow 13 refuses 0 bits, which earlier versions rendered as black."""
 
-    def safe(image: Image.Image, bits_to_keep: int, **parameters: object) -> Image.Image:
+    def __init__(self, posterize: Callable[..., Image.Image]) -> None:
+        self.posterize = posterize
+
+    def __call__(self, image: Image.Image, bits_to_keep: int, **parameters: object) -> Image.Image:
         if bits_to_keep < 1:
             return Image.new(image.mode, image.size)
-        return posterize(image, bits_to_keep, **parameters)
-
-    return safe
+        return self.posterize(image, bits_to_keep, **parameters)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

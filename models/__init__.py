@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from torch import nn
 from yacs.config import CfgNode
 
 from config import MODEL_TYPES, image_size, parse_sr_ratios
+from models.classifier import Classifier
 from models.pola_pvt import PolaPVT
 from models.pola_swin import PolaSwin
 
@@ -26,7 +26,7 @@ def list_models() -> list[str]:
 assert tuple(list_models()) == MODEL_TYPES, "config.MODEL_TYPES and the models that exist differ"
 
 
-def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
+def build_model(config: CfgNode, num_classes: int | None = None) -> Classifier:
     """The freshly initialised model of a configuration, on the CPU.
 
     Args:
@@ -37,7 +37,7 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> nn.Module:
     """
     if num_classes is None:
         num_classes = config.MODEL.NUM_CLASSES
-    model: nn.Module
+    model: Classifier
     if config.MODEL.TYPE == "pola_swin":
         model = PolaSwin(
             img_size=image_size(config),

@@ -24,7 +24,9 @@ class PolaLinearAttention(nn.Module):
     proj: nn.Linear
     dwc: nn.Conv2d
 
-    def __init__(self, dim: int, num_heads: int, key_grid: Grid, *, alpha: float, kernel_size: int, backend: str) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, key_grid: Grid, *, alpha: float, kernel_size: int, backend: str
+    ) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"KERNEL_SIZE {kernel_size} of the depthwise convolution is even, expected an odd number")
@@ -42,7 +44,6 @@ class PolaLinearAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, grid: Grid, key_mask: Tensor | None = None) -> Tensor:
         """Attention over q (B, N, C) and k, v (B, n, C), plus the depthwise branch over v, gated by g: (B, N, C)."""
-        B, N, C = q.shape
         scale = F.softplus(self.scale)
         q = q / scale
         k = (k + self.positional_encoding) / scale
@@ -135,8 +136,9 @@ class PolaReductionAttention(PolaLinearAttention):
         """x (B, H·W, C) with its grid (H, W). Raises ValueError for another grid than the module was built for."""
         if grid != self.grid:
             raise ValueError(
-                f"polarity attention was built for a {self.grid[0]}×{self.grid[1]} map and received {grid[0]}×{grid[1]}:"
-                " build the model with the input's IMG_SIZE and load the weights with --pretrained, which resizes them"
+                f"polarity attention was built for a {self.grid[0]}×{self.grid[1]} map and received"
+                f" {grid[0]}×{grid[1]}: build the model with the input's IMG_SIZE and load the weights with --pretrained,"
+                " which resizes them"
             )
         q, g = self.qg(x).chunk(2, dim=-1)
         k, v = self.kv(reduce_tokens(self, x, grid)).chunk(2, dim=-1)
@@ -154,6 +156,8 @@ def reduce_tokens(module: "PolaReductionAttention | SpatialReductionAttention", 
 class WindowAttention(nn.Module):
     """Softmax attention inside windows with relative position bias (Swin Transformer, arXiv 2103.14030)."""
 
+    relative_position_index: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -168,7 +172,9 @@ class WindowAttention(nn.Module):
         self.num_heads = num_heads
         self.window = window
         self.qk_scale = qk_scale
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads))
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads)
+        )
         self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)

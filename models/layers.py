@@ -89,12 +89,6 @@ def resize_grid_table(table: Tensor, grid: Grid, source: Grid | None = None) -> 
     return resized.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], C).to(table.dtype)
 
 
-def reset_head(head: nn.Linear) -> None:
-    """Initialise a new classifier: truncated normal of std 0.02, zero bias."""
-    nn.init.trunc_normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
-
-
 def drop_path_rates(rate: float, depths: list[int] | tuple[int, ...]) -> list[list[float]]:
     """Stochastic depth per stage and block, linear from 0 at the first block to `rate` at the last."""
     total = sum(depths)

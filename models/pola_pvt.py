@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from config import parse_attention_types
 from models.attention import PolaReductionAttention, SpatialReductionAttention
-from models.layers import Grid, Mlp, PatchEmbed, drop_path_rates, init_weights, reset_head, resize_grid_table
+from models.classifier import Classifier
+from models.layers import Grid, Mlp, PatchEmbed, drop_path_rates, init_weights, resize_grid_table
 
 SOFTMAX_SR_RATIOS = (8, 4, 2, 1)  # of the S stages, as in PVT
 
@@ -44,7 +45,7 @@ class PolaPVTBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class PolaPVT(nn.Module):
+class PolaPVT(Classifier):
     """Pola-PVT classifier: four stages of patch embedding, position table and blocks; mean over tokens, linear head.
 
     Args:
@@ -55,8 +56,6 @@ class PolaPVT(nn.Module):
     Input (B, in_chans, height, width); output (B, num_classes).
     """
 
-    # Entries of released checkpoints that this model derives or does not have: the forward pass never used `norm`.
-    derived_entries: tuple[str, ...] = ()
     unused_released_parameters = ("norm.weight", "norm.bias")
 
     def __init__(
@@ -84,7 +83,6 @@ class PolaPVT(nn.Module):
         if img_size[0] % 32 or img_size[1] % 32:
             raise ValueError(f"image size {img_size[0]}×{img_size[1]} is not a multiple of 32 in both directions")
         self.img_size = img_size
-        self.num_classes = num_classes
         self.num_features = embed_dims[-1]
         self.num_stages = len(depths)
         self.grad_checkpointing = False
@@ -117,28 +115,11 @@ class PolaPVT(nn.Module):
             setattr(self, f"pos_embed{i + 1}", table)
             setattr(self, f"pos_drop{i + 1}", nn.Dropout(drop_rate))
             setattr(self, f"block{i + 1}", nn.ModuleList(blocks))
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.apply(init_weights)
-
-    def no_weight_decay(self) -> set[str]:
-        """Ends of the names of parameters that are not decayed although they have several dimensions: none."""
-        return set()
+        self.reset_classifier(num_classes)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in backward."""
         self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a freshly initialised one; 0 classes: features only."""
-        self.num_classes = num_classes
-        if num_classes == 0:
-            self.head = nn.Identity()
-            return
-        self.head = nn.Linear(self.num_features, num_classes).to(self.pos_embed1)
-        reset_head(self.head)
 
     def _position(self, stage: int, grid: Grid) -> Tensor:
         """The position table of a stage, resized bilinearly where the input differs from IMG_SIZE."""
@@ -166,16 +147,7 @@ class PolaPVT(nn.Module):
                 x = x.transpose(1, 2).unflatten(2, grid)
         return x
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, N, C) to the mean over tokens (B, C) and, unless `pre_logits`, to logits."""
-        x = x.mean(dim=1)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Resize the position tables of a checkpoint of another image size to this model's; also a line for each."""
         adapted, notes = dict(state), []
         tables: dict[str, Grid] = {}
         for i in range(self.num_stages):

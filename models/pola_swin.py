@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import parse_attention_types
 from models.attention import PolaWindowAttention, WindowAttention
+from models.classifier import Classifier
 from models.layers import (
     Grid,
     Mlp,
@@ -22,7 +23,6 @@ from models.layers import (
     PatchMerging,
     drop_path_rates,
     init_weights,
-    reset_head,
     resize_grid_table,
     window_partition,
     window_reverse,
@@ -37,6 +37,8 @@ class PolaSwinBlock(nn.Module):
     The window is clipped to the map, and an axis that it covers is not shifted. A map that is not a multiple of the
     window is padded at the bottom and right; padded tokens are no keys.
     """
+
+    attn_mask: Tensor | None
 
     def __init__(
         self,
@@ -150,7 +152,7 @@ class PolaSwinStage(nn.Module):
         return x if self.downsample is None else self.downsample(x)
 
 
-class PolaSwin(nn.Module):
+class PolaSwin(Classifier):
     """Pola-Swin classifier: patch embedding, stages, LayerNorm, mean over tokens, linear head.
 
     Args:
@@ -161,9 +163,8 @@ class PolaSwin(nn.Module):
     Input (B, in_chans, height, width); output (B, num_classes).
     """
 
-    # Entries of released checkpoints that this model derives or does not have, by the end of their name.
     derived_entries = ("relative_position_index", "attn_mask")
-    unused_released_parameters: tuple[str, ...] = ()
+    undecayed = ("absolute_pos_embed", "relative_position_bias_table")
 
     def __init__(
         self,
@@ -194,7 +195,6 @@ class PolaSwin(nn.Module):
         if img_size[0] % unit or img_size[1] % unit:
             raise ValueError(f"image size {img_size[0]}×{img_size[1]} is not a multiple of {unit} in both directions")
         self.img_size = img_size
-        self.num_classes = num_classes
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
         grid: Grid = (img_size[0] // patch_size, img_size[1] // patch_size)
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, norm=patch_norm)
@@ -232,29 +232,13 @@ class PolaSwin(nn.Module):
                 grid = (grid[0] // 2, grid[1] // 2)
         self.layers = nn.ModuleList(stages)
         self.norm = nn.LayerNorm(self.num_features, eps=1e-5)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.apply(init_weights)
-
-    def no_weight_decay(self) -> set[str]:
-        """Ends of the names of parameters that are not decayed although they have several dimensions."""
-        return {"absolute_pos_embed", "relative_position_bias_table"}
+        self.reset_classifier(num_classes)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in backward."""
         for stage in self.layers:
+            assert isinstance(stage, PolaSwinStage)
             stage.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a freshly initialised one; 0 classes: features only."""
-        self.num_classes = num_classes
-        if num_classes == 0:
-            self.head = nn.Identity()
-            return
-        self.head = nn.Linear(self.num_features, num_classes).to(self.norm.weight)
-        reset_head(self.head)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, height, width) to normalised tokens (B, N, C) of the last stage."""
@@ -271,16 +255,7 @@ class PolaSwin(nn.Module):
             x = stage(x)
         return self.norm(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, N, C) to the mean over tokens (B, C) and, unless `pre_logits`, to logits."""
-        x = x.mean(dim=1)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Resize the position tables of a checkpoint of another image size to this model's; also a line for each."""
         adapted, notes = dict(state), []
         for name, module in self.named_modules():
             if isinstance(module, PolaWindowAttention):

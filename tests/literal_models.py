@@ -234,9 +234,7 @@ def relative_position_index(window: Size) -> list[list[int]]:
     """Row of the bias table for each (query, key) of a window: row offset and column offset, both shifted to >= 0."""
     rows, cols = window
     tokens = [(i, j) for i in range(rows) for j in range(cols)]
-    return [
-        [(qi - ki + rows - 1) * (2 * cols - 1) + (qj - kj + cols - 1) for ki, kj in tokens] for qi, qj in tokens
-    ]
+    return [[(qi - ki + rows - 1) * (2 * cols - 1) + (qj - kj + cols - 1) for ki, kj in tokens] for qi, qj in tokens]
 
 
 def swin_softmax_attention(
@@ -264,9 +262,7 @@ def swin_softmax_attention(
     return linear(state, f"{prefix}proj", torch.cat(heads, dim=-1))
 
 
-def pvt_softmax_attention(
-    state: State, prefix: str, x: Tensor, *, grid: Size, num_heads: int, sr_ratio: int
-) -> Tensor:
+def pvt_softmax_attention(state: State, prefix: str, x: Tensor, *, grid: Size, num_heads: int, sr_ratio: int) -> Tensor:
     """PVT's softmax attention, x (B,N,C): queries of all tokens, keys and values of the spatially reduced ones."""
     q = linear(state, f"{prefix}q", x)
     k, v = linear(state, f"{prefix}kv", reduce_tokens(state, prefix, x, grid, sr_ratio)).chunk(2, dim=-1)

@@ -1,6 +1,6 @@
 """Checkpoint files: nothing in them is executed, nothing incomplete is ever left, and what does not fit is named.
 
-    pytest tests/test_checkpoint.py
+pytest tests/test_checkpoint.py
 """
 
 import collections
@@ -18,6 +18,7 @@ from conftest import REFERENCE, config_file, read_json
 
 from config import load_config
 from models import build_model
+from models.loading import load_weights
 from optimizer import build_optimizer, load_optimizer_state, parameter_groups
 from utils import checkpoint as checkpoint_module
 from utils.checkpoint import (
@@ -27,7 +28,6 @@ from utils.checkpoint import (
     epoch_file,
     file_digest,
     load_checkpoint,
-    load_weights,
     newest_checkpoint,
     remove_old_checkpoints,
     save_checkpoint,

@@ -1,6 +1,6 @@
 """Configuration: the official values, precedence, and what a mistake is answered with.
 
-    pytest tests/test_config.py
+pytest tests/test_config.py
 """
 
 import re
@@ -160,7 +160,8 @@ MISTAKES = {
     "MODEL.SWIN.NUM_HEADS [5,6,12,24]": "the 96 channels of stage 0 do not divide by 5",
     "MODEL.TYPE pola_pvt_tiny MODEL.LA.ATTN_TYPE MLLL2": "Pola-PVT has no M stages",
     "MODEL.TYPE pola_pvt_tiny MODEL.LA.PVT_LA_SR_RATIOS 111": "is not 4 digits",
-    "MODEL.TYPE pola_pvt_tiny MODEL.LA.ATTN_TYPE LLLL MODEL.LA.PVT_LA_SR_RATIOS 1114": "the 7×7 map of stage 3 does not divide by 4",
+    "MODEL.TYPE pola_pvt_tiny MODEL.LA.ATTN_TYPE LLLL MODEL.LA.PVT_LA_SR_RATIOS 1114": "the 7×7 map of stage 3"
+    " does not divide by 4",
     "TRAIN.WARMUP_EPOCHS 301": "TRAIN.WARMUP_EPOCHS 301 exceeds TRAIN.EPOCHS 300",
     "EVAL_MODE True": "--eval needs --resume FILE",
     "TRAIN.EPOCHS": "--opts takes KEY VALUE pairs, received 1 words",
@@ -199,12 +200,14 @@ def test_mistake_in_a_file(text, message, tmp_path):
 
 ARGUMENTS = {
     "--cfg configs/absent.yaml": "config file configs/absent.yaml does not exist; did you mean configs/",
-    "--cfg configs/pola_swin_t.yaml --batchsize 3": "unknown argument --batchsize; the nearest valid one is --batch-size",
+    "--cfg configs/pola_swin_t.yaml --batchsize 3": "unknown argument --batchsize; the nearest valid one is"
+    " --batch-size",
     "--cfg configs/pola_swin_t.yaml --batch-size three": "command line: DATA.BATCH_SIZE is 'three'",
     "--cfg configs/pola_swin_t.yaml --eval": "--eval needs --resume FILE",
     "--cfg configs/pola_swin_t.yaml --eval --resume absent.pth": "--resume absent.pth: no such file",
     "--cfg configs/pola_swin_t.yaml --pretrained absent.pth": "--pretrained absent.pth: no such file",
-    "--cfg configs/pola_swin_t.yaml --opts TRAIN.EPOCS 3": "unknown key TRAIN.EPOCS; the nearest valid key is TRAIN.EPOCHS",
+    "--cfg configs/pola_swin_t.yaml --opts TRAIN.EPOCS 3": "unknown key TRAIN.EPOCS; the nearest valid key is"
+    " TRAIN.EPOCHS",
     "": "the following arguments are required: --cfg",
 }
 
@@ -229,7 +232,9 @@ def test_help_answers_in_under_a_second():
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        output = subprocess.run([sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        output = subprocess.run(
+            [sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         times.append(time.perf_counter() - start)
     assert "--cfg FILE" in output.stdout
     assert min(times) < 1.0

@@ -1,6 +1,6 @@
 """Data: sources, transforms, samplers, and what unreadable or badly laid out data is answered with.
 
-    pytest tests/test_data.py
+pytest tests/test_data.py
 """
 
 import io
@@ -203,7 +203,9 @@ def test_zip_gives_the_same_batches_as_the_folder(zipped, mode, workers):
     built = loaders(zipped, "DATA.ZIP_MODE", "True", "DATA.CACHE_MODE", mode, "DATA.NUM_WORKERS", workers)
     assert built.classes == plain.classes == ("ant", "bee", "cat")
     for part in ("train", "val"):
-        for (images, labels), (expected, expected_labels) in zip(getattr(built, part), getattr(plain, part), strict=True):
+        for (images, labels), (expected, expected_labels) in zip(
+            getattr(built, part), getattr(plain, part), strict=True
+        ):
             assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
 
 
@@ -428,7 +430,7 @@ def test_training_shards_are_disjoint_equal_and_a_function_of_seed_and_epoch():
 
     first, second = shards(3)
     assert len(first) == len(second) == 5 == len(TrainSampler(11, rank=0, world_size=2, seed=0))
-    assert len({draw.index for draw in first + second}) == 10
+    assert len({draw.position for draw in first + second}) == 10
     assert {draw.epoch for draw in first} == {3}
     assert shards(3) == [first, second]
     assert shards(4) != [first, second] and shards(3, seed=1) != [first, second]

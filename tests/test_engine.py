@@ -1,6 +1,6 @@
 """The loops: what one step does, what a non-finite step does not do, and evaluation that counts exactly.
 
-    pytest tests/test_engine.py
+pytest tests/test_engine.py
 """
 
 import json
@@ -79,7 +79,10 @@ def test_an_epoch_trains_and_logs(start, tmp_path, options):
     assert not _equal(before, _weights(training))
     records = read_metrics(tmp_path / "metrics.jsonl")
     steps = len(loaders.train) // config.TRAIN.ACCUMULATION_STEPS
-    assert [record["step"] for record in records] == [*range(5, steps, 5), *([steps] if steps % 5 else [])] or steps % 5 == 0
+    assert [record["step"] for record in records] == [
+        *range(5, steps, 5),
+        *([steps] if steps % 5 else []),
+    ] or steps % 5 == 0
     for record in records:
         assert set(record) == {"kind", "epoch", "step", "loss", "lr", "grad_norm"} | {
             "data_time",
@@ -165,14 +168,18 @@ class Poison(nn.Module):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize(("amp", "value"), [("", math.nan), ("AMP True", math.inf), ("AMP True AMP_DTYPE float16", math.nan)])
+@pytest.mark.parametrize(
+    ("amp", "value"), [("", math.nan), ("AMP True", math.inf), ("AMP True AMP_DTYPE float16", math.nan)]
+)
 def test_a_non_finite_step_stops_with_the_weights_of_before(start, optimizer, amp, value):
     options = f"{amp} TRAIN.OPTIMIZER.NAME {optimizer} PRINT_FREQ 10 EMA.ENABLE True"
     config, training, loaders = start(options)
     snapshots = []
     training.optimizer.register_step_pre_hook(lambda *_: snapshots.append(_weights(training)))
     training.criterion = Poison(at=7, value=value)
-    with pytest.raises(NonFiniteError, match=r"step 7: non-finite .* learning rate \d\.\d+e-\d+ \(loss not finite on rank 0\)"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 7: non-finite .* learning rate \d\.\d+e-\d+ \(loss not finite on rank 0\)"
+    ):
         train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))
     before = snapshots[7] if training.scaler is None else _weights(training)
     assert training.criterion.calls == 10  # noticed at the log line, three clean losses later
@@ -231,8 +238,8 @@ def test_a_collapsed_float16_scale_stops(start):
 
 
 def test_the_guard_reads_nothing_back_per_step(start, monkeypatch):
-    """Between log lines no value leaves the device: .item(), .tolist(), bool() and float() of a tensor are forbidden."""
-    config, training, loaders = start(f"{PLAIN} PRINT_FREQ 1000 EMA.ENABLE True")
+    """Between log lines no value leaves the device: .item(), .tolist(), bool() and float() are forbidden."""
+    _, training, loaders = start(f"{PLAIN} PRINT_FREQ 1000 EMA.ENABLE True")
     batches = list(loaders.train)[:3]
 
     def forbidden(self, *arguments):

@@ -1,6 +1,6 @@
 """Runs from the command line: train, resume, evaluate, fine-tune, and what goes wrong on the way.
 
-    pytest tests/test_main.py
+pytest tests/test_main.py
 """
 
 import io
@@ -28,7 +28,13 @@ from utils import distributed
 from utils.checkpoint import CheckpointError, epoch_file, load_checkpoint, save_checkpoint
 
 RELEASED = REFERENCE / "checkpoint_official_tiny.pth"
-RELEASED_OPTIONS = [*read_json("checkpoint_official_tiny.json")["opts"], "DATA.DATASET", "digits", "DATA.NUM_WORKERS", "0"]
+RELEASED_OPTIONS = [
+    *read_json("checkpoint_official_tiny.json")["opts"],
+    "DATA.DATASET",
+    "digits",
+    "DATA.NUM_WORKERS",
+    "0",
+]
 # Everything random and everything stateful at once.
 EVERYTHING = "EMA.ENABLE True EMA.DECAY 0.9 TRAIN.ACCUMULATION_STEPS 2 DATA.BATCH_SIZE 32 MODEL.DROP_RATE 0.1"
 
@@ -93,7 +99,13 @@ def assert_same_run(first: Path, second: Path, epoch: int) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [EVERYTHING, f"{EVERYTHING} DATA.NUM_WORKERS 2", "AMP True", "AMP True AMP_DTYPE float16", "TRAIN.OPTIMIZER.NAME sgd"],
+    [
+        EVERYTHING,
+        f"{EVERYTHING} DATA.NUM_WORKERS 2",
+        "AMP True",
+        "AMP True AMP_DTYPE float16",
+        "TRAIN.OPTIMIZER.NAME sgd",
+    ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(tiny, options, monkeypatch):
     options += " TRAIN.EPOCHS 3"
@@ -121,7 +133,9 @@ def test_two_processes_interrupted_and_resumed_equal_uninterrupted(tiny):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["tests/driven_main.py", "stop-at-epoch-1", *map(str, arguments), "--tag", "parts"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    stopped = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    stopped = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
     root = folder_of(tiny).parent
     assert epoch_file(root / "parts", 1).exists() and not epoch_file(root / "parts", 2).exists(), stopped.stderr
     resumed = run_main(*arguments, "--tag", "parts", processes=2)
@@ -230,7 +244,9 @@ def test_the_stored_configuration_reproduces_the_run(tiny):
     run(tiny, "TRAIN.EPOCHS 1 MODEL.LA.ALPHA 2.5")
     stored = folder_of(tiny) / "config.yaml"
     run(stored, "TAG again")
-    assert_values = [load_checkpoint(epoch_file(folder_of(tiny).parent / tag, 1))["model"] for tag in ("default", "again")]
+    assert_values = [
+        load_checkpoint(epoch_file(folder_of(tiny).parent / tag, 1))["model"] for tag in ("default", "again")
+    ]
     assert _same(*assert_values)
 
 
@@ -280,7 +296,7 @@ def test_evaluation_ignores_the_run_folder_and_writes_no_configuration(tiny, log
     log.clear()
     run(tiny, f"EVAL_MODE True MODEL.RESUME {epoch_file(folder, 1)}")
     assert f"evaluated {epoch_file(folder, 1)} (sha256" in log.text
-    first = [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "val"][0]
+    first = next(r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "val")
     assert f"top-1 {first['top1']:.3f} %" in log.text
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"} == before
 
@@ -400,7 +416,16 @@ def _interrupt(*arguments: object) -> None:
 
 def test_throughput_needs_no_data_and_no_folder(tmp_path):
     options = "MODEL.SWIN.EMBED_DIM 12 MODEL.SWIN.NUM_HEADS [1,2,2,4] DATA.IMG_SIZE 64".split()
-    arguments = ["--cfg", config_file("pola_swin_t"), "--throughput", "--batch-size", "4", "--amp", "--output", tmp_path]
+    arguments = [
+        "--cfg",
+        config_file("pola_swin_t"),
+        "--throughput",
+        "--batch-size",
+        "4",
+        "--amp",
+        "--output",
+        tmp_path,
+    ]
     result = run_main(*arguments, "--opts", *options)
     assert re.search(
         r"throughput of pola_swin_tiny_patch4_224, batch 4, bfloat16, size 64: median [\d.]+ images/s "
@@ -465,7 +490,9 @@ def test_nan_on_one_rank_stops_all_and_names_step_rate_and_rank(tiny):
     command += ["tests/driven_main.py", "nan-on-rank-1", "--cfg", str(tiny), "--opts", "PRINT_FREQ", "10"]
     command += ["DATA.BATCH_SIZE", "32"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
     assert result.returncode != 0
     message = r"stopped: step 7: non-finite gradient or loss at learning rate \S+ \(loss not finite on rank 1\)"
     assert re.search(f"rank 0 {message}", result.stdout) or re.search(f"rank 1 {message}", result.stdout)

@@ -1,6 +1,6 @@
 """What every model owes its users, apart from its numbers.
 
-    pytest tests/test_models.py
+pytest tests/test_models.py
 """
 
 import pytest
@@ -11,9 +11,10 @@ from config import load_config
 from models import build_model, list_models
 from models.attention import PolaReductionAttention, PolaWindowAttention
 from models.layers import drop_path_rates
+from models.loading import load_pretrained
 from models.pola_pvt import PolaPVT
 from models.pola_swin import PolaSwin
-from utils.checkpoint import CheckpointError, load_pretrained
+from utils.checkpoint import CheckpointError
 
 SMALL = "MODEL.NUM_CLASSES 7 DATA.IMG_SIZE 64 MODEL.SWIN.EMBED_DIM 12 MODEL.SWIN.NUM_HEADS [1,2,2,4]".split()
 
@@ -135,9 +136,8 @@ def test_position_tables_are_resized_bicubically(type_name, size, caplog):
     options = ("MODEL.LA.ATTN_TYPE", "LLSS", "MODEL.SWIN.APE", "True", "MODEL.LA.PVT_LA_SR_RATIOS", "2111")
     source = fill_with_recipe(small(type_name, *options))
     target = small(type_name, *options, "DATA.IMG_SIZE", size)
-    notes = []
     load_pretrained(target, source.state_dict(), "file.pth")
-    adapted, notes = target.adapt_state_dict(source.state_dict())
+    _, notes = target.adapt_state_dict(source.state_dict())
     own, theirs = target.state_dict(), source.state_dict()
     resized = [name for name in own if own[name].shape != theirs[name].shape]
     assert len(resized) == len(notes) >= 4

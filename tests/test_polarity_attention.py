@@ -1,6 +1,6 @@
 """The polarity attention op against its literal reference in float64.
 
-    pytest tests/test_polarity_attention.py
+pytest tests/test_polarity_attention.py
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """Learning rates and parameter groups.
 
-    pytest tests/test_schedule.py
+pytest tests/test_schedule.py
 """
 
 import pytest
@@ -27,7 +27,9 @@ def official(request):
 
 def test_parameter_groups(official):
     reference, _, model, _ = official
-    released = [[n for n in group["names"] if n not in model.unused_released_parameters] for group in reference["param_groups"]]
+    released = [
+        [n for n in group["names"] if n not in model.unused_released_parameters] for group in reference["param_groups"]
+    ]
     assert list(parameter_groups(model)) == released
 
 

@@ -1,6 +1,6 @@
 """Configurations without golden numbers are held to an independent, literal implementation of the specification.
 
-    pytest tests/test_variants.py
+pytest tests/test_variants.py
 """
 
 import pytest
@@ -33,7 +33,8 @@ SWIN = {
     " MODEL.SWIN.APE True MODEL.LA.ATTN_TYPE LLSS",
     "no patch norm, patch 2, MLP ratio 2.5": "DATA.IMG_SIZE 32 MODEL.SWIN.PATCH_NORM False MODEL.SWIN.PATCH_SIZE 2"
     " MODEL.SWIN.MLP_RATIO 2.5 MODEL.LA.ATTN_TYPE LLSS",
-    "odd head dimension": "DATA.IMG_SIZE 64 MODEL.SWIN.EMBED_DIM 9 MODEL.SWIN.NUM_HEADS [3,6,4,8] MODEL.LA.ATTN_TYPE LLLL",
+    "odd head dimension": "DATA.IMG_SIZE 64 MODEL.SWIN.EMBED_DIM 9 MODEL.SWIN.NUM_HEADS [3,6,4,8]"
+    " MODEL.LA.ATTN_TYPE LLLL",
     "grey input": "DATA.IMG_SIZE 32 MODEL.SWIN.IN_CHANS 1 MODEL.LA.ATTN_TYPE LLSS",
 }
 PVT = {

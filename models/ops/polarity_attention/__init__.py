@@ -54,14 +54,17 @@ def polarity_attention(
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
     """
-    B, N, h, d = q.shape
+    B, _, h, d = q.shape
     n = k.shape[1]
     if k.shape != (B, n, h, d) or v.shape != (B, n, h, d):
         raise ValueError(
-            f"keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit queries {tuple(q.shape)}: expected ({B}, n, {h}, {d})"
+            f"keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit queries {tuple(q.shape)}:"
+            f" expected ({B}, n, {h}, {d})"
         )
     if exponent.shape != (h, d):
-        raise ValueError(f"exponent has shape {tuple(exponent.shape)}, expected (heads, channels per head) = ({h}, {d})")
+        raise ValueError(
+            f"exponent has shape {tuple(exponent.shape)}, expected (heads, channels per head) = ({h}, {d})"
+        )
     if key_mask is not None and (key_mask.shape != (B, n) or key_mask.dtype != torch.bool):
         raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}, expected torch.bool ({B}, {n})")
     return BACKENDS[choose_backend(backend)](q, k, v, exponent, key_mask, eps)

@@ -39,7 +39,5 @@ def polarity_attention_eager(
         weights = torch.cat([state[..., :same], swapped[..., same:d], state[..., d:], swapped[..., d:]], dim=-1)
         product = _polar_features(queries, power) @ weights  # (B, h, N, d + 2)
         normaliser = product[..., d:] + eps
-        out = torch.cat(
-            [product[..., :same] / normaliser[..., :1], product[..., same:d] / normaliser[..., 1:]], dim=-1
-        )
+        out = torch.cat([product[..., :same] / normaliser[..., :1], product[..., same:d] / normaliser[..., 1:]], dim=-1)
         return out.transpose(1, 2).to(q.dtype)

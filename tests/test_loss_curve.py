@@ -1,0 +1,53 @@
+"""The first 30 training losses of the quickstart, in float64: a refactoring that changes numbers is noticed.
+
+pytest tests/test_loss_curve.py
+python tests/test_loss_curve.py      writes the curve anew, after a change that is meant to change it
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import load_config
+from data import build_loaders
+from engine import train_one_epoch
+from logger import MetricsWriter, read_metrics
+from main import build_training
+from models import build_model
+from utils.randomness import seed_everything
+
+ROOT = Path(__file__).resolve().parents[1]
+CURVE = ROOT / "tests" / "fixtures" / "loss_curve.json"
+STEPS = 30
+
+
+def loss_curve(folder: Path) -> list[float]:
+    """Losses of the first steps of one process, weights and arithmetic in float64."""
+    config = load_config(str(ROOT / "configs" / "quickstart.yaml"), ["PRINT_FREQ", "1"])
+    seed_everything(config.SEED)
+    loaders = build_loaders(config)
+    model = build_model(config, loaders.num_classes).double()
+    training = build_training(config, model, loaders, torch.device("cpu"))
+    training.steps_per_epoch = STEPS
+    train_one_epoch(config, training, loaders.train, 0, MetricsWriter(folder))
+    return [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_losses_are_those_committed(tmp_path):
+    committed = json.loads(CURVE.read_text())
+    assert len(committed) == STEPS and committed[-1] < committed[0] - 0.1
+    assert loss_curve(tmp_path) == pytest.approx(committed, rel=1e-6)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    torch.set_flush_denormal(True)
+    with tempfile.TemporaryDirectory() as temporary:
+        CURVE.write_text(json.dumps(loss_curve(Path(temporary)), indent=1) + "\n")

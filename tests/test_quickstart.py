@@ -1,0 +1,97 @@
+"""The real quickstart, as a new user runs it (in this environment: PYTHON= installs nothing).
+
+pytest tests/test_quickstart.py
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from conftest import ROOT
+
+from logger import read_metrics
+
+
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["make", *arguments, f"PYTHON={sys.executable}"],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+
+
+def test_make_quickstart_reaches_97_percent_within_4_minutes(tmp_path):
+    start = time.monotonic()
+    result = make("quickstart", OUTPUT=str(tmp_path))
+    seconds = time.monotonic() - start
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = re.search(r"run folder: (\S+)", result.stdout)[1]
+    assert re.fullmatch(re.escape(f"{tmp_path}/quickstart/") + r"\d{8}-\d{6}", folder)  # a new run each time
+    best = float(re.search(r"best top-1: ([\d.]+) %", result.stdout)[1])
+    print(f"quickstart: {best:.2f} % in {seconds:.0f} s")
+    assert best >= 97.0
+    assert seconds < 240
+    assert torch.cuda.is_available() or "2 × CPU" in result.stdout
+    accuracies = [record["top1"] for record in read_metrics(Path(folder) / "metrics.jsonl") if record["kind"] == "val"]
+    assert len(accuracies) == 30 and f"{max(accuracies):.3f}" == f"{best:.3f}"
+    assert (Path(folder) / "curves.png").stat().st_size > 10_000
+
+
+def test_pretrain_passes_settings_and_arguments_through(tmp_path):
+    environment = {"PYTHON": sys.executable, "OUTPUT": str(tmp_path), "TAG": "mine", "NPROC": "1"}
+    result = subprocess.run(
+        ["bash", "pretrain.sh", "--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"],
+        cwd=ROOT,
+        env={**os.environ, **environment, "CONFIG": "configs/quickstart.yaml"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"run folder: {tmp_path}/quickstart/mine" in result.stdout and "1 × CPU" in result.stdout
+    mistake = subprocess.run(
+        ["bash", "pretrain.sh", "--opts", "TRAIN.EPOCS", "1"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert mistake.returncode == 2
+    assert mistake.stderr.splitlines() == [
+        "main.py: error: --opts: unknown key TRAIN.EPOCS; the nearest valid key is TRAIN.EPOCHS"
+    ]
+
+
+def test_two_nodes_meet_on_one_machine(tmp_path):
+    """NNODES, NODE_RANK and the rendezvous address, with both nodes on loopback."""
+    settings = {"PYTHON": sys.executable, "OUTPUT": str(tmp_path), "TAG": "nodes", "NPROC": "1", "NNODES": "2"}
+    settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617"}
+    command = ["bash", "pretrain.sh", "--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
+    nodes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **settings, "NODE_RANK": str(node)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    try:
+        outputs = [node.communicate(timeout=200)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "2 × CPU" in outputs[0] and "best top-1" in outputs[0]
