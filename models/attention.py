@@ -137,7 +137,7 @@ class PolaReductionAttention(PolaLinearAttention):
         if grid != self.grid:
             raise ValueError(
                 f"polarity attention was built for a {self.grid[0]}×{self.grid[1]} map and received"
-                f" {grid[0]}×{grid[1]}: build the model with the input's IMG_SIZE and load the weights with --pretrained,"
+                f" {grid[0]}×{grid[1]}: build the model with the input's IMG_SIZE and load weights with --pretrained,"
                 " which resizes them"
             )
         q, g = self.qg(x).chunk(2, dim=-1)
