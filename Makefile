@@ -33,6 +33,7 @@ reference: $(SETUP)
 	$(RUN) -m tools.config_reference > docs/configuration.md
 
 .venv/installed: requirements.txt
+	@echo "setting up .venv (torch is large: this takes minutes on a slow line)"
 	test -x .venv/bin/python || python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

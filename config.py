@@ -26,8 +26,11 @@ DATASETS = ("imagenet", "digits")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULERS = ("cosine", "linear", "step")
 BACKENDS = ("auto", "eager", "reference")
-INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "hamming", "nearest")
-AUGMENT_POLICY = re.compile(r"none|(rand|augmix)(-\w[\w.]*)*|(original|originalr|v0|v0r|3a)(-mstd[\d.]+)?")
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest")  # those that warping augmentations take too
+AUGMENT_POLICY = re.compile(
+    r"none|rand(-((m|n|mmax|inc)\d+|(p|mstd)[\d.]+|t\w+))*|augmix(-((m|w|d|b)\d+|(a|mstd)[\d.]+))*"
+    r"|(original|originalr|v0|v0r|3a)(-mstd[\d.]+)?"
+)
 
 
 class ConfigError(ValueError):
@@ -328,6 +331,8 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 
 def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
+    if key == "BASE":
+        raise ConfigError(f"{source}: BASE can only stand in a YAML file")
     if is_dead_key(key):
         raise ConfigError(f"{source}: {key} has no effect here and was removed; delete it")
     if key not in KEYS:
@@ -374,6 +379,8 @@ def _flatten(tree: dict[str, Any], source: str, prefix: str = "") -> list[tuple[
 
 
 def _merge_file(config: CfgNode, path: Path, parents: tuple[Path, ...] = ()) -> None:
+    if path.is_dir():
+        raise ConfigError(f"config file {path} is a folder")
     if not path.is_file():
         available = sorted(str(p) for p in Path(__file__).with_name("configs").glob("*.yaml"))
         nearest = _nearest(str(path), [os.path.relpath(p) for p in available])
@@ -388,7 +395,11 @@ def _merge_file(config: CfgNode, path: Path, parents: tuple[Path, ...] = ()) -> 
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected `KEY: value` lines, received a {type(tree).__name__}")
     bases = tree.pop("BASE", None) or []
-    for base in [bases] if isinstance(bases, str) else bases:
+    try:
+        bases = KEYS["BASE"].kind.parse([bases] if isinstance(bases, str) else bases) if bases else []
+    except ValueError:
+        raise ConfigError(f"{path}: BASE is {bases!r}, expected {KEYS['BASE'].kind.accepts}") from None
+    for base in bases:
         if base:
             _merge_file(config, path.parent / base, (*parents, path.resolve()))
     for key, value in _flatten(tree, str(path)):
@@ -540,6 +551,8 @@ def validate(config: CfgNode) -> None:
             f"TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} exceeds TRAIN.EPOCHS {config.TRAIN.EPOCHS},"
             " of which it is part"
         )
+    if config.TRAIN.MIN_LR > config.TRAIN.BASE_LR:
+        raise ConfigError(f"TRAIN.MIN_LR {config.TRAIN.MIN_LR} exceeds TRAIN.BASE_LR {config.TRAIN.BASE_LR}")
     minmax = config.AUG.CUTMIX_MINMAX
     if minmax is not None and not minmax[0] < minmax[1]:
         raise ConfigError(f"AUG.CUTMIX_MINMAX {minmax}: expected the smaller fraction first")
@@ -587,9 +600,7 @@ def _parser() -> argparse.ArgumentParser:
         " docs/configuration.md lists every key.",
         epilog="example: torchrun --nproc_per_node=8 main.py --cfg configs/pola_swin_t.yaml --data-path IMAGENET --amp",
     )
-    parser.add_argument(
-        "--cfg", required=True, metavar="FILE", help="YAML configuration, for example configs/pola_swin_t.yaml"
-    )
+    parser.add_argument("--cfg", metavar="FILE", help="YAML configuration, for example configs/pola_swin_t.yaml")
     parser.add_argument(
         "--opts",
         nargs="*",
@@ -615,13 +626,14 @@ def parse_command_line(argv: Sequence[str] | None = None) -> CfgNode:
     if unknown:
         flags = [name for action in parser._actions for name in action.option_strings]
         parser.error(f"unknown argument {unknown[0]}; the nearest valid one is {_nearest(unknown[0], flags)}")
+    if namespace.cfg is None:
+        parser.error("--cfg FILE is required, for example --cfg configs/pola_swin_t.yaml")
     given = vars(namespace)
     pairs = [word for key in KEYS if key in given for word in (key, given[key])]
     try:
         config = _merge(namespace.cfg, pairs, namespace.opts)
-        for key, path in (("--resume", config.MODEL.RESUME), ("--pretrained", config.MODEL.PRETRAINED)):
-            if path and not Path(path).is_file():
-                raise ConfigError(f"{key} {path}: no such file")
+        if config.MODEL.RESUME and not Path(config.MODEL.RESUME).is_file():
+            raise ConfigError(f"--resume {config.MODEL.RESUME}: no such file")
     except ConfigError as error:
         parser.error(str(error))
     return config

@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from config import image_size
 from data import Batches
-from data.transforms import TrainBatch, normalise
+from data.transforms import Normalise, TrainBatch
 from logger import MetricsWriter, get_logger, progress
 from models.classifier import Classifier
 from utils import distributed
@@ -68,6 +68,7 @@ class FiniteGuard:
         self.alive = torch.ones((), device=training.device)
         self.bad_loss = torch.zeros((), dtype=torch.bool, device=training.device)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=training.device)
+        self.bad_lr = torch.zeros((), dtype=torch.float64, device=training.device)
 
     def see_loss(self, loss: Tensor) -> Tensor:
         """Note whether this rank's loss is finite, and return it for backward."""
@@ -78,18 +79,22 @@ class FiniteGuard:
         """Decide, before the optimizer step of `step`, whether it may happen."""
         scaler = self.training.scaler
         bad = self.bad_loss if scaler else ~norm.isfinite()
-        self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), step, self.first_bad_step)
+        first = bad & (self.first_bad_step < 0)
+        self.first_bad_step = torch.where(first, step, self.first_bad_step)
+        self.bad_lr = torch.where(first, self.training.optimizer.param_groups[0]["lr"], self.bad_lr)
         self.alive = torch.where(self.first_bad_step < 0, self.alive, torch.nan)
         if scaler is None:
+            # read by fused optimizers only, which is what build_optimizer builds
             self.training.optimizer.found_inf = (self.first_bad_step >= 0).float()  # type: ignore[attr-defined]
 
-    def raise_if_stopped(self, stopped: bool, lr: float) -> None:
+    def raise_if_stopped(self, stopped: bool) -> None:
         """Raise NonFiniteError on every rank when any has stopped (`stopped` is equal on all)."""
         scaler = self.training.scaler
         if stopped:
-            seen = distributed.gather_objects((int(self.first_bad_step), bool(self.bad_loss)))
-            step = min(step for step, _ in seen if step >= 0)
-            ranks = [str(rank) for rank, (_, bad_loss) in enumerate(seen) if bad_loss]
+            mine = (int(self.first_bad_step), float(self.bad_lr), bool(self.bad_loss))
+            seen = distributed.gather_objects(mine)
+            step, lr = min((step, lr) for step, lr, _ in seen if step >= 0)
+            ranks = [str(rank) for rank, (_, _, bad_loss) in enumerate(seen) if bad_loss]
             whose = (
                 f"loss not finite on rank {', '.join(ranks)}" if ranks else "every loss was finite, the gradient not"
             )
@@ -98,6 +103,7 @@ class FiniteGuard:
                 " before this step; a lower TRAIN.BASE_LR, TRAIN.CLIP_GRAD or AMP_DTYPE bfloat16 may help"
             )
         if scaler and scaler.get_scale() < 1:
+            lr = self.training.optimizer.param_groups[0]["lr"]
             raise NonFiniteError(
                 f"the float16 gradient scale fell to {scaler.get_scale():g} at learning rate {lr:.3e}: gradients"
                 " overflow at every scale; use AMP_DTYPE bfloat16 or a lower TRAIN.BASE_LR"
@@ -135,7 +141,7 @@ def train_one_epoch(config: CfgNode, training: Training, batches: Batches, epoch
         step = epoch * training.steps_per_epoch + index
         norm = _optimizer_step(training, stream, guard, interval, step)
         if (index + 1) % config.PRINT_FREQ == 0 or index + 1 == len(steps):
-            _log_interval(config, training, guard, interval, norm, epoch, step, metrics)
+            _log_interval(config, training, guard, interval, norm, epoch, step, metrics, batches)
             interval = Interval(training.device)
         training.scheduler.step_update(step)
 
@@ -188,13 +194,16 @@ def _log_interval(
     epoch: int,
     step: int,
     metrics: MetricsWriter,
+    batches: Batches,
 ) -> None:
-    """One reduction and one look at the device: mean loss of all ranks, gradient norm, and whether training stopped."""
+    """One reduction and one look at the device: mean loss of all ranks, gradient norm, and whether to stop."""
     stopped = (guard.first_bad_step >= 0).double()
-    sums = distributed.sum_over_ranks(torch.stack([interval.loss_sum, stopped]))
-    loss_sum, stopped_ranks, grad_norm = torch.cat([sums, norm.detach().double()[None]]).tolist()
+    unreadable = torch.full_like(stopped, len(batches.unreadable))
+    sums = distributed.sum_over_ranks(torch.stack([interval.loss_sum, stopped, unreadable]))
+    loss_sum, stopped_ranks, all_unreadable, grad_norm = torch.cat([sums, norm.detach().double()[None]]).tolist()
+    guard.raise_if_stopped(stopped_ranks > 0)
+    batches.require_readable(int(all_unreadable))
     lr = training.optimizer.param_groups[0]["lr"]
-    guard.raise_if_stopped(stopped_ranks > 0, lr)
     elapsed = time.perf_counter() - interval.start
     world_size = distributed.world_size()
     images = config.DATA.BATCH_SIZE * training.accumulation_steps * world_size * interval.steps
@@ -233,10 +242,10 @@ def evaluate(
     """
     model.eval()
     counter = AccuracyCounter(device)
-    dtype = next(model.parameters()).dtype
+    normalise = Normalise(device, next(model.parameters()).dtype)
     with exact_float32():
         for images, labels in progress(batches, len(batches), "evaluation", distributed.rank()):
-            images = normalise(images.to(device, non_blocking=True), dtype)
+            images = normalise(images.to(device, non_blocking=True))
             with autocast(device, amp_dtype):
                 logits = model(images)
             counter.update(logits, labels.to(device, non_blocking=True))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -58,37 +59,35 @@ def progress(steps: Iterable[T], total: int, description: str, rank: int) -> Ite
 class MetricsWriter:
     """Appends one JSON object per line to metrics.jsonl, and scalars to TensorBoard, in rank 0's run folder.
 
-    Every record has `kind` (train, val or ema), `epoch` and `step`; times are seconds per step, memory MiB.
-    A folder of None writes nothing.
+    Every record has `kind` (train, val or ema), `epoch` and `step`; times are seconds per step, memory MiB, and what is
+    not finite is null. A run continues at `epoch` and `step`: records from there on, which it will write again, are
+    forgotten. A folder of None writes nothing.
     """
 
-    def __init__(self, folder: Path | None, tensorboard: bool = False) -> None:
+    def __init__(self, folder: Path | None, tensorboard: bool = False, *, epoch: int = 0, step: int = 0) -> None:
         self.path = folder / "metrics.jsonl" if folder else None
         self.tensorboard = None
+        if self.path and self.path.exists():
+            kept = [record for record in read_metrics(self.path) if record["epoch"] < epoch]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            os.replace(temporary, self.path)
         if folder and tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only runs with TENSORBOARD need it
 
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def write(self, kind: str, epoch: int, step: int, **values: float) -> None:
         if self.path is None:
             return
-        record: dict[str, Any] = {"kind": kind, "epoch": epoch, "step": step, **values}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        record: dict[str, Any] = {"kind": kind, "epoch": epoch, "step": step, **finite}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self.tensorboard:
             for name, value in values.items():
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
             self.tensorboard.flush()
-
-    def drop_after(self, step: int) -> None:
-        """Forget records beyond `step`: a run continues there, and would write them again."""
-        if self.path is None or not self.path.exists():
-            return
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
 
     def close(self) -> None:
         if self.tensorboard:

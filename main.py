@@ -12,7 +12,11 @@ if __name__ == "__main__":
     # the first tensor operation (threads started earlier would keep their setting).
     COMMAND_LINE = parse_command_line()
 
+    import signal
+
     import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
     torch.set_flush_denormal(True)
 
@@ -51,6 +55,7 @@ from utils.checkpoint import (
     num_classes_of,
     remove_old_checkpoints,
     save_checkpoint,
+    set_aside,
     stored_config,
 )
 from utils.curves import draw_curves
@@ -80,9 +85,9 @@ def setup(config: CfgNode) -> torch.device:
     device = distributed.init(config.LOCAL_RANK)
     folder = run_folder(config)
     if not config.THROUGHPUT_MODE:
-        if distributed.rank() == 0:
-            _open_folder(folder)
-        distributed.barrier()
+        problem = _open_folder(folder) if distributed.rank() == 0 else None
+        if problem := distributed.broadcast_object(problem):  # every rank ends with the reason, not with a lost peer
+            raise ConfigError(str(problem))
         setup_logger(distributed.rank(), folder / "log.txt")
     seed_everything(config.SEED)  # the same on every rank: all build the same model
     get_logger().info(
@@ -95,16 +100,16 @@ def setup(config: CfgNode) -> torch.device:
     return device
 
 
-def _open_folder(folder: Path) -> None:
+def _open_folder(folder: Path) -> str | None:
+    """Make the run folder; returns what is wrong with it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ConfigError(
-            f"the run folder {folder} cannot be written ({error.strerror}); --output names another root"
-        ) from error
+        return f"the run folder {folder} cannot be written ({error.strerror}); --output names another root"
+    return None
 
 
 def place(model: Classifier, device: torch.device) -> Classifier:
@@ -235,27 +240,33 @@ def wrap(config: CfgNode, training: Training) -> None:
         )
 
 
-def resume(config: CfgNode, training: Training, loaders: Loaders, metrics: MetricsWriter) -> Progress:
+def resume(config: CfgNode, training: Training, loaders: Loaders) -> Progress:
     """Continue the run folder's newest readable checkpoint, else --resume, else start from --pretrained or scratch."""
-    logger, source = get_logger(), config.MODEL.RESUME
+    logger, folder = get_logger(), run_folder(config)
+    progress = Progress(epoch=config.TRAIN.START_EPOCH)
+    newest = None
     if config.TRAIN.AUTO_RESUME:
-        newest = newest_checkpoint(run_folder(config)) if distributed.rank() == 0 else None
-        source = str(distributed.broadcast_object(newest) or source)
+        newest = newest_checkpoint(folder) if distributed.rank() == 0 else None
+        newest = distributed.broadcast_object(newest)
+    source = str(newest or config.MODEL.RESUME)
     if source:
         progress = restore(config, training, loaders, load_checkpoint(source), source)
-        metrics.drop_after(progress.epoch * training.steps_per_epoch)
         logger.info("continues from %s: %d epochs finished, best top-1 %.3f %%", source, progress.epoch, progress.best)
-        return progress
-    if config.MODEL.PRETRAINED:
+    elif config.MODEL.PRETRAINED:
         source = config.MODEL.PRETRAINED
         checkpoint = load_checkpoint(source)
         for line in differing_function_keys(checkpoint, config, source):
             logger.warning("%s", line)
-        load_pretrained(training.bare_model, checkpoint["model"], source)
+        load_pretrained(training.bare_model, checkpoint, source)
         if training.ema:
             training.ema.set(training.bare_model)
         logger.info("starts from the weights of %s", source)
-    return Progress(epoch=config.TRAIN.START_EPOCH)
+    distributed.barrier()  # every rank has read its file
+    if not newest and distributed.rank() == 0 and (aside := set_aside(folder)):
+        logger.warning("the run folder held checkpoints of an earlier run; they are now in %s", aside)
+    if progress.epoch > 0:
+        training.scheduler.step_update(progress.epoch * training.steps_per_epoch - 1)
+    return progress
 
 
 def restore(config: CfgNode, training: Training, loaders: Loaders, checkpoint: dict[str, Any], source: str) -> Progress:
@@ -266,14 +277,11 @@ def restore(config: CfgNode, training: Training, loaders: Loaders, checkpoint: d
     if differing := differing_function_keys(checkpoint, config, source):
         raise CheckpointError("; ".join(differing))
     check_classes(checkpoint, loaders, source)
-    missing = [name for name in ("optimizer", "epoch") if name not in checkpoint]
-    if missing:
-        raise CheckpointError(
-            f"{source} has no {' and no '.join(missing)} to continue from; --pretrained starts from weights"
-        )
+    if not isinstance(checkpoint.get("epoch"), int):
+        raise CheckpointError(f"{source} has no epoch to continue from; --pretrained starts from its weights")
     _log_changed_keys(checkpoint, config, source)
     load_weights(training.bare_model, checkpoint["model"], source)
-    load_optimizer_state(training.optimizer, training.bare_model, checkpoint["optimizer"], source)
+    load_optimizer_state(training.optimizer, training.bare_model, checkpoint.get("optimizer"), source)
     if training.ema:
         load_weights(training.ema.module, checkpoint.get("model_ema") or checkpoint["model"], source)
     if training.scaler and checkpoint.get("scaler"):
@@ -285,8 +293,6 @@ def restore(config: CfgNode, training: Training, loaders: Loaders, checkpoint: d
     else:  # another number of processes, or a file that stores none
         seed_everything(config.SEED, distributed.rank(), epoch)
         get_logger().info("random generators start from SEED, rank and epoch: the file has no state for each process")
-    if epoch > 0:
-        training.scheduler.step_update(epoch * training.steps_per_epoch - 1)
     return Progress(epoch, checkpoint.get("max_accuracy", 0.0))
 
 
@@ -366,17 +372,22 @@ def run_training(config: CfgNode, device: torch.device) -> Progress:
     model = place(build_model(config, loaders.num_classes), device)
     logger.info("%s: %.2f M parameters", config.MODEL.TYPE, sum(p.numel() for p in model.parameters()) / 1e6)
     training = build_training(config, model, loaders, device)
-    metrics = MetricsWriter(folder if is_main else None, config.TENSORBOARD)
     # resume
     seed_everything(config.SEED, distributed.rank())  # from here each rank draws its own
-    progress = resume(config, training, loaders, metrics)
+    progress = resume(config, training, loaders)
+    metrics = MetricsWriter(
+        folder if is_main else None,
+        config.TENSORBOARD,
+        epoch=progress.epoch,
+        step=progress.epoch * training.steps_per_epoch,
+    )
     if is_main:
         (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
     wrap(config, training)
     last_epoch = config.TRAIN.EPOCHS + config.TRAIN.COOLDOWN_EPOCHS
     if progress.epoch >= last_epoch:
         logger.info("this run is finished: all %d epochs are done; evaluating it", progress.epoch)
-        logger.info("validation: %s", evaluate(training.bare_model, loaders.val, device))
+        validate_epoch(config, training, loaders, progress.epoch, MetricsWriter(None))
     # loop
     for epoch in range(progress.epoch, last_epoch):
         train_one_epoch(config, training, loaders.train, epoch, metrics)
@@ -403,11 +414,16 @@ def summarise(config: CfgNode, progress: Progress) -> None:
     """Say where the run lies, how good it is, and how to evaluate it again."""
     logger, folder = get_logger(), run_folder(config)
     curves = draw_curves(folder)
-    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
-    best = folder / BEST_FILE
-    words = [python, "main.py", "--cfg", str(folder / "config.yaml"), "--eval", "--resume", str(best)]
+    checkpoint, remark = folder / BEST_FILE, ""
+    if not checkpoint.exists():
+        checkpoint, remark = epoch_file(folder, progress.epoch), " (of the run it continued from; not exceeded here)"
+    python, script = (
+        os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
+        for path in (sys.executable, os.path.abspath(__file__))
+    )
+    words = [python, script, "--cfg", str(folder / "config.yaml"), "--eval", "--resume", str(checkpoint)]
     logger.info("run folder: %s", folder)
-    logger.info("best top-1: %.3f %%", progress.best)
+    logger.info("best top-1: %.3f %%%s", progress.best, remark)
     if curves:
         logger.info("curves: %s", curves)
     logger.info("evaluate it with: %s", shlex.join(words))
@@ -426,9 +442,10 @@ def main(config: CfgNode) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(COMMAND_LINE)
-    except (ConfigError, DataError, CheckpointError, distributed.LaunchError, NonFiniteError) as problem:
+    except (ConfigError, DataError, CheckpointError, distributed.LaunchError, NonFiniteError, OSError) as problem:
         get_logger().error("error: %s", problem)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -48,18 +48,20 @@ def build_optimizer(config: CfgNode, model: Classifier, lr_scale: float = 1.0) -
             fused=True,
         )
     if name == "sgd":
-        return torch.optim.SGD(
-            groups,
-            lr=lr,
-            momentum=config.TRAIN.OPTIMIZER.MOMENTUM,
-            weight_decay=config.TRAIN.WEIGHT_DECAY,
-            nesterov=config.TRAIN.OPTIMIZER.MOMENTUM > 0,
-            fused=True,
+        momentum = config.TRAIN.OPTIMIZER.MOMENTUM
+        sgd = torch.optim.SGD(
+            groups, lr=lr, momentum=momentum, weight_decay=config.TRAIN.WEIGHT_DECAY, nesterov=momentum > 0, fused=True
         )
+        if momentum > 0:
+            # from zeros the first step is the same; left to itself the fused kernel starts from uninitialised memory
+            # when the first step is suppressed
+            for parameter in parameters.values():
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     raise ValueError(f"TRAIN.OPTIMIZER.NAME {name!r} is unknown, expected adamw or sgd")
 
 
-def load_optimizer_state(optimizer: Optimizer, model: Classifier, stored: dict[str, Any], source: str) -> None:
+def load_optimizer_state(optimizer: Optimizer, model: Classifier, stored: Any, source: str) -> None:
     """Restore moments and step counts from an optimizer state dict; hyperparameters stay those of the configuration.
 
     Positions in a released file also count parameters that the released model had and ours does not
@@ -68,6 +70,8 @@ def load_optimizer_state(optimizer: Optimizer, model: Classifier, stored: dict[s
     Raises CheckpointError when the state belongs to another optimizer or another model.
     """
     names = [name for group in parameter_groups(model) for name in group]
+    if not isinstance(stored, dict) or not {"state", "param_groups"} <= stored.keys():
+        raise CheckpointError(f"{source} has no optimizer state to continue from; --pretrained starts from its weights")
     groups = [len(group["params"]) for group in stored["param_groups"]]
     own = [len(group["params"]) for group in optimizer.param_groups]
     stored_names: list[str | None] = list(names)
@@ -88,7 +92,13 @@ def load_optimizer_state(optimizer: Optimizer, model: Classifier, stored: dict[s
                     f"{source}: optimizer state {key} of {name} has shape {tuple(value.shape)}, the parameter"
                     f" {tuple(parameters[name].shape)}"
                 )
-        state[names.index(name)] = entry
+        # moments in the parameter's memory layout: fused kernels walk both in the order of memory
+        state[names.index(name)] = {
+            key: torch.empty_like(parameters[name], dtype=value.dtype).copy_(value)
+            if isinstance(value, Tensor) and value.ndim
+            else value
+            for key, value in entry.items()
+        }
     expected = {torch.optim.AdamW: "exp_avg", torch.optim.SGD: "momentum_buffer"}[type(optimizer)]
     if state and any(expected not in entry for entry in state.values()):
         found = ", ".join(sorted({key for entry in state.values() for key in entry}))

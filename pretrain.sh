@@ -12,21 +12,23 @@
 # NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT       1, 0, 127.0.0.1, 29500 (one node picks a free port)
 # PYTHON       interpreter                          .venv/bin/python if it exists, else python3
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 if [[ -z "${PYTHON:-}" ]]; then
   PYTHON=python3
-  [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
+  [[ -x "$here/.venv/bin/python" ]] && PYTHON="$here/.venv/bin/python"
 fi
 NNODES="${NNODES:-1}"
+CONFIG="${CONFIG:-configs/quickstart.yaml}"
+[[ -e "$CONFIG" || ! -e "$here/$CONFIG" ]] || CONFIG="$here/$CONFIG"  # from another folder, the project's configs
 
-arguments=(--cfg "${CONFIG:-configs/quickstart.yaml}")
+arguments=(--cfg "$CONFIG")
 [[ -n "${DATA:-}" ]] && arguments+=(--data-path "$DATA")
 [[ -n "${OUTPUT:-}" ]] && arguments+=(--output "$OUTPUT")
 [[ -n "${TAG:-}" ]] && arguments+=(--tag "$TAG")
 arguments+=("$@")
 # A mistake in the configuration is answered here, once, before any process starts.
-"$PYTHON" config.py "${arguments[@]}" > /dev/null
+"$PYTHON" "$here/config.py" "${arguments[@]}" > /dev/null
 
 gpus=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")
 if (( gpus > 0 )); then
@@ -45,4 +47,4 @@ if (( NNODES > 1 )); then
 else
   rendezvous=(--standalone)
 fi
-exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$NPROC" main.py "${arguments[@]}"
+exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$NPROC" "$here/main.py" "${arguments[@]}"

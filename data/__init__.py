@@ -19,6 +19,7 @@ from data.datasets import (
     Source,
     TrainDataset,
     ZipSource,
+    require_folder,
     too_many_unreadable,
     warm_page_cache,
 )
@@ -29,15 +30,16 @@ from utils import distributed
 
 
 class Batches:
-    """Iterates (images uint8 (B, 3, H, W), labels (B,)); names and counts unreadable training images.
+    """Iterates (images uint8 (B, 3, H, W), labels (B,)); names and counts this process's unreadable training images.
 
-    Raises DataError when more than the allowed number of different files were unreadable.
+    Raises DataError when more than the allowed number of files were unreadable in one epoch.
     """
 
     def __init__(self, loader: DataLoader, max_unreadable: int = 0) -> None:
         self.loader = loader
         self.max_unreadable = max_unreadable
-        self.unreadable: dict[str, None] = {}  # in the order of appearance
+        self.unreadable: set[str] = set()  # in this epoch
+        self._named: set[str] = set()  # in any epoch: each is logged once
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -48,17 +50,33 @@ class Batches:
         return len(self.loader.dataset)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
+        self.unreadable.clear()
         self.loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels, unreadable in self.loader:
+        batches = iter(self.loader)
+        while True:
+            try:
+                images, labels, unreadable = next(batches)
+            except StopIteration:
+                return
+            except (
+                DataError
+            ) as error:  # a loader process sends its traceback as the message: its last line is the error
+                lines = str(error).strip().splitlines()
+                raise type(error)(lines[-1].partition(": ")[2] if len(lines) > 1 else lines[0]) from None
+            self.unreadable.update(unreadable)
             for name in unreadable:
-                if name not in self.unreadable:
-                    self.unreadable[name] = None
-                    get_logger().warning("unreadable image %d skipped: %s", len(self.unreadable), name)
-            if len(self.unreadable) > self.max_unreadable:
-                raise DataError(too_many_unreadable(list(self.unreadable), self.num_images, self.max_unreadable))
+                if name not in self._named:
+                    self._named.add(name)
+                    get_logger().warning("unreadable image %d skipped: %s", len(self._named), name)
+            self.require_readable(len(self.unreadable))
             yield images, labels
+
+    def require_readable(self, unreadable: int) -> None:
+        """Raise DataError when `unreadable` training images, of one process or of all, are more than allowed."""
+        if unreadable > self.max_unreadable:
+            raise DataError(too_many_unreadable(unreadable, self.num_images, self.max_unreadable, self._named))
 
 
 class Loaders(NamedTuple):
@@ -82,10 +100,7 @@ def _build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None =
     if not config.DATA.DATA_PATH:
         raise DataError("no data set: --data-path names the folder that holds train/ and val/")
     root = Path(config.DATA.DATA_PATH)
-    if not root.is_dir():
-        raise DataError(
-            f"data set folder {root} does not exist; --data-path names the folder that holds train/ and val/"
-        )
+    require_folder(root)
     if not config.DATA.ZIP_MODE:
         return FolderSource(root / split, classes)
     source = ZipSource(root / f"{split}.zip", root / f"{split}_map.txt")
@@ -117,7 +132,8 @@ def _build_train(config: CfgNode, source: Source) -> Batches:
             f"{size} training images on {world_size} processes are less than one step of"
             f" {config.TRAIN.ACCUMULATION_STEPS} × {config.DATA.BATCH_SIZE} images; lower DATA.BATCH_SIZE"
         )
-    max_unreadable = int(config.DATA.MAX_UNREADABLE * size)
+    share = config.DATA.MAX_UNREADABLE
+    max_unreadable = max(1, int(share * size)) if share > 0 else 0  # a small data set may have one
     loader = DataLoader(
         TrainDataset(source, training_transform(config), seed=config.SEED, max_unreadable=max_unreadable),
         batch_size=config.DATA.BATCH_SIZE,

@@ -9,7 +9,7 @@ import os
 import random
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -49,6 +49,13 @@ class Source(Protocol):
         ...
 
 
+def require_folder(path: Path) -> None:
+    """Raise DataError unless `path` is a folder."""
+    if not path.is_dir():
+        problem = "is no folder" if path.exists() else "does not exist"
+        raise DataError(f"data set folder {path} {problem}; --data-path names the folder that holds train/ and val/")
+
+
 def decode(data: bytes, name: str) -> Image.Image:
     """Decode a whole image file to RGB. Raises UnreadableImage, with its name, if it is truncated or no image."""
     try:
@@ -73,11 +80,9 @@ class FolderSource:
     """
 
     def __init__(self, root: Path, classes: tuple[str, ...] | None = None) -> None:
-        if not root.is_dir():
-            raise DataError(
-                f"data set folder {root} does not exist; --data-path names the folder that holds train/ and val/"
-            )
-        folders = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
+        require_folder(root)
+        # names that start with a dot are tools' folders, such as .ipynb_checkpoints
+        folders = tuple(sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")))
         if not folders:
             loose = sum(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(root))
             if loose:
@@ -275,16 +280,18 @@ class TrainDataset(Dataset[Sample]):
             except UnreadableImage as error:
                 unreadable.append(str(error))
                 if len(unreadable) > self.max_unreadable:
-                    raise DataError(too_many_unreadable(unreadable, len(self), self.max_unreadable)) from error
+                    raise DataError(
+                        too_many_unreadable(len(unreadable), len(self), self.max_unreadable, unreadable)
+                    ) from error
                 index = (index + 1) % len(self)
         with SampleRandomness(self.seed, draw):
             return Sample(self.transform(image), self.source.labels[index], tuple(unreadable))
 
 
-def too_many_unreadable(names: Sequence[str], size: int, allowed: int) -> str:
+def too_many_unreadable(count: int, size: int, allowed: int, names: Iterable[str]) -> str:
     return (
-        f"{len(names)} of {size} training images are unreadable, {allowed} are allowed (DATA.MAX_UNREADABLE);"
-        f" the last: {names[-1]}"
+        f"{count} of {size} training images are unreadable, {allowed} are allowed (DATA.MAX_UNREADABLE); for example"
+        f" {next(iter(names), 'on another process')}"
     )
 
 

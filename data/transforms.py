@@ -1,7 +1,7 @@
 """What happens to an image: on the CPU up to uint8, on the device from there.
 
 CPU: decode → crop, flip, automatic augmentation (training) or resize and centre crop (evaluation) → uint8 (3, H, W).
-Device: normalise → random erasing → mixup and CutMix (`TrainBatch`), or normalise alone (`normalise`).
+Device: normalise → random erasing → mixup and CutMix (`TrainBatch`), or normalise alone (`Normalise`).
 """
 
 from collections.abc import Callable, Iterator
@@ -122,13 +122,19 @@ class _SafePosterize:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+class Normalise:
     """uint8 (B, 3, H, W) to floating point with ImageNet's mean and standard deviation."""
-    mean, std = (
-        torch.tensor(values, dtype=dtype, device=images.device).view(1, 3, 1, 1)
-        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
-    return (images.to(dtype) / 255 - mean) / std
+
+    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        # on the device once: a new tensor from Python numbers would wait for the GPU at every step
+        self.mean, self.std = (
+            torch.tensor(values, dtype=dtype, device=device).view(1, 3, 1, 1)
+            for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images.to(self.dtype) / 255 - self.mean) / self.std
 
 
 def mixup_enabled(config: CfgNode) -> bool:
@@ -146,7 +152,7 @@ class TrainBatch:
     def __init__(
         self, config: CfgNode, num_classes: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
-        self.dtype = dtype
+        self.normalise = Normalise(device, dtype)
         self.num_classes = num_classes
         self.smoothing = config.MODEL.LABEL_SMOOTHING
         self.erase = RandomErasing(
@@ -166,7 +172,7 @@ class TrainBatch:
             )
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        images = self.erase(normalise(images, self.dtype))
+        images = self.erase(self.normalise(images))
         if self.mixup is None:
             return images, labels
         # Images are mixed in pairs; the last of an odd batch stays as it is.
@@ -177,4 +183,4 @@ class TrainBatch:
             targets.append(mixed)
         if pairs < len(images):
             targets.append(mixup_target(labels[pairs:], self.num_classes, smoothing=self.smoothing))
-        return images, torch.cat(targets).to(self.dtype)
+        return images, torch.cat(targets).to(images.dtype)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from models.layers import init_weights
+from models.layers import Grid, init_weights
 
 
 class Classifier(nn.Module):
@@ -55,6 +55,6 @@ class Classifier(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
         init_weights(self.head)
 
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Resize the position tables of a checkpoint of another image size to this model's; also a line for each."""
+    def position_grids(self) -> dict[str, Grid]:
+        """(rows, columns) of each position table, by parameter name."""
         raise NotImplementedError(f"{type(self).__name__} knows its position tables")

@@ -3,8 +3,6 @@
 Letters: B batch, C channels, H×W token grid, N = H·W tokens.
 """
 
-from math import isqrt
-
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -75,18 +73,11 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def resize_grid_table(table: Tensor, grid: Grid, source: Grid | None = None) -> Tensor:
-    """Resize a position table (1, n, C) bicubically to (1, H·W, C).
-
-    `source` is its own grid; by default a square one. Raises ValueError where n is no such grid.
-    """
-    _, n, C = table.shape
-    height, width = source or (isqrt(n), isqrt(n))
-    if height * width != n:
-        raise ValueError(f"a position table of {n} rows is not a {height}×{width} grid")
-    image = table.float().reshape(1, height, width, C).permute(0, 3, 1, 2)
-    resized = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
-    return resized.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], C).to(table.dtype)
+def resize_grid(table: Tensor, source: Grid, target: Grid) -> Tensor:
+    """Resize a position table (rows · columns, C) bicubically from one grid to another."""
+    image = table.float().unflatten(0, source).permute(2, 0, 1)[None]
+    resized = F.interpolate(image, size=target, mode="bicubic", align_corners=False)
+    return resized[0].flatten(1).T.to(table.dtype)
 
 
 def drop_path_rates(rate: float, depths: list[int] | tuple[int, ...]) -> list[list[float]]:

@@ -1,12 +1,17 @@
 """Weights into models: strictly, apart from a short named list of allowances, or adapted for fine-tuning."""
 
 from collections.abc import Iterable
+from math import isqrt
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from logger import get_logger
+from models import build_model
 from models.classifier import Classifier
-from utils.checkpoint import CheckpointError
+from models.layers import Grid, resize_grid
+from utils.checkpoint import CheckpointError, stored_config
 
 
 def _listed(title: str, names: Iterable[str]) -> str:
@@ -60,17 +65,48 @@ def load_weights(model: Classifier, state: dict[str, Tensor], source: str) -> No
         get_logger().info("%s: %s", source, note)
 
 
-def load_pretrained(model: Classifier, state: dict[str, Tensor], source: str) -> None:
-    """Load weights into a model of another image size or number of classes, logging each adaptation.
+def _source_grids(checkpoint: dict[str, Any], source: str) -> dict[str, Grid]:
+    """The grids of the position tables in a file, from the configuration it carries; empty where it has none."""
+    stored = stored_config(checkpoint, source)
+    if stored is None:
+        return {}
+    try:
+        with torch.device("meta"):
+            return build_model(stored).position_grids()
+    except ValueError:
+        return {}
+
+
+def adapt_position_tables(
+    model: Classifier, state: dict[str, Tensor], source_grids: dict[str, Grid], source: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Resize position tables of another grid to the model's, and say so in a line for each.
+
+    A table whose grid `source_grids` does not tell is taken for a square one. Raises CheckpointError where it is not.
+    """
+    adapted, own, notes = dict(state), model.state_dict(), []
+    for name, target in model.position_grids().items():
+        if name not in state or state[name].shape[-1] != own[name].shape[-1]:
+            continue  # missing, or of another width: strict loading will say so
+        table = state[name].flatten(0, -2)
+        side = isqrt(len(table))
+        grid = source_grids.get(name, (side, side))
+        if grid[0] * grid[1] != len(table):
+            raise CheckpointError(f"{source}: the {len(table)} rows of {name} are not a {grid[0]}×{grid[1]} grid")
+        if grid != target:
+            adapted[name] = resize_grid(table, grid, target).reshape(own[name].shape)
+            notes.append(f"{name}: {grid[0]}×{grid[1]} resized to {target[0]}×{target[1]}")
+    return adapted, notes
+
+
+def load_pretrained(model: Classifier, checkpoint: dict[str, Any], source: str) -> None:
+    """Load a checkpoint's weights into a model of another image size or class count, logging each adaptation.
 
     Position tables are resized; the head keeps its fresh initialisation where the number of classes differs.
     Raises CheckpointError for whatever else does not fit.
     """
-    state, _ = released_names(model, state)
-    try:
-        state, notes = model.adapt_state_dict(state)
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+    state, _ = released_names(model, checkpoint["model"])
+    state, notes = adapt_position_tables(model, state, _source_grids(checkpoint, source), source)
     own = model.state_dict()
     head = [name for name in ("head.weight", "head.bias") if name in own]
     if any(name not in state or state[name].shape != own[name].shape for name in head):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from config import parse_attention_types
 from models.attention import PolaReductionAttention, SpatialReductionAttention
 from models.classifier import Classifier
-from models.layers import Grid, Mlp, PatchEmbed, drop_path_rates, init_weights, resize_grid_table
+from models.layers import Grid, Mlp, PatchEmbed, drop_path_rates, init_weights
 
 SOFTMAX_SR_RATIOS = (8, 4, 2, 1)  # of the S stages, as in PVT
 
@@ -87,8 +87,7 @@ class PolaPVT(Classifier):
         self.num_stages = len(depths)
         self.grad_checkpointing = False
         for i, rates in enumerate(drop_path_rates(drop_path_rate, list(depths))):
-            dim, stride = embed_dims[i], 4 * 2**i
-            grid: Grid = (img_size[0] // stride, img_size[1] // stride)
+            dim, grid = embed_dims[i], self._grid(i)
             table = nn.Parameter(torch.zeros(1, grid[0] * grid[1], dim))
             nn.init.trunc_normal_(table, std=0.02)
             blocks = []
@@ -121,11 +120,14 @@ class PolaPVT(Classifier):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
+    def _grid(self, stage: int) -> Grid:
+        """The token grid of a stage at IMG_SIZE."""
+        stride = 4 * 2**stage
+        return self.img_size[0] // stride, self.img_size[1] // stride
+
     def _position(self, stage: int, grid: Grid) -> Tensor:
         """The position table of a stage, resized bilinearly where the input differs from IMG_SIZE."""
-        table = getattr(self, f"pos_embed{stage + 1}")
-        stride = 4 * 2**stage
-        own: Grid = (self.img_size[0] // stride, self.img_size[1] // stride)
+        table, own = getattr(self, f"pos_embed{stage + 1}"), self._grid(stage)
         if grid == own:
             return table
         image = table.reshape(1, *own, -1).permute(0, 3, 1, 2)
@@ -147,18 +149,9 @@ class PolaPVT(Classifier):
                 x = x.transpose(1, 2).unflatten(2, grid)
         return x
 
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        adapted, notes = dict(state), []
-        tables: dict[str, Grid] = {}
-        for i in range(self.num_stages):
-            stride = 4 * 2**i
-            tables[f"pos_embed{i + 1}"] = (self.img_size[0] // stride, self.img_size[1] // stride)
+    def position_grids(self) -> dict[str, Grid]:
+        grids = {f"pos_embed{i + 1}": self._grid(i) for i in range(self.num_stages)}
         for name, module in self.named_modules():
             if isinstance(module, PolaReductionAttention):
-                tables[f"{name}.positional_encoding"] = module.key_grid
-        for key, grid in tables.items():
-            rows = grid[0] * grid[1]
-            if key in state and state[key].shape[1] != rows:
-                adapted[key] = resize_grid_table(state[key], grid)
-                notes.append(f"{key}: {tuple(state[key].shape)} resized to {tuple(adapted[key].shape)}")
-        return adapted, notes
+                grids[f"{name}.positional_encoding"] = module.key_grid
+        return grids

@@ -23,7 +23,6 @@ from models.layers import (
     PatchMerging,
     drop_path_rates,
     init_weights,
-    resize_grid_table,
     window_partition,
     window_reverse,
 )
@@ -255,20 +254,12 @@ class PolaSwin(Classifier):
             x = stage(x)
         return self.norm(x)
 
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        adapted, notes = dict(state), []
+    def position_grids(self) -> dict[str, Grid]:
+        grids: dict[str, Grid] = {"absolute_pos_embed": self.grid} if self.ape else {}
         for name, module in self.named_modules():
             if isinstance(module, PolaWindowAttention):
-                key, table, grid = f"{name}.positional_encoding", module.positional_encoding, module.key_grid
+                grids[f"{name}.positional_encoding"] = module.key_grid
             elif isinstance(module, WindowAttention):
-                key, table = f"{name}.relative_position_bias_table", module.relative_position_bias_table
-                grid = (2 * module.window[0] - 1, 2 * module.window[1] - 1)
-            elif module is self and self.ape:
-                key, table, grid = "absolute_pos_embed", self.absolute_pos_embed, self.grid
-            else:
-                continue
-            if key in state and state[key].shape != table.shape and state[key].shape[-1] == table.shape[-1]:
-                resized = resize_grid_table(state[key].reshape(1, -1, table.shape[-1]), grid)
-                adapted[key] = resized.reshape(table.shape)
-                notes.append(f"{key}: {tuple(state[key].shape)} resized to {tuple(table.shape)}")
-        return adapted, notes
+                height, width = module.window
+                grids[f"{name}.relative_position_bias_table"] = (2 * height - 1, 2 * width - 1)
+        return grids

@@ -147,6 +147,10 @@ MISTAKES = {
     "DATA.DATASET cifar": "expected one of imagenet, digits",
     "DATA.INTERPOLATION cubic": "expected one of bicubic, bilinear",
     "AUG.AUTO_AUGMENT rnd-m9": "expected a timm policy",
+    "AUG.AUTO_AUGMENT rand-q9": "expected a timm policy",
+    "AUG.AUTO_AUGMENT rand-m9-n3-w0": "expected a timm policy",
+    "BASE x.yaml": "BASE can only stand in a YAML file",
+    "TRAIN.MIN_LR 1": "TRAIN.MIN_LR 1.0 exceeds TRAIN.BASE_LR 0.0005",
     "AUG.CUTMIX_MINMAX [0.8,0.2]": "the smaller fraction first",
     "MODEL.LA.ATTN_TYPE LLX": "ATTN_TYPE 'LLX' has letters other than L, S, M; expected one of L, S, M per stage (4)",
     "MODEL.LA.ATTN_TYPE LLL": "ATTN_TYPE 'LLL' has 3 letters; expected one of L, S, M per stage (4)",
@@ -183,6 +187,7 @@ FILES = {
     "MODEL:\n  SWIN:\n    RPB: true\n": "MODEL.SWIN.RPB has no effect here and was removed",
     "TRAIN: [": "own.yaml is not valid YAML",
     "- 3\n": "expected `KEY: value` lines, received a list",
+    "BASE: [1.5, [2]]\n": "own.yaml: BASE is [1.5, [2]], expected a list of one or more",
     "BASE: [own.yaml]\n": "BASE files include each other",
     "BASE: [absent.yaml]\n": "absent.yaml does not exist",
     "MODEL: {NAME: mine}\n": "MODEL.TYPE 'swin' is unknown, expected one of pola_swin",
@@ -205,10 +210,11 @@ ARGUMENTS = {
     "--cfg configs/pola_swin_t.yaml --batch-size three": "command line: DATA.BATCH_SIZE is 'three'",
     "--cfg configs/pola_swin_t.yaml --eval": "--eval needs --resume FILE",
     "--cfg configs/pola_swin_t.yaml --eval --resume absent.pth": "--resume absent.pth: no such file",
-    "--cfg configs/pola_swin_t.yaml --pretrained absent.pth": "--pretrained absent.pth: no such file",
+    "--cgf configs/pola_swin_t.yaml": "unknown argument --cgf; the nearest valid one is --cfg",
+    "--cfg configs": "config file configs is a folder",
     "--cfg configs/pola_swin_t.yaml --opts TRAIN.EPOCS 3": "unknown key TRAIN.EPOCS; the nearest valid key is"
     " TRAIN.EPOCHS",
-    "": "the following arguments are required: --cfg",
+    "": "--cfg FILE is required, for example --cfg configs/pola_swin_t.yaml",
 }
 
 

@@ -45,9 +45,6 @@ def log(caplog):
     logger = get_logger()
     previous, logger.propagate = logger.propagate, True
 
-    class Always(type(logger.handlers)):
-        pass
-
     handler = caplog.handler
     real_setup = main.setup_logger
 
@@ -179,9 +176,43 @@ def test_an_unreadable_newest_checkpoint_is_skipped(tiny, log):
 
 def test_without_auto_resume_a_run_starts_anew(tiny, log):
     run(tiny, "TRAIN.EPOCHS 1")
+    before = epoch_file(folder_of(tiny), 1).read_bytes()
+    records = len(read_metrics(folder_of(tiny) / "metrics.jsonl"))
     log.clear()
     run(tiny, "TRAIN.EPOCHS 1 TRAIN.AUTO_RESUME False")
     assert "finished" not in log.text and "epoch 0 [" in log.text
+    (aside,) = folder_of(tiny).glob("earlier-*")
+    assert "held checkpoints of an earlier run; they are now in" in log.text
+    assert epoch_file(aside, 1).read_bytes() == before and (aside / "max_acc.pth").exists()
+    assert len(read_metrics(folder_of(tiny) / "metrics.jsonl")) == records
+
+
+def test_a_later_start_epoch_uses_the_rates_of_that_epoch(tiny):
+    run(tiny, "TRAIN.EPOCHS 2 TAG whole PRINT_FREQ 1")
+    run(tiny, "TRAIN.EPOCHS 2 TAG late PRINT_FREQ 1 TRAIN.START_EPOCH 1")
+    rates = [
+        [r["lr"] for r in read_metrics(folder_of(tiny).parent / tag / "metrics.jsonl") if r["kind"] == "train"]
+        for tag in ("whole", "late")
+    ]
+    assert len(rates[1]) > 10 and rates[0][len(rates[0]) // 2 :] == rates[1]
+
+
+def test_pretrained_that_does_not_exist_is_explained_and_a_run_continues_without_it(tiny):
+    with pytest.raises(CheckpointError, match=r"absent\.pth does not exist"):
+        run(tiny, "MODEL.PRETRAINED absent.pth")
+    run(tiny, "TRAIN.EPOCHS 1")
+    run(tiny, "TRAIN.EPOCHS 1 MODEL.PRETRAINED absent.pth")
+
+
+def test_a_disk_that_refuses_ends_in_one_line(tiny):
+    command = f"ulimit -f 40; exec {sys.executable} main.py --cfg {tiny}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "could not be written" in result.stdout and "Traceback" not in result.stderr
+    assert not list(folder_of(tiny).glob("*.pth")) and not list(folder_of(tiny).glob(".*tmp"))
 
 
 def test_schedule_keys_changed_since_are_honoured_and_named(tiny, log):
@@ -217,7 +248,9 @@ def test_training_continues_from_a_released_checkpoint(tiny, log):
     assert "epoch 2 [" in log.text and "epoch 1 [" not in log.text
     folder = tiny.parent / "out" / "pola_swin_tiny_patch4_224" / "default"
     step = load_checkpoint(epoch_file(folder, 3))["optimizer"]["state"][0]["step"]
-    assert step == 8 + 1437 // 16 + 1 or step == 8 + 1442 // 16
+    assert step == 8 + 1442 // 16  # the file's 8 steps and an epoch of ours
+    command = re.search(r"evaluate it with: (.*)", log.text)[1]
+    assert Path(shlex.split(command)[-1]).exists()
 
 
 def test_checkpoints_are_rotated_and_hold_only_plain_values(tiny):

@@ -11,7 +11,7 @@ from config import load_config
 from models import build_model, list_models
 from models.attention import PolaReductionAttention, PolaWindowAttention
 from models.layers import drop_path_rates
-from models.loading import load_pretrained
+from models.loading import adapt_position_tables, load_pretrained
 from models.pola_pvt import PolaPVT
 from models.pola_swin import PolaSwin
 from utils.checkpoint import CheckpointError
@@ -136,8 +136,8 @@ def test_position_tables_are_resized_bicubically(type_name, size, caplog):
     options = ("MODEL.LA.ATTN_TYPE", "LLSS", "MODEL.SWIN.APE", "True", "MODEL.LA.PVT_LA_SR_RATIOS", "2111")
     source = fill_with_recipe(small(type_name, *options))
     target = small(type_name, *options, "DATA.IMG_SIZE", size)
-    load_pretrained(target, source.state_dict(), "file.pth")
-    _, notes = target.adapt_state_dict(source.state_dict())
+    load_pretrained(target, {"model": source.state_dict()}, "file.pth")
+    _, notes = adapt_position_tables(target, source.state_dict(), {}, "file.pth")
     own, theirs = target.state_dict(), source.state_dict()
     resized = [name for name in own if own[name].shape != theirs[name].shape]
     assert len(resized) == len(notes) >= 4
@@ -155,7 +155,7 @@ def test_relative_position_tables_are_resized_with_the_window():
     source = fill_with_recipe(small("pola_swin", "DATA.IMG_SIZE", "128", "MODEL.LA.ATTN_TYPE", "LLSS"))  # window 7
     options = ("DATA.IMG_SIZE", "192", "MODEL.LA.ATTN_TYPE", "LLSS", "MODEL.SWIN.WINDOW_SIZE", "96")  # window 12
     target = small("pola_swin", *options)
-    load_pretrained(target, source.state_dict(), "file.pth")
+    load_pretrained(target, {"model": source.state_dict()}, "file.pth")
     name = "layers.2.blocks.0.attn.relative_position_bias_table"
     table = source.state_dict()[name]
     assert table.shape == (169, 2)
@@ -165,11 +165,33 @@ def test_relative_position_tables_are_resized_with_the_window():
 
 
 @pytest.mark.parametrize("type_name", ["pola_swin", "pola_pvt_tiny"])
+@pytest.mark.parametrize(("old", "new"), [("[64, 256]", "128"), ("[64, 128]", "[128, 64]"), ("[64, 128]", "96")])
+def test_tables_of_a_rectangular_file_are_resized_from_its_own_grid(type_name, old, new):
+    """[64, 256] and 128 have tables of equal shapes: only the file's configuration tells them apart."""
+    config = load_config(config_file("pola_swin_t"), ["MODEL.TYPE", type_name, *SMALL, "DATA.IMG_SIZE", old])
+    source = fill_with_recipe(build_model(config))
+    target = small(type_name, "DATA.IMG_SIZE", new)
+    load_pretrained(target, {"model": source.state_dict(), "config": config.dump()}, "file.pth")
+    stage = "layers.0.blocks.0" if type_name == "pola_swin" else "block1.0"
+    name = f"{stage}.attn.positional_encoding"
+    grids = [model.position_grids()[name] for model in (source, target)]
+    image = source.state_dict()[name].unflatten(1, grids[0]).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(image, grids[1], mode="bicubic", align_corners=False)
+    assert torch.equal(target.state_dict()[name][0], expected[0].flatten(1).T)
+
+
+def test_a_rectangular_file_without_configuration_is_refused():
+    source = small("pola_pvt_tiny", "DATA.IMG_SIZE", "[64, 128]")
+    with pytest.raises(CheckpointError, match="the 512 rows of pos_embed1 are not a 22×22 grid"):
+        load_pretrained(small("pola_pvt_tiny"), {"model": source.state_dict()}, "file.pth")
+
+
+@pytest.mark.parametrize("type_name", ["pola_swin", "pola_pvt_tiny"])
 def test_new_class_count_gets_a_fresh_head(type_name):
     source = fill_with_recipe(small(type_name))
     target = small(type_name, "MODEL.NUM_CLASSES", "4")
     fresh = target.head.weight.clone()
-    load_pretrained(target, source.state_dict(), "file.pth")
+    load_pretrained(target, {"model": source.state_dict()}, "file.pth")
     assert torch.equal(target.head.weight, fresh)
     images = torch.randn(1, 3, 64, 64)
     source.eval(), target.eval()
@@ -178,6 +200,8 @@ def test_new_class_count_gets_a_fresh_head(type_name):
 
 def test_pretrained_weights_of_another_architecture_are_refused():
     with pytest.raises(CheckpointError, match=r"does not fit PolaPVT(.|\n)*missing \((.|\n)*unexpected \("):
-        load_pretrained(small("pola_pvt_tiny"), small("pola_swin").state_dict(), "swin.pth")
+        load_pretrained(small("pola_pvt_tiny"), {"model": small("pola_swin").state_dict()}, "swin.pth")
     with pytest.raises(CheckpointError, match="other shape"):
-        load_pretrained(small("pola_swin"), small("pola_swin", "MODEL.LA.KERNEL_SIZE", "3").state_dict(), "kernel.pth")
+        load_pretrained(
+            small("pola_swin"), {"model": small("pola_swin", "MODEL.LA.KERNEL_SIZE", "3").state_dict()}, "kernel.pth"
+        )

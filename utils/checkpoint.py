@@ -9,7 +9,9 @@ import hashlib
 import os
 import pickle
 import re
+import time
 import zipfile
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import yaml
 from torch import Tensor
 from yacs.config import CfgNode
 
-from config import config_from_tree, value_of
+from config import config_from_tree, image_size, value_of
 from logger import get_logger
 
 EPOCH_FILE = re.compile(r"ckpt_epoch_(\d+)\.pth")
@@ -60,23 +62,24 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 raise CheckpointError(f"checkpoint {path} is damaged: {damaged} does not match its checksum")
         with torch.serialization.safe_globals([(collections.OrderedDict, "yacs.config.CfgNode")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"(?:GLOBAL|global:?|class|function|type) [`']?([\w.]+\.[\w.]+)", str(error))
-        if named:
+    except CheckpointError:
+        raise
+    except Exception as error:  # foreign bytes make the reader fail in any way: IndexError, struct.error, …
+        if refused := re.search(r"unsupported global:? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE):
+            name = refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
             raise CheckpointError(
-                f"checkpoint {path} refused: it asks for {named[1]}, and only tensors and plain values are loaded"
+                f"checkpoint {path} refused: it asks for {name}, and only tensors and plain values are loaded"
             ) from error
-        raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
-    except (RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"checkpoint {path} is truncated or damaged: {str(error).splitlines()[0]}") from error
+        kind = "damaged or no checkpoint" if isinstance(error, pickle.UnpicklingError) else "truncated or damaged"
+        raise CheckpointError(f"checkpoint {path} is {kind} ({type(error).__name__})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}, expected a dictionary with `model`")
     if "model" not in content and content and all(isinstance(value, Tensor) for value in content.values()):
         content = {"model": content}
     weights = content.get("model")
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    ):
         keys = ", ".join(map(str, content))
         raise CheckpointError(f"checkpoint {path} holds no `model` of named tensors; its keys: {keys}")
     return content
@@ -118,6 +121,9 @@ def differing_function_keys(checkpoint: dict[str, Any], config: CfgNode, source:
     if stored is None:
         return []
     pairs = {key: (value_of(stored, key), value_of(config, key)) for key in FUNCTION_KEYS}
+    sizes = image_size(stored), image_size(config)
+    if sizes[0] != sizes[1] and prod(sizes[0]) == prod(sizes[1]):  # 64×256 and 128×128 have tables of the same shape
+        pairs["DATA.IMG_SIZE"] = (list(sizes[0]), list(sizes[1]))
     return [
         f"{source} was trained with {key} {theirs}, this configuration has {ours}, which gives other results from the"
         f" same weights; --opts {key} {theirs} restores it"
@@ -142,7 +148,7 @@ def num_classes_of(checkpoint: dict[str, Any], source: str) -> int:
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Write a checkpoint so that `path` always holds a complete one: temporary file, flush, fsync, verify, rename.
 
-    Raises OSError when the disk refuses; whatever was at `path` before is then still there.
+    Raises OSError naming the file when the disk refuses; whatever was at `path` before is then still there.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -154,6 +160,9 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
             if archive.testzip():
                 raise OSError(f"{temporary} does not read back as it was written")
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise OSError(f"checkpoint {path} could not be written: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -176,12 +185,27 @@ def remove_old_checkpoints(folder: Path, keep: int) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest readable checkpoint of a run folder, the best one as a last resort; warns of each it skips."""
+    """The readable checkpoint of a run folder with the most finished epochs, the best one included; warns of others."""
     best = folder / BEST_FILE
+    found: list[tuple[int, Path]] = []
     for path in [*epoch_checkpoints(folder), *([best] if best.is_file() else [])]:
+        if found and path != best:
+            continue  # older than one that is readable
         try:
-            load_checkpoint(path)
-            return path
+            found.append((load_checkpoint(path).get("epoch", 0), path))
         except CheckpointError as error:
             get_logger().warning("skipped: %s", error)
-    return None
+    return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move an earlier run's checkpoints out of the way of a new one; returns where to, None if there are none."""
+    best = folder / BEST_FILE
+    files = [*epoch_checkpoints(folder), *([best] if best.is_file() else [])]
+    if not files:
+        return None
+    target = folder / time.strftime("earlier-%Y%m%d-%H%M%S")
+    target.mkdir()
+    for path in files:
+        path.rename(target / path.name)
+    return target

@@ -2,10 +2,13 @@
 
 import os
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class LaunchError(ValueError):
@@ -88,9 +91,9 @@ def gather_objects(value: object) -> list:
     return gathered
 
 
-def broadcast_object(value: object) -> object:
+def broadcast_object(value: T) -> T:
     """Rank 0's `value`, on every process."""
-    box = [value]
+    box: list[T] = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     return box[0]
