@@ -89,6 +89,7 @@ def setup(config: CfgNode) -> torch.device:
         if problem := distributed.broadcast_object(problem):  # every rank ends with the reason, not with a lost peer
             raise ConfigError(str(problem))
         setup_logger(distributed.rank(), folder / "log.txt")
+    torch.backends.cudnn.benchmark = not config.EVAL_MODE  # sizes are fixed, so the search for fast kernels pays
     seed_everything(config.SEED)  # the same on every rank: all build the same model
     get_logger().info(
         "%d × %s, torch %s, polarity attention backend: %s",
@@ -236,6 +237,7 @@ def wrap(config: CfgNode, training: Training) -> None:
         training.model = DistributedDataParallel(
             training.bare_model,
             device_ids=[training.device.index] if training.device.type == "cuda" else None,
+            broadcast_buffers=False,  # masks and indices: every rank derives the same
             find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS,
         )
 
@@ -414,9 +416,9 @@ def summarise(config: CfgNode, progress: Progress) -> None:
     """Say where the run lies, how good it is, and how to evaluate it again."""
     logger, folder = get_logger(), run_folder(config)
     curves = draw_curves(folder)
-    checkpoint, remark = folder / BEST_FILE, ""
-    if not checkpoint.exists():
-        checkpoint, remark = epoch_file(folder, progress.epoch), " (of the run it continued from; not exceeded here)"
+    candidates = [folder / BEST_FILE, epoch_file(folder, progress.epoch), Path(config.MODEL.RESUME)]
+    checkpoint = next(path for path in candidates if path.is_file())
+    remark = "" if checkpoint == candidates[0] else " (of the run it continued from; not exceeded here)"
     python, script = (
         os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
         for path in (sys.executable, os.path.abspath(__file__))

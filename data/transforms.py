@@ -66,8 +66,11 @@ class _CoverResize:
         self.size, self.mode = size, mode
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        scale = max(self.size[0] / image.height, self.size[1] / image.width)
-        size = [max(round(image.height * scale), self.size[0]), max(round(image.width * scale), self.size[1])]
+        height, width = self.size
+        if height * image.width >= width * image.height:  # the height is what has to be enlarged most
+            size = [height, max(int(height * image.width / image.height), width)]
+        else:
+            size = [max(int(width * image.height / image.width), height), width]
         return transforms.functional.resize(image, size, self.mode)
 
 

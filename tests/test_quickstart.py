@@ -45,6 +45,14 @@ def test_make_quickstart_reaches_97_percent_within_4_minutes(tmp_path):
     assert (Path(folder) / "curves.png").stat().st_size > 10_000
 
 
+def test_an_existing_environment_gets_nothing_installed():
+    for target in ("quickstart", "test", "test-slow", "lint"):
+        commands = make("-n", target).stdout
+        assert (
+            sys.executable in commands and "pip" not in commands and "venv" not in commands.replace(sys.executable, "")
+        )
+
+
 def test_pretrain_passes_settings_and_arguments_through(tmp_path):
     environment = {"PYTHON": sys.executable, "OUTPUT": str(tmp_path), "TAG": "mine", "NPROC": "1"}
     result = subprocess.run(

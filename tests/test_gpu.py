@@ -1,0 +1,85 @@
+"""The same promises on a CUDA device; skipped without one.
+
+pytest tests/test_gpu.py
+"""
+
+import math
+
+import pytest
+import torch
+from conftest import config_file, fill_with_recipe, recipe_input
+
+import engine
+import main
+from config import load_config
+from data import build_loaders
+from engine import FiniteGuard, NonFiniteError, evaluate, train_one_epoch
+from logger import MetricsWriter, read_metrics
+from main import build_training, place
+from models import build_model
+from utils.randomness import seed_everything
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def _training(tiny, options: str = ""):
+    config = load_config(str(tiny), options.split())
+    seed_everything(config.SEED)
+    loaders = build_loaders(config)
+    device = torch.device("cuda", 0)
+    model = place(build_model(config, loaders.num_classes), device)
+    return config, build_training(config, model, loaders, device), loaders
+
+
+@pytest.mark.parametrize("name", ["pola_swin_t", "pola_pvt_t"])
+def test_float32_logits_equal_those_of_the_cpu(name):
+    model = fill_with_recipe(build_model(load_config(config_file(name)))).eval()
+    images = recipe_input(224)
+    with torch.inference_mode(), engine.exact_float32():
+        expected = model.double()(images.double())
+        logits = model.float().cuda()(images.cuda())
+    assert (logits.cpu() - expected).abs().max() < 5e-5
+
+
+@pytest.mark.parametrize("options", ["", "AMP True", "AMP True AMP_DTYPE float16", "TRAIN.OPTIMIZER.NAME sgd"])
+def test_a_step_never_waits_for_the_device(tiny, options):
+    """CUDA itself raises on any synchronisation between log lines."""
+    _, training, loaders = _training(tiny, f"{options} EMA.ENABLE True DATA.PIN_MEMORY True")
+    stream, guard, interval = iter(loaders.train), FiniteGuard(training), engine.Interval(training.device)
+    engine._optimizer_step(training, stream, guard, interval, 0)  # lazy initialisation may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, 4):
+            engine._optimizer_step(training, stream, guard, interval, step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("options", ["", "AMP True", "AMP True AMP_DTYPE float16", "TRAIN.OPTIMIZER.NAME sgd"])
+def test_a_non_finite_step_stops_with_the_weights_of_before(tiny, options):
+    config, training, loaders = _training(tiny, f"{options} PRINT_FREQ 10")
+    criterion, snapshots = training.criterion, []
+
+    def poisoned(logits, targets):
+        snapshots.append([p.detach().clone() for p in training.bare_model.parameters()])
+        loss = criterion(logits, targets)
+        return loss * math.nan if len(snapshots) == 8 else loss
+
+    training.criterion = poisoned
+    with pytest.raises(NonFiniteError, match="step 7"):
+        train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))
+    assert all(torch.equal(a, b) for a, b in zip(snapshots[7], training.bare_model.parameters(), strict=True))
+
+
+def test_training_and_evaluation_on_the_device(tiny):
+    main.main(load_config(str(tiny), ["AMP", "True", "EMA.ENABLE", "True"]))
+    records = read_metrics(tiny.parent / "out" / "tiny" / "default" / "metrics.jsonl")
+    assert all(math.isfinite(record["loss"]) for record in records)
+    assert max(record["top1"] for record in records if record["kind"] == "val") > 20
+    _, training, loaders = _training(tiny)
+    on_gpu = evaluate(training.bare_model, loaders.val, training.device)
+    on_cpu = evaluate(training.bare_model.cpu(), loaders.val, torch.device("cpu"))
+    assert (on_gpu.correct1, on_gpu.correct5) == (on_cpu.correct1, on_cpu.correct5)
