@@ -3,13 +3,16 @@
 pytest tests/test_main.py
 """
 
+import fcntl
 import io
 import os
 import re
 import shlex
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -282,6 +285,30 @@ def test_the_stored_configuration_reproduces_the_run(tiny):
         load_checkpoint(epoch_file(folder_of(tiny).parent / tag, 1))["model"] for tag in ("default", "again")
     ]
     assert _same(*assert_values)
+
+
+def test_a_terminal_gets_colours_and_a_progress_bar_with_the_remaining_time(tiny):
+    controller, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    command = [sys.executable, "main.py", "--cfg", str(tiny), "--opts", "TRAIN.EPOCHS", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    environment.pop("NO_COLOR", None)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    output = b""
+    try:
+        while block := os.read(controller, 1 << 16):
+            output += block
+    except OSError:  # the terminal's last user is gone
+        pass
+    finally:
+        os.close(controller)
+    assert process.wait(timeout=60) == 0
+    text = output.decode()
+    assert re.search(r"epoch 0: +\d+%\|.*\| \d+/22 \[\d\d:\d\d<\d\d:\d\d", text)  # share, count, elapsed < remaining
+    assert "evaluation:" in text and "\x1b[32m[" in text
+    plain = (folder_of(tiny) / "log.txt").read_text()
+    assert "\x1b" not in plain and "%|" not in plain and "best top-1" in plain
 
 
 # ---------------------------------------------------------------------------------------------------------------------
