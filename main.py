@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
@@ -446,7 +447,7 @@ def main(config: CfgNode) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main(COMMAND_LINE)
+        record(main)(COMMAND_LINE)  # torchrun repeats what is recorded at the end of its own report
     except (ConfigError, DataError, CheckpointError, distributed.LaunchError, NonFiniteError, OSError) as problem:
         get_logger().error("error: %s", problem)
         sys.exit(2)
