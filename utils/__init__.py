@@ -1,1 +1,1 @@
-"""Parts of the framework that know nothing of models or data: processes, checkpoints, metrics, randomness, plots."""
+"""Parts of the framework that know nothing of models or data."""
