@@ -3,10 +3,12 @@
 pytest tests/test_variants.py
 """
 
+from functools import partial
+
 import pytest
 import recipe
 import torch
-from conftest import config_file, fill_with_recipe
+from conftest import OFFICIAL, config_file, fill_with_recipe, recipe_input
 from literal_models import pola_pvt_logits, pola_swin_logits
 
 from config import image_size, load_config, parse_sr_ratios
@@ -46,12 +48,42 @@ PVT = {
 }
 
 
-def _compare(config, literal) -> None:
+def _literal(config):
+    """The literal model of a configuration, as a function of its state dict and images."""
+    attention = {
+        "attn_type": config.MODEL.LA.ATTN_TYPE,
+        "alpha": config.MODEL.LA.ALPHA,
+        "kernel_size": config.MODEL.LA.KERNEL_SIZE,
+    }
+    if config.MODEL.TYPE == "pola_swin":
+        return partial(
+            pola_swin_logits,
+            img_size=image_size(config),
+            patch_size=config.MODEL.SWIN.PATCH_SIZE,
+            depths=config.MODEL.SWIN.DEPTHS,
+            num_heads=config.MODEL.SWIN.NUM_HEADS,
+            window_size=config.MODEL.SWIN.WINDOW_SIZE,
+            qk_scale=config.MODEL.SWIN.QK_SCALE,
+            ape=config.MODEL.SWIN.APE,
+            patch_norm=config.MODEL.SWIN.PATCH_NORM,
+            **attention,
+        )
+    return partial(
+        pola_pvt_logits,
+        img_size=image_size(config),
+        depths=PVT_DEPTHS[config.MODEL.TYPE],
+        num_heads=(1, 2, 5, 8),
+        sr_ratios=parse_sr_ratios(config.MODEL.LA.PVT_LA_SR_RATIOS),
+        **attention,
+    )
+
+
+def _compare(config) -> None:
     model = fill_with_recipe(build_model(config)).eval().double()
     height, width = image_size(config)
     images = torch.from_numpy(recipe.gaussian("input", (2, config.MODEL.SWIN.IN_CHANS, height, width))).double()
     state = {name: value.detach().clone().requires_grad_() for name, value in model.state_dict().items()}
-    logits, expected = model(images), literal(state, images)
+    logits, expected = model(images), _literal(config)(state, images)
     assert (logits - expected).abs().max() < 1e-10
     logits.square().mean().backward()
     expected.square().mean().backward()
@@ -61,45 +93,24 @@ def _compare(config, literal) -> None:
 
 @pytest.mark.parametrize("options", SWIN.values(), ids=SWIN.keys())
 def test_pola_swin_equals_the_literal_model(options):
-    config = load_config(config_file("pola_swin_t"), (SMALL_SWIN + options).split())
-
-    def literal(state, images):
-        return pola_swin_logits(
-            state,
-            images,
-            img_size=image_size(config),
-            patch_size=config.MODEL.SWIN.PATCH_SIZE,
-            depths=config.MODEL.SWIN.DEPTHS,
-            num_heads=config.MODEL.SWIN.NUM_HEADS,
-            window_size=config.MODEL.SWIN.WINDOW_SIZE,
-            attn_type=config.MODEL.LA.ATTN_TYPE,
-            alpha=config.MODEL.LA.ALPHA,
-            kernel_size=config.MODEL.LA.KERNEL_SIZE,
-            qk_scale=config.MODEL.SWIN.QK_SCALE,
-            ape=config.MODEL.SWIN.APE,
-            patch_norm=config.MODEL.SWIN.PATCH_NORM,
-        )
-
-    _compare(config, literal)
+    _compare(load_config(config_file("pola_swin_t"), (SMALL_SWIN + options).split()))
 
 
 @pytest.mark.parametrize("options", PVT.values(), ids=PVT.keys())
 def test_pola_pvt_equals_the_literal_model(options):
-    config = load_config(config_file("pola_pvt_t"), (SMALL_PVT + options).split())
+    _compare(load_config(config_file("pola_pvt_t"), (SMALL_PVT + options).split()))
 
-    def literal(state, images):
-        return pola_pvt_logits(
-            state,
-            images,
-            depths=PVT_DEPTHS["pola_pvt_tiny"],
-            num_heads=(1, 2, 5, 8),
-            attn_type=config.MODEL.LA.ATTN_TYPE,
-            sr_ratios=parse_sr_ratios(config.MODEL.LA.PVT_LA_SR_RATIOS),
-            alpha=config.MODEL.LA.ALPHA,
-            kernel_size=config.MODEL.LA.KERNEL_SIZE,
-        )
 
-    _compare(config, literal)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "pola_swin_b_384" else ()) for name in OFFICIAL]
+)
+def test_official_model_equals_the_literal_model(name):
+    """All eight at full size, logits of one image in float64."""
+    config = load_config(config_file(name))
+    model = fill_with_recipe(build_model(config)).eval().double()
+    images = recipe_input(image_size(config)[0])[:1].double()
+    with torch.inference_mode():
+        assert (model(images) - _literal(config)(model.state_dict(), images)).abs().max() < 1e-10
 
 
 def test_softmax_only_pola_pvt_takes_another_size_and_resizes_its_position_tables():
@@ -108,15 +119,5 @@ def test_softmax_only_pola_pvt_takes_another_size_and_resizes_its_position_table
     images = torch.from_numpy(recipe.gaussian("input", (1, 3, 96, 128))).double()
     with torch.no_grad():
         logits = model(images)
-        expected = pola_pvt_logits(
-            model.state_dict(),
-            images,
-            img_size=(64, 64),
-            depths=(2, 2, 2, 2),
-            num_heads=(1, 2, 5, 8),
-            attn_type="SSSS",
-            sr_ratios=(1, 1, 1, 1),
-            alpha=4.0,
-            kernel_size=5,
-        )
+        expected = _literal(config)(model.state_dict(), images)
     assert (logits - expected).abs().max() < 1e-10
