@@ -393,17 +393,17 @@ def parse_attention_types(attn_type: str, num_stages: int = 4) -> tuple[str, int
 
     Raises ConfigError for a wrong letter or length, an M without number, or a number without M.
     """
-    match = re.fullmatch(r"([A-Za-z]*)(\d*)", attn_type)
+    letters = attn_type.rstrip("0123456789")
+    number = attn_type[len(letters) :]
     expected = f"expected one of L, S, M per stage ({num_stages}), and after an M a number of blocks, as in MLSS4"
-    if not match or set(match[1]) - set("LSM"):
-        raise ConfigError(f"ATTN_TYPE {attn_type!r} has letters other than L, S, M; {expected}")
-    letters, number = match[1], match[2]
     if len(letters) != num_stages:
-        raise ConfigError(f"ATTN_TYPE {attn_type!r} has {len(letters)} letters; {expected}")
+        raise ConfigError(f"ATTN_TYPE {attn_type!r} has {len(letters)} letters, {expected}")
+    if strange := set(letters) - set("LSM"):
+        raise ConfigError(f"ATTN_TYPE {attn_type!r} has the letter {sorted(strange)[0]}, {expected}")
     if "M" in letters and not number:
-        raise ConfigError(f"ATTN_TYPE {attn_type!r} has an M stage without a number; {expected}")
+        raise ConfigError(f"ATTN_TYPE {attn_type!r} has an M stage without a number, {expected}")
     if number and "M" not in letters:
-        raise ConfigError(f"ATTN_TYPE {attn_type!r} has a number but no M stage that uses it; {expected}")
+        raise ConfigError(f"ATTN_TYPE {attn_type!r} has a number but no M stage that uses it, {expected}")
     return letters, int(number) if number else None
 
 

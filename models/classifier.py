@@ -1,11 +1,13 @@
 """What every model of this framework is: features, a mean over tokens, and a linear head."""
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
 from models.layers import Grid, init_weights
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Module, ABC):
     """Base of Pola-Swin and Pola-PVT: the head, and what loading and optimising need to know about a model.
 
     Subclasses set `num_features`, call `reset_classifier` once, and define `forward_features`.
@@ -22,9 +24,9 @@ class Classifier(nn.Module):
     num_classes: int
     head: nn.Linear | nn.Identity
 
+    @abstractmethod
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, height, width) to tokens (B, N, num_features)."""
-        raise NotImplementedError(f"{type(self).__name__} defines its own features")
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, N, C) to the mean over tokens (B, C) and, unless `pre_logits`, to logits."""
@@ -34,9 +36,9 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    @abstractmethod
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in backward instead of storing them."""
-        raise NotImplementedError(f"{type(self).__name__} decides what it recomputes")
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed although they have several dimensions."""
@@ -55,6 +57,6 @@ class Classifier(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
         init_weights(self.head)
 
+    @abstractmethod
     def position_grids(self) -> dict[str, Grid]:
         """(rows, columns) of each position table, by parameter name."""
-        raise NotImplementedError(f"{type(self).__name__} knows its position tables")

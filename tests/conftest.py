@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import recipe  # noqa: E402
 
+import main  # noqa: E402
+from config import load_config  # noqa: E402
+from logger import get_logger  # noqa: E402
+
 OFFICIAL = [
     "pola_pvt_t",
     "pola_pvt_s",
@@ -40,6 +45,16 @@ def config_file(name: str) -> str:
 
 def read_json(name: str) -> dict:
     return json.loads((REFERENCE / name).read_text())
+
+
+RELEASED = REFERENCE / "checkpoint_official_tiny.pth"
+RELEASED_OPTIONS = [
+    *read_json("checkpoint_official_tiny.json")["opts"],
+    "DATA.DATASET",
+    "digits",
+    "DATA.NUM_WORKERS",
+    "0",
+]
 
 
 def fill_with_recipe(model: nn.Module) -> nn.Module:
@@ -98,3 +113,32 @@ def run_main(
     if check and result.returncode:
         pytest.fail(f"{' '.join(command)} exited {result.returncode}\n{result.stdout}\n{result.stderr}")
     return result
+
+
+@pytest.fixture
+def log(caplog):
+    """The run's log as text, although its logger writes to the console itself."""
+    logger = get_logger()
+    previous, logger.propagate = logger.propagate, True
+
+    handler = caplog.handler
+    real_setup = main.setup_logger
+
+    def setup(*arguments):
+        real_setup(*arguments)
+        logger.addHandler(handler)
+
+    main.setup_logger = setup
+    yield caplog
+    main.setup_logger = real_setup
+    logger.propagate = previous
+    logger.handlers.clear()
+
+
+def run(cfg: Path, options: str = "") -> main.Progress | None:
+    """main.main in this process."""
+    return main.main(load_config(str(cfg), shlex.split(options)))
+
+
+def folder_of(tiny: Path) -> Path:
+    return tiny.parent / "out" / "tiny" / "default"

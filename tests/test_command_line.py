@@ -1,0 +1,158 @@
+"""Running main.py as a user does: the terminal, mistakes, interruptions, failures of one process.
+
+pytest tests/test_command_line.py
+"""
+
+import fcntl
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    TINY,
+    config_file,
+    folder_of,
+    run,
+    run_main,
+)
+
+from config import ConfigError, load_config
+from data import DataError
+from utils import distributed
+from utils.checkpoint import load_checkpoint
+
+
+def test_a_terminal_gets_colours_and_a_progress_bar_with_the_remaining_time(tiny):
+    controller, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    command = [sys.executable, "main.py", "--cfg", str(tiny), "--opts", "TRAIN.EPOCHS", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    environment.pop("NO_COLOR", None)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    output = b""
+    try:
+        while block := os.read(controller, 1 << 16):
+            output += block
+    except OSError:  # the terminal's last user is gone
+        pass
+    finally:
+        os.close(controller)
+    assert process.wait(timeout=60) == 0
+    text = output.decode()
+    assert re.search(r"epoch 0: +\d+%\|.*\| \d+/22 \[\d\d:\d\d<\d\d:\d\d", text)  # share, count, elapsed < remaining
+    assert "evaluation:" in text and "\x1b[32m[" in text
+    plain = (folder_of(tiny) / "log.txt").read_text()
+    assert "\x1b" not in plain and "%|" not in plain and "best top-1" in plain
+
+
+def test_a_mistake_ends_in_one_line_and_exit_code_2(tiny, tmp_path):
+    (tmp_path / "evil.pth").write_bytes(b"garbage")
+    cases = {
+        ("--data-path", "/absent", "--opts", "DATA.DATASET", "imagenet"): "data set folder /absent does not exist",
+        ("--eval", "--resume", str(tmp_path / "evil.pth")): "evil.pth is damaged",
+        ("--output", "/dev/null/sub"): "run folder /dev/null/sub/tiny/default cannot be written",
+    }
+    for arguments, message in cases.items():
+        result = run_main("--cfg", tiny, *arguments, check=False)
+        assert result.returncode == 2
+        assert message in result.stdout and "Traceback" not in result.stdout + result.stderr
+
+
+def test_an_unwritable_output_folder_is_explained(tiny):
+    (tiny.parent / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"the run folder .*file/tiny/default cannot be written .*--output"):
+        run(tiny, f"OUTPUT {tiny.parent / 'file'}")
+
+
+def test_a_training_set_smaller_than_a_step_is_explained(tiny):
+    with pytest.raises(DataError, match="less than one step"):
+        run(tiny, "DATA.BATCH_SIZE 2000")
+
+
+def test_ctrl_c_ends_cleanly_with_the_last_checkpoint_intact(tiny):
+    command = [sys.executable, "main.py", "--cfg", str(tiny), "--opts", "TRAIN.EPOCHS", "500"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(folder_of(tiny).glob("ckpt_epoch_2.pth")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "interrupted; the last complete checkpoint is intact" in stdout and "Traceback" not in stderr
+    newest = max(folder_of(tiny).glob("ckpt_epoch_*.pth"), key=lambda path: int(path.stem.rpartition("_")[2]))
+    assert load_checkpoint(newest)["epoch"] >= 2
+    assert not list(folder_of(tiny).glob(".*.tmp"))
+
+
+def test_nan_on_one_rank_stops_all_and_names_step_rate_and_rank(tiny):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["tests/driven_main.py", "nan-on-rank-1", "--cfg", str(tiny), "--opts", "PRINT_FREQ", "10"]
+    command += ["DATA.BATCH_SIZE", "32"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode != 0
+    message = r"stopped: step 7: non-finite gradient or loss at learning rate \S+ \(loss not finite on rank 1\)"
+    assert re.search(f"rank 0 {message}", result.stdout) or re.search(f"rank 1 {message}", result.stdout)
+    assert not list(folder_of(tiny).glob("*.pth"))  # nothing was saved from a stopped epoch
+
+
+def test_more_processes_than_gpus_is_explained(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name, value in {"RANK": 7, "WORLD_SIZE": 8, "LOCAL_RANK": 7, "LOCAL_WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(distributed.LaunchError, match="8 processes need 8 GPUs, and this node has 4: lower --nproc"):
+        distributed.init()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    with pytest.raises(distributed.LaunchError, match="6 GPUs, and this node has 4"):
+        distributed.init(single_process_gpu=5)
+
+
+def test_denormals_are_flushed_in_every_thread(tmp_path):
+    """main.py is run with a main() that looks at a result below the smallest normal number, on two threads."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, types\n"
+        "engine = types.ModuleType('engine')\n"
+        "class NonFiniteError(Exception): pass\n"
+        "engine.NonFiniteError, engine.Training = NonFiniteError, object\n"
+        "engine.evaluate = engine.train_one_epoch = None\n"
+        "def throughput(config, model, device, amp_dtype):\n"
+        "    import torch\n"
+        "    torch.set_num_threads(2)\n"
+        "    left = (torch.full((4_000_000,), 2e-38) * 1e-2).count_nonzero()\n"
+        "    print('denormals left:', int(left), flush=True)\n"
+        "    sys.exit(0)\n"
+        "engine.throughput = throughput\n"
+        "sys.modules['engine'] = engine\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "main.py", "--cfg", config_file("quickstart"), "--throughput"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert "denormals left: 0" in result.stdout
+    plain = "import torch; torch.set_num_threads(2); print((torch.full((4,), 2e-38) * 1e-2).count_nonzero().item())"
+    without = subprocess.run([sys.executable, "-c", plain], capture_output=True, text=True, check=True)
+    assert without.stdout.strip() == "4"  # what the test would see if nothing flushed them
+
+
+def test_tiny_configuration_of_the_tests_is_valid(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    assert load_config(str(path)).MODEL.NAME == "tiny"

@@ -1,0 +1,199 @@
+"""Runs that evaluate, fine-tune on own data, or measure throughput.
+
+pytest tests/test_evaluation.py
+"""
+
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    RELEASED,
+    RELEASED_OPTIONS,
+    config_file,
+    folder_of,
+    read_json,
+    run,
+    run_main,
+)
+from PIL import Image
+
+import main
+from config import load_config
+from logger import read_metrics
+from models import build_model
+from utils.checkpoint import CheckpointError, epoch_file, load_checkpoint, save_checkpoint
+
+RESULT = re.compile(r"(\d+) images, top-1 ([\d.]+) %, top-5 ([\d.]+) %, loss ([\d.]+)")
+LAUNCHERS = {
+    "one process": {},
+    "torchrun": {"processes": 2},
+    "torchrun, three": {"processes": 3},
+    "legacy launcher": {"launcher": ["-W", "ignore", "-m", "torch.distributed.launch", "--nproc_per_node=2"]},
+}
+
+
+@pytest.fixture(scope="module")
+def released_result(tmp_path_factory):
+    """(images, top-1, top-5, loss) of the released file on the digits, in this process."""
+    folder = str(tmp_path_factory.mktemp("out"))
+    options = [*RELEASED_OPTIONS, "OUTPUT", folder, "EVAL_MODE", "True", "MODEL.RESUME", str(RELEASED)]
+    config = load_config(config_file("pola_swin_t"), options)
+    result = main.run_evaluation(config, torch.device("cpu"))
+    return result.images, f"{result.top1:.3f}", f"{result.top5:.3f}", f"{result.loss:.4f}"
+
+
+@pytest.mark.parametrize("launch", LAUNCHERS.values(), ids=LAUNCHERS.keys())
+def test_every_launcher_evaluates_the_named_file_to_the_same_result(launch, released_result, tmp_path):
+    batch = {0: "33", 2: "64", 3: "16"}[launch.get("processes", 0)]
+    arguments = ["--cfg", config_file("pola_swin_t"), "--output", tmp_path, "--batch-size", batch]
+    options = [word for word in RELEASED_OPTIONS if word not in ("DATA.BATCH_SIZE",)]
+    position = RELEASED_OPTIONS.index("DATA.BATCH_SIZE")
+    options = RELEASED_OPTIONS[:position] + RELEASED_OPTIONS[position + 2 :]
+    result = run_main(*arguments, "--eval", "--resume", RELEASED, "--opts", *options, **launch)
+    images, top1, top5, loss = RESULT.search(result.stdout).groups()
+    assert (int(images), top1, top5) == released_result[:3] and images == "355"
+    assert float(loss) == pytest.approx(float(released_result[3]), abs=2e-4)
+    digest = read_json("checkpoint_official_tiny.json")["sha256"]
+    assert f"evaluated {RELEASED} (sha256 {digest}), float32:" in result.stdout
+    assert len(RESULT.findall(result.stdout)) == 1
+
+
+def test_evaluation_ignores_the_run_folder_and_writes_no_configuration(tiny, log):
+    run(tiny)
+    folder = folder_of(tiny)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"}
+    log.clear()
+    run(tiny, f"EVAL_MODE True MODEL.RESUME {epoch_file(folder, 1)}")
+    assert f"evaluated {epoch_file(folder, 1)} (sha256" in log.text
+    first = next(r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "val")
+    assert f"top-1 {first['top1']:.3f} %" in log.text
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"} == before
+
+
+def test_averaged_weights_get_a_line_of_their_own(tiny, log):
+    run(tiny, "EMA.ENABLE True EMA.DECAY 0.9")
+    log.clear()
+    run(tiny, f"EVAL_MODE True MODEL.RESUME {epoch_file(folder_of(tiny), 2)}")
+    lines = RESULT.findall(log.text)
+    assert len(lines) == 2 and "evaluated EMA weights of" in log.text
+    records = read_metrics(folder_of(tiny) / "metrics.jsonl")
+    expected = [f"{[r for r in records if r['kind'] == kind][-1]['top1']:.3f}" for kind in ("val", "ema")]
+    assert [line[1] for line in lines] == expected
+
+
+def test_test_amp_evaluates_under_autocast_and_says_so(tiny, log):
+    run(tiny, "TRAIN.EPOCHS 1")
+    run(tiny, f"EVAL_MODE True TEST.AMP True MODEL.RESUME {epoch_file(folder_of(tiny), 1)}")
+    assert "bfloat16: 355 images" in log.text
+
+
+def test_evaluating_another_architecture_lists_what_does_not_fit(tiny):
+    with pytest.raises(CheckpointError, match=r"does not fit PolaSwin(.|\n)*unexpected \((.|\n)*other shape \("):
+        run(tiny, f"EVAL_MODE True MODEL.RESUME {RELEASED}")
+
+
+@pytest.fixture
+def animals(tmp_path):
+    """Build an image folder with the given classes; each class has a colour of its own."""
+
+    def build(*names: str, root: str = "animals") -> Path:
+        for split, count in (("train", 16), ("val", 4)):
+            for label, name in enumerate(names):
+                (tmp_path / root / split / name).mkdir(parents=True)
+                for i in range(count):
+                    noise = np.random.default_rng(100 * label + i).integers(0, 60, (40, 50, 3), dtype=np.uint8)
+                    noise[..., label % 3] += 150
+                    buffer = io.BytesIO()
+                    Image.fromarray(noise).save(buffer, "JPEG")
+                    (tmp_path / root / split / name / f"{i}.jpg").write_bytes(buffer.getvalue())
+        return tmp_path / root
+
+    return build
+
+
+OWN = "DATA.DATASET imagenet DATA.BATCH_SIZE 8 TRAIN.EPOCHS 1 "
+
+
+def test_the_head_follows_the_folder_and_the_names_go_into_the_checkpoint(tiny, animals, log):
+    root = animals("ant", "bee", "cat")
+    run(tiny, f"{OWN} DATA.DATA_PATH {root}")
+    checkpoint = load_checkpoint(epoch_file(folder_of(tiny), 1))
+    assert checkpoint["classes"] == ["ant", "bee", "cat"] and checkpoint["model"]["head.weight"].shape[0] == 3
+    evaluate = f"{OWN} EVAL_MODE True MODEL.RESUME {epoch_file(folder_of(tiny), 1)}"
+    run(tiny, f"{evaluate} DATA.DATA_PATH {root}")
+    assert "12 images, top-1" in log.text
+    with pytest.raises(CheckpointError, match="missing in the data set: cat; unknown to the checkpoint: dog"):
+        run(tiny, f"{evaluate} DATA.DATA_PATH {animals('ant', 'bee', 'dog', root='other')}")
+    with pytest.raises(CheckpointError, match="trained on 3 classes, the data set has 2"):
+        run(tiny, f"{evaluate} DATA.DATA_PATH {animals('ant', 'bee', root='fewer')}")
+    with pytest.raises(CheckpointError, match="names differ"):  # continuing a run on other data
+        run(tiny, f"{OWN} DATA.DATA_PATH {tiny.parent / 'other'}")
+
+
+def test_without_stored_names_the_counts_must_be_equal(tiny, animals):
+    config = load_config(str(tiny), OWN.split())
+    path = tiny.parent / "weights.pth"
+    save_checkpoint({"model": build_model(config, 3).state_dict()}, path)
+    run(tiny, f"{OWN} EVAL_MODE True MODEL.RESUME {path} DATA.DATA_PATH {animals('ant', 'bee', 'dog')}")
+    with pytest.raises(CheckpointError, match=r"weights\.pth has 3 classes, the data set 2"):
+        run(tiny, f"{OWN} EVAL_MODE True MODEL.RESUME {path} DATA.DATA_PATH {animals('a', 'b', root='two')}")
+
+
+@pytest.mark.parametrize("type_name", ["pola_swin", "pola_pvt_tiny"])
+def test_fine_tuning_into_other_classes_and_size(tiny, animals, log, type_name):
+    model = f"MODEL.TYPE {type_name} MODEL.DROP_PATH_RATE 0"
+    config = load_config(str(tiny), model.split())
+    source = build_model(config, 10)
+    path = tiny.parent / "weights.pth"
+    save_checkpoint({"model": source.state_dict()}, path)
+    root = animals("ant", "bee")
+    options = f"{OWN} {model} DATA.DATA_PATH {root} DATA.IMG_SIZE 64 MODEL.PRETRAINED {path} TRAIN.BASE_LR 0"
+    options += " TRAIN.WARMUP_LR 0 TRAIN.MIN_LR 0 EMA.ENABLE True"
+    run(tiny, options)
+    assert "head: 10 classes in the file, 2 here; starts anew" in log.text
+    assert "resized to" in log.text and f"starts from the weights of {path}" in log.text
+    tuned = load_checkpoint(epoch_file(folder_of(tiny), 1))
+    name = "layers.0.blocks.0.attn.qkvg.weight" if type_name == "pola_swin" else "block1.0.attn.qg.weight"
+    assert torch.equal(tuned["model"][name], source.state_dict()[name])  # rate 0: the file's weights, unchanged
+    assert torch.equal(tuned["model_ema"][name], source.state_dict()[name])
+    log.clear()
+    with pytest.raises(KeyboardInterrupt):  # the run folder's checkpoint goes before --pretrained
+        _stop_after_resume(tiny, options)
+    assert "1 epochs finished" in log.text and "starts from the weights" not in log.text
+
+
+def _stop_after_resume(tiny: Path, options: str) -> None:
+    real, main.wrap = main.wrap, _interrupt
+    try:
+        run(tiny, options)
+    finally:
+        main.wrap = real
+
+
+def _interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_throughput_needs_no_data_and_no_folder(tmp_path):
+    options = "MODEL.SWIN.EMBED_DIM 12 MODEL.SWIN.NUM_HEADS [1,2,2,4] DATA.IMG_SIZE 64".split()
+    arguments = [
+        "--cfg",
+        config_file("pola_swin_t"),
+        "--throughput",
+        "--batch-size",
+        "4",
+        "--amp",
+        "--output",
+        tmp_path,
+    ]
+    result = run_main(*arguments, "--opts", *options)
+    assert re.search(
+        r"throughput of pola_swin_tiny_patch4_224, batch 4, bfloat16, size 64: median [\d.]+ images/s "
+        r"\(lowest [\d.]+, highest [\d.]+, 30 batches\)",
+        result.stdout,
+    )
+    assert not list(tmp_path.iterdir())

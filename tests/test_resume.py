@@ -1,0 +1,244 @@
+"""Training runs: what they leave, and that interrupted and resumed ones equal unbroken ones bit for bit.
+
+pytest tests/test_resume.py
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    RELEASED,
+    RELEASED_OPTIONS,
+    ROOT,
+    config_file,
+    folder_of,
+    run,
+    run_main,
+)
+from PIL import Image
+
+import main
+from config import load_config
+from logger import read_metrics
+from utils.checkpoint import CheckpointError, epoch_file, load_checkpoint
+
+# Everything random and everything stateful at once.
+EVERYTHING = "EMA.ENABLE True EMA.DECAY 0.9 TRAIN.ACCUMULATION_STEPS 2 DATA.BATCH_SIZE 32 MODEL.DROP_RATE 0.1"
+
+
+def _same(first: object, second: object) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(_same(a, b) for a, b in zip(first, second, strict=True))
+    return first == second
+
+
+def assert_same_run(first: Path, second: Path, epoch: int) -> None:
+    """Weights, optimizer, average, generators, best accuracy and every logged loss are equal bit for bit."""
+    a, b = (load_checkpoint(epoch_file(folder, epoch)) for folder in (first, second))
+    for key in ("model", "optimizer", "lr_scheduler", "model_ema", "scaler", "epoch", "step", "max_accuracy", "rng"):
+        assert _same(a[key], b[key]), key
+    logs = [read_metrics(folder / "metrics.jsonl") for folder in (first, second)]
+    timings = {"data_time", "step_time", "images_per_s", "memory_mb"}
+    values = [[{k: v for k, v in record.items() if k not in timings} for record in records] for records in logs]
+    assert values[0] == values[1] and len(values[0]) > 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        EVERYTHING,
+        f"{EVERYTHING} DATA.NUM_WORKERS 2",
+        "AMP True",
+        "AMP True AMP_DTYPE float16",
+        "TRAIN.OPTIMIZER.NAME sgd",
+    ],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(tiny, options, monkeypatch):
+    options += " TRAIN.EPOCHS 3"
+    run(tiny, f"{options} TAG whole")
+    real = main.train_one_epoch
+
+    def stopping(config, training, batches, epoch, metrics):
+        if epoch == 1:
+            real(config, training, batches, epoch, metrics)  # an epoch that is lost, its log lines with it
+            raise KeyboardInterrupt
+        real(config, training, batches, epoch, metrics)
+
+    monkeypatch.setattr(main, "train_one_epoch", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, f"{options} TAG parts")
+    monkeypatch.undo()
+    run(tiny, f"{options} TAG parts")
+    root = folder_of(tiny).parent
+    assert_same_run(root / "whole", root / "parts", 3)
+
+
+def test_two_processes_interrupted_and_resumed_equal_uninterrupted(tiny):
+    arguments = ["--cfg", tiny, "--opts", *EVERYTHING.split(), "TRAIN.EPOCHS", "2"]
+    run_main(*arguments, "--tag", "whole", processes=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["tests/driven_main.py", "stop-at-epoch-1", *map(str, arguments), "--tag", "parts"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    stopped = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    root = folder_of(tiny).parent
+    assert epoch_file(root / "parts", 1).exists() and not epoch_file(root / "parts", 2).exists(), stopped.stderr
+    resumed = run_main(*arguments, "--tag", "parts", processes=2)
+    assert "1 epochs finished" in resumed.stdout
+    assert_same_run(root / "whole", root / "parts", 2)
+    assert len(load_checkpoint(epoch_file(root / "whole", 2))["rng"]) == 2
+
+
+def test_a_finished_run_says_so_evaluates_and_exits_0(tiny):
+    run_main("--cfg", tiny, "--opts", "TRAIN.EPOCHS", "1")
+    files = sorted(path.name for path in folder_of(tiny).iterdir())
+    assert files == ["ckpt_epoch_1.pth", "config.yaml", "curves.png", "log.txt", "max_acc.pth", "metrics.jsonl"]
+    weights = epoch_file(folder_of(tiny), 1).read_bytes()
+    again = run_main("--cfg", tiny, "--opts", "TRAIN.EPOCHS", "1")
+    assert "this run is finished: all 1 epochs are done" in again.stdout
+    assert re.search(r"validation: 355 images, top-1 \d", again.stdout)
+    assert epoch_file(folder_of(tiny), 1).read_bytes() == weights
+
+
+def test_the_closing_lines_name_folder_accuracy_curves_and_a_command_that_works(tiny):
+    first = run_main("--cfg", tiny)
+    assert f"run folder: {folder_of(tiny)}" in first.stdout
+    best = re.search(r"best top-1: ([\d.]+) %", first.stdout)[1]
+    with Image.open(re.search(r"curves: (\S+)", first.stdout)[1]) as image:
+        assert image.width > 1000 and len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
+    command = re.search(r"evaluate it with: (.*)", first.stdout)[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(shlex.split(command), cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert f"top-1 {best} %" in result.stdout
+    assert "355 images" in result.stdout and "sha256" in result.stdout and "float32" in result.stdout
+
+
+def test_an_unreadable_newest_checkpoint_is_skipped(tiny, log):
+    run(tiny)
+    newest = epoch_file(folder_of(tiny), 2)
+    os.truncate(newest, 1000)
+    (folder_of(tiny) / "max_acc.pth").unlink()
+    run(tiny)
+    assert "skipped: checkpoint" in log.text and "ckpt_epoch_1.pth: 1 epochs finished" in log.text
+    assert load_checkpoint(newest)["epoch"] == 2
+
+
+def test_without_auto_resume_a_run_starts_anew(tiny, log):
+    run(tiny, "TRAIN.EPOCHS 1")
+    before = epoch_file(folder_of(tiny), 1).read_bytes()
+    records = len(read_metrics(folder_of(tiny) / "metrics.jsonl"))
+    log.clear()
+    run(tiny, "TRAIN.EPOCHS 1 TRAIN.AUTO_RESUME False")
+    assert "finished" not in log.text and "epoch 0 [" in log.text
+    (aside,) = folder_of(tiny).glob("earlier-*")
+    assert "held checkpoints of an earlier run; they are now in" in log.text
+    assert epoch_file(aside, 1).read_bytes() == before and (aside / "max_acc.pth").exists()
+    assert len(read_metrics(folder_of(tiny) / "metrics.jsonl")) == records
+
+
+def test_a_later_start_epoch_uses_the_rates_of_that_epoch(tiny):
+    run(tiny, "TRAIN.EPOCHS 2 TAG whole PRINT_FREQ 1")
+    run(tiny, "TRAIN.EPOCHS 2 TAG late PRINT_FREQ 1 TRAIN.START_EPOCH 1")
+    rates = [
+        [r["lr"] for r in read_metrics(folder_of(tiny).parent / tag / "metrics.jsonl") if r["kind"] == "train"]
+        for tag in ("whole", "late")
+    ]
+    assert len(rates[1]) > 10 and rates[0][len(rates[0]) // 2 :] == rates[1]
+
+
+def test_pretrained_that_does_not_exist_is_explained_and_a_run_continues_without_it(tiny):
+    with pytest.raises(CheckpointError, match=r"absent\.pth does not exist"):
+        run(tiny, "MODEL.PRETRAINED absent.pth")
+    run(tiny, "TRAIN.EPOCHS 1")
+    run(tiny, "TRAIN.EPOCHS 1 MODEL.PRETRAINED absent.pth")
+
+
+def test_a_disk_that_refuses_ends_in_one_line(tiny):
+    command = f"ulimit -f 40; exec {sys.executable} main.py --cfg {tiny}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "could not be written" in result.stdout and "Traceback" not in result.stderr
+    assert not list(folder_of(tiny).glob("*.pth")) and not list(folder_of(tiny).glob(".*tmp"))
+
+
+def test_schedule_keys_changed_since_are_honoured_and_named(tiny, log):
+    run(tiny, "TRAIN.EPOCHS 1")
+    run(tiny, "TRAIN.EPOCHS 2 TRAIN.BASE_LR 2.0e-3 TRAIN.WEIGHT_DECAY 0.1 TRAIN.WARMUP_EPOCHS 0")
+    assert "TRAIN.EPOCHS 1 → 2" in log.text and "TRAIN.BASE_LR 0.008 → 0.002" in log.text
+    records = [r for r in read_metrics(folder_of(tiny) / "metrics.jsonl") if r["kind"] == "train" and r["epoch"] == 1]
+    steps = records[-1]["step"] // 2
+    base, low = 2e-3 * 64 / 512, 5e-6 * 64 / 512
+    for record in records:
+        k = record["step"] - 2  # the rate of iteration k + 1 was set by step_update(k)
+        expected = low + 0.5 * (base - low) * (1 + np.cos(np.pi * k / (2 * steps)))
+        assert record["lr"] == pytest.approx(expected, rel=1e-9)
+    optimizer = load_checkpoint(epoch_file(folder_of(tiny), 2))["optimizer"]
+    assert optimizer["param_groups"][0]["weight_decay"] == 0.1
+
+
+def test_another_optimizer_or_function_is_refused_on_resume(tiny):
+    run(tiny, "TRAIN.EPOCHS 1")
+    with pytest.raises(CheckpointError, match="is not that of SGD"):
+        run(tiny, "TRAIN.OPTIMIZER.NAME sgd")
+    with pytest.raises(CheckpointError, match=r"trained with MODEL.LA.ALPHA 4.0, this configuration has 2.0"):
+        run(tiny, "MODEL.LA.ALPHA 2")
+    with pytest.raises(CheckpointError, match="does not fit PolaSwin of this configuration"):
+        run(tiny, "MODEL.SWIN.EMBED_DIM 16")
+
+
+def test_training_continues_from_a_released_checkpoint(tiny, log):
+    options = shlex.join([*RELEASED_OPTIONS, "MODEL.RESUME", str(RELEASED), "OUTPUT", str(tiny.parent / "out")])
+    main.main(load_config(config_file("pola_swin_t"), shlex.split(options)))
+    assert "2 epochs finished, best top-1 12.500 %" in log.text
+    assert "schedule and optimizer follow the configuration" in log.text
+    assert "epoch 2 [" in log.text and "epoch 1 [" not in log.text
+    folder = tiny.parent / "out" / "pola_swin_tiny_patch4_224" / "default"
+    step = load_checkpoint(epoch_file(folder, 3))["optimizer"]["state"][0]["step"]
+    assert step == 8 + 1442 // 16  # the file's 8 steps and an epoch of ours
+    command = re.search(r"evaluate it with: (.*)", log.text)[1]
+    assert Path(shlex.split(command)[-1]).exists()
+
+
+def test_checkpoints_are_rotated_and_hold_only_plain_values(tiny):
+    run(tiny, "TRAIN.EPOCHS 4 CHECKPOINT.KEEP 2 SAVE_FREQ 1 EMA.ENABLE True TENSORBOARD True")
+    names = {path.name for path in folder_of(tiny).glob("*.pth")}
+    assert names == {"ckpt_epoch_3.pth", "ckpt_epoch_4.pth", "max_acc.pth"}
+    checkpoint = torch.load(epoch_file(folder_of(tiny), 4), weights_only=True)
+    keys = "model optimizer lr_scheduler scaler model_ema epoch step max_accuracy rng classes config version".split()
+    assert set(checkpoint) == set(keys)
+    assert checkpoint["classes"] == [str(digit) for digit in range(10)]
+    records = read_metrics(folder_of(tiny) / "metrics.jsonl")
+    best = max(record["top1"] for record in records if record["kind"] == "val")
+    assert load_checkpoint(folder_of(tiny) / "max_acc.pth")["max_accuracy"] == best == checkpoint["max_accuracy"]
+    assert {record["kind"] for record in records} == {"train", "val", "ema"}
+    assert any((folder_of(tiny) / "tensorboard").iterdir())
+
+
+def test_save_frequency_always_saves_the_last_epoch(tiny):
+    run(tiny, "TRAIN.EPOCHS 3 SAVE_FREQ 2")
+    assert {path.name for path in folder_of(tiny).glob("ckpt*")} == {"ckpt_epoch_2.pth", "ckpt_epoch_3.pth"}
+
+
+def test_the_stored_configuration_reproduces_the_run(tiny):
+    run(tiny, "TRAIN.EPOCHS 1 MODEL.LA.ALPHA 2.5")
+    stored = folder_of(tiny) / "config.yaml"
+    run(stored, "TAG again")
+    assert_values = [
+        load_checkpoint(epoch_file(folder_of(tiny).parent / tag, 1))["model"] for tag in ("default", "again")
+    ]
+    assert _same(*assert_values)
