@@ -63,7 +63,8 @@ KEYS: dict[str, Key] = {
     "DATA.IMG_SIZE": Key(
         224,
         either(integer(1), sequence(integer(1), 2)),
-        "input size in pixels, or [height, width]; a multiple of 8 × the patch size (32 at patch 4)",
+        "input size in pixels, or [height, width]; a multiple of the patch size doubled at each further stage (32 at"
+        " patch 4 and four stages)",
     ),
     "DATA.INTERPOLATION": Key("bicubic", choice(*INTERPOLATIONS), "resampling filter of every resize"),
     "DATA.ZIP_MODE": Key(
@@ -241,6 +242,8 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     if key == "BASE":
         raise ConfigError(f"{source}: BASE can only stand in a YAML file")
+    if key in _SECTIONS:
+        raise ConfigError(f"{source}: {key} is a section and needs keys below it, received {value!r}")
     if is_dead_key(key):
         raise ConfigError(f"{source}: {key} has no effect here and was removed; delete it")
     if key not in KEYS:
@@ -249,7 +252,7 @@ def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
         try:
             decoded = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            decoded = value
+            decoded = None if value in ("null", "~") else value
     else:
         decoded = value
     kind = KEYS[key].kind
@@ -349,6 +352,8 @@ def config_from_tree(tree: dict[str, Any], source: str) -> tuple[CfgNode, list[s
     def visit(node: dict[str, Any], prefix: str) -> None:
         for name, value in node.items():
             key = f"{prefix}{name}"
+            if key == "BASE":
+                continue
             if key in KEYS:
                 try:
                     _set(config, key, value, source)
@@ -454,11 +459,9 @@ def _validate_model(config: CfgNode) -> None:
 def validate(config: CfgNode) -> None:
     """Raise ConfigError where keys contradict each other or name what does not exist."""
     _validate_model(config)
-    if config.TRAIN.WARMUP_EPOCHS > config.TRAIN.EPOCHS:
-        raise ConfigError(
-            f"TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} exceeds TRAIN.EPOCHS {config.TRAIN.EPOCHS},"
-            " of which it is part"
-        )
+    last_epoch = config.TRAIN.EPOCHS + config.TRAIN.COOLDOWN_EPOCHS
+    if last_epoch <= config.TRAIN.START_EPOCH:
+        raise ConfigError(f"TRAIN.START_EPOCH {config.TRAIN.START_EPOCH} is not below the run's {last_epoch} epochs")
     if config.TRAIN.MIN_LR > config.TRAIN.BASE_LR:
         raise ConfigError(f"TRAIN.MIN_LR {config.TRAIN.MIN_LR} exceeds TRAIN.BASE_LR {config.TRAIN.BASE_LR}")
     minmax = config.AUG.CUTMIX_MINMAX

@@ -265,7 +265,7 @@ def resume(config: CfgNode, training: Training, loaders: Loaders) -> Progress:
             training.ema.set(training.bare_model)
         logger.info("starts from the weights of %s", source)
     distributed.barrier()  # every rank has read its file
-    if not newest and distributed.rank() == 0 and (aside := set_aside(folder)):
+    if not newest and distributed.rank() == 0 and (aside := set_aside(folder, Path(config.MODEL.RESUME))):
         logger.warning("the run folder held checkpoints of an earlier run; they are now in %s", aside)
     if progress.epoch > 0:
         training.scheduler.step_update(progress.epoch * training.steps_per_epoch - 1)
@@ -388,6 +388,8 @@ def run_training(config: CfgNode, device: torch.device) -> Progress:
         (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
     wrap(config, training)
     last_epoch = config.TRAIN.EPOCHS + config.TRAIN.COOLDOWN_EPOCHS
+    if config.TRAIN.WARMUP_EPOCHS > config.TRAIN.EPOCHS:
+        logger.warning("the warm-up of %d epochs outlasts the run", config.TRAIN.WARMUP_EPOCHS)
     if progress.epoch >= last_epoch:
         logger.info("this run is finished: all %d epochs are done; evaluating it", progress.epoch)
         validate_epoch(config, training, loaders, progress.epoch, MetricsWriter(None))
@@ -405,7 +407,7 @@ def run_training(config: CfgNode, device: torch.device) -> Progress:
                     save_checkpoint(state, folder / BEST_FILE)
                 if saves:
                     save_checkpoint(state, epoch_file(folder, epoch + 1))
-                    remove_old_checkpoints(folder, config.CHECKPOINT.KEEP)
+                    remove_old_checkpoints(folder, config.CHECKPOINT.KEEP, newest=epoch + 1)
     metrics.close()
     if is_main:
         summarise(config, progress)
@@ -418,7 +420,7 @@ def summarise(config: CfgNode, progress: Progress) -> None:
     logger, folder = get_logger(), run_folder(config)
     curves = draw_curves(folder)
     candidates = [folder / BEST_FILE, epoch_file(folder, progress.epoch), Path(config.MODEL.RESUME)]
-    checkpoint = next(path for path in candidates if path.is_file())
+    checkpoint = next((path for path in candidates if path.is_file()), candidates[0])
     remark = "" if checkpoint == candidates[0] else " (of the run it continued from; not exceeded here)"
     python, script = (
         os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
@@ -430,6 +432,18 @@ def summarise(config: CfgNode, progress: Progress) -> None:
     if curves:
         logger.info("curves: %s", curves)
     logger.info("evaluate it with: %s", shlex.join(words))
+
+
+EXPECTED = (ConfigError, DataError, CheckpointError, distributed.LaunchError, NonFiniteError, OSError)
+
+
+@record
+def reported(config: CfgNode) -> None:
+    """`main`, so that torchrun repeats the reason of an expected failure, without its traceback, in its own report."""
+    try:
+        main(config)
+    except EXPECTED as problem:
+        raise type(problem)(str(problem)) from None
 
 
 def main(config: CfgNode) -> None:
@@ -447,8 +461,8 @@ def main(config: CfgNode) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        record(main)(COMMAND_LINE)  # torchrun repeats what is recorded at the end of its own report
-    except (ConfigError, DataError, CheckpointError, distributed.LaunchError, NonFiniteError, OSError) as problem:
+        reported(COMMAND_LINE)
+    except EXPECTED as problem:
         get_logger().error("error: %s", problem)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -165,6 +165,15 @@ def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
         return Loaders(None, _build_val(config, source), source.classes, source.num_classes)
     train_source = _build_source(config, "train")
     val_source = _build_source(config, "val", train_source.classes)
+    if train_source.classes and val_source.classes and val_source.classes != train_source.classes:
+        raise DataError(
+            "the labels of train_map.txt and val_map.txt disagree: class folders "
+            + ", ".join(
+                f"{label} is {ours} and {theirs}"
+                for label, (ours, theirs) in enumerate(zip(train_source.classes, val_source.classes, strict=False))
+                if ours != theirs
+            )
+        )
     if val_source.num_classes > train_source.num_classes:
         raise DataError(
             f"the validation set has labels up to {val_source.num_classes - 1}, the training set only"

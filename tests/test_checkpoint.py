@@ -88,10 +88,13 @@ def test_a_file_that_tries_to_run_code_is_refused_by_name(payload, legacy, tmp_p
     torch.save(payload, "evil.pth", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(CheckpointError, match=r"evil\.pth refused: it asks for (posix\.system|builtins\.eval),"):
         load_checkpoint("evil.pth")
-    Path("raw.pth").write_bytes(pickle.dumps(payload))
-    with pytest.raises(CheckpointError, match=r"raw\.pth (refused|is damaged)") as caught:
-        load_checkpoint("raw.pth")
-    assert "weights_only" not in str(caught.value)  # torch's advice to load it all the same is not passed on
+    for protocol in range(6):
+        Path("raw.pth").write_bytes(pickle.dumps(payload, protocol))
+        torch.save(payload, "zip.pth", pickle_protocol=protocol)
+        for name in ("raw.pth", "zip.pth"):
+            with pytest.raises(CheckpointError, match=rf"{name} refused: it asks for \S*(system|eval),") as caught:
+                load_checkpoint(name)
+            assert "weights_only" not in str(caught.value)  # torch's advice to load it all the same
     assert not Path("EXECUTED").exists()
 
 
@@ -345,8 +348,11 @@ def test_newest_files_and_the_best_are_kept(tmp_path):
     for epoch in (1, 2, 9, 10, 11):
         save_checkpoint(_state(epoch), epoch_file(tmp_path, epoch))
     save_checkpoint(_state(2), tmp_path / "max_acc.pth")
-    remove_old_checkpoints(tmp_path, keep=2)
+    remove_old_checkpoints(tmp_path, keep=2, newest=11)
     assert sorted(os.listdir(tmp_path)) == ["ckpt_epoch_10.pth", "ckpt_epoch_11.pth", "max_acc.pth"]
+    epoch_file(tmp_path, 12).write_bytes(b"cut short")  # skipped on resume, so epoch 11 was written again
+    remove_old_checkpoints(tmp_path, keep=1, newest=11)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt_epoch_11.pth", "ckpt_epoch_12.pth", "max_acc.pth"]
 
 
 def test_newest_readable_checkpoint_goes_by_epoch_not_by_time(tmp_path, caplog):

@@ -90,6 +90,15 @@ def test_integer_where_a_key_is_a_float_and_fractional_alpha():
     assert merged.MODEL.LA.ALPHA == 2.5
 
 
+@pytest.mark.parametrize("word", ["null", "None", "~"])
+def test_null_in_opts(word):
+    assert load_config(config_file("pola_swin_t"), ["TRAIN.CLIP_GRAD", word]).TRAIN.CLIP_GRAD is None
+
+
+def test_a_short_run_may_be_all_warm_up():
+    assert load_config(config_file("quickstart"), ["TRAIN.EPOCHS", "1"]).TRAIN.EPOCHS == 1
+
+
 def test_flags_set_their_keys():
     argv = ["--cfg", config_file("pola_swin_t"), "--batch-size", "7", "--data-path", "/data", "--zip", "--amp"]
     argv += ["--cache-mode", "full", "--use-checkpoint", "--throughput", "--find-unused-params", "--local_rank", "1"]
@@ -168,7 +177,8 @@ MISTAKES = {
     "MODEL.TYPE pola_pvt_tiny MODEL.LA.PVT_LA_SR_RATIOS 111": "is not 4 digits",
     "MODEL.TYPE pola_pvt_tiny MODEL.LA.ATTN_TYPE LLLL MODEL.LA.PVT_LA_SR_RATIOS 1114": "the 7×7 map of stage 3"
     " does not divide by 4",
-    "TRAIN.WARMUP_EPOCHS 301": "TRAIN.WARMUP_EPOCHS 301 exceeds TRAIN.EPOCHS 300",
+    "TRAIN.START_EPOCH 300": "TRAIN.START_EPOCH 300 is not below the run's 300 epochs",
+    "DATA 3": "DATA is a section and needs keys below it",
     "EVAL_MODE True": "--eval needs --resume FILE",
     "TRAIN.EPOCHS": "--opts takes KEY VALUE pairs, received 1 words",
 }

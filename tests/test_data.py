@@ -261,6 +261,14 @@ def test_bad_map_is_explained(zipped, text, message):
         loaders(zipped, "DATA.ZIP_MODE", "True")
 
 
+def test_maps_that_disagree_are_explained(zipped):
+    text = (zipped / "val_map.txt").read_text()
+    swapped = text.replace("\t0", "\tx").replace("\t1", "\t0").replace("\tx", "\t1")
+    (zipped / "val_map.txt").write_text(swapped)
+    with pytest.raises(DataError, match=r"disagree: class folders 0 is ant and bee, 1 is bee and ant"):
+        loaders(zipped, "DATA.ZIP_MODE", "True")
+
+
 def test_missing_and_damaged_zip_are_explained(zipped):
     (zipped / "val.zip").write_bytes(b"PK damaged")
     with pytest.raises(DataError, match="val.zip is not a readable zip file"):

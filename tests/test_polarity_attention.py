@@ -94,12 +94,18 @@ def test_large_powers_do_not_overflow_in_float16():
     assert out.isfinite().all()
 
 
-def test_masked_keys_have_no_influence_at_all():
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+@pytest.mark.parametrize("garbage", [100.0, 1e30, float("inf"), float("nan")])
+def test_masked_keys_have_no_influence_at_all(backend, garbage):
     q, k, v, exponent = _inputs()
     mask = torch.tensor([[1, 1, 0, 1, 0, 1, 1], [1, 0, 0, 0, 0, 0, 0]], dtype=torch.bool)
-    out = polarity_attention(q, k, v, exponent, key_mask=mask)
-    noise = torch.where(mask[:, :, None, None], 0.0, 100.0)
-    assert torch.equal(out, polarity_attention(q, k + noise, v - noise, exponent, key_mask=mask))
+    out = polarity_attention(q, k, v, exponent, key_mask=mask, backend=backend)
+    noise = torch.where(mask[:, :, None, None], 0.0, garbage)
+    noisy = polarity_attention(q, k + noise, v - noise, exponent, key_mask=mask, backend=backend)
+    assert torch.equal(out, noisy)
+    gradients = torch.autograd.grad(noisy.sum(), (q, k, v, exponent))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert (gradients[1][~mask] == 0).all()
     short = polarity_attention(q[:1], k[:1, mask[0]], v[:1, mask[0]], exponent)
     assert torch.allclose(out[:1], short, rtol=1e-12, atol=1e-14)
 

@@ -145,7 +145,17 @@ def test_without_auto_resume_a_run_starts_anew(tiny, log):
     (aside,) = folder_of(tiny).glob("earlier-*")
     assert "held checkpoints of an earlier run; they are now in" in log.text
     assert epoch_file(aside, 1).read_bytes() == before and (aside / "max_acc.pth").exists()
+    assert len(read_metrics(aside / "metrics.jsonl")) == records and (aside / "config.yaml").exists()
     assert len(read_metrics(folder_of(tiny) / "metrics.jsonl")) == records
+
+
+def test_the_file_that_resume_names_is_not_set_aside(tiny):
+    run(tiny)
+    named = epoch_file(folder_of(tiny), 2)
+    run(tiny, f"TRAIN.AUTO_RESUME False MODEL.RESUME {named}")  # finished: evaluates and says how to do it again
+    assert named.exists()
+    (aside,) = folder_of(tiny).glob("earlier-*")
+    assert epoch_file(aside, 1).exists()
 
 
 def test_a_later_start_epoch_uses_the_rates_of_that_epoch(tiny):

@@ -8,6 +8,7 @@ import collections
 import hashlib
 import os
 import pickle
+import pickletools
 import re
 import time
 import zipfile
@@ -70,6 +71,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"checkpoint {path} refused: it asks for {name}, and only tensors and plain values are loaded"
             ) from error
+        if foreign := _foreign_globals(path):
+            names = ", ".join(foreign)
+            raise CheckpointError(
+                f"checkpoint {path} refused: it asks for {names}, and only tensors and plain values are loaded"
+            ) from error
         kind = "damaged or no checkpoint" if isinstance(error, pickle.UnpicklingError) else "truncated or damaged"
         raise CheckpointError(f"checkpoint {path} is {kind} ({type(error).__name__})") from error
     if not isinstance(content, dict):
@@ -83,6 +89,38 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         keys = ", ".join(map(str, content))
         raise CheckpointError(f"checkpoint {path} holds no `model` of named tensors; its keys: {keys}")
     return content
+
+
+def _foreign_globals(path: Path) -> list[str]:
+    """Classes and functions beyond torch's own that a pickle names, in the pickle protocols torch does not read too."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
+        else:
+            pickles = [path.read_bytes()]
+    except Exception:  # a damaged archive fails in any way
+        return []
+    found: list[str] = []
+    for content in pickles:
+        strings: list[str] = []  # those pushed so far; STACK_GLOBAL takes the last two
+        memo: dict[int, str] = {}
+        try:
+            for opcode, argument, _ in pickletools.genops(content):
+                if opcode.name in ("GLOBAL", "INST"):
+                    found.append(str(argument).replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL" and len(strings) > 1:
+                    found.append(".".join(strings[-2:]))
+                elif opcode.name == "MEMOIZE":
+                    memo[len(memo)] = strings[-1] if strings else ""
+                elif opcode.name in ("BINGET", "LONG_BINGET") and isinstance(argument, int):
+                    strings.append(memo.get(argument, ""))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+        except Exception:  # not a pickle, or cut short: what was named before that counts
+            continue
+    own = ("torch.", "collections.OrderedDict", "yacs.config.CfgNode")
+    return sorted({name for name in found if not name.startswith(own)})
 
 
 def file_digest(path: str | Path) -> str:
@@ -172,15 +210,23 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         os.close(folder)
 
 
+def _epoch_of(path: Path) -> int:
+    match = EPOCH_FILE.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
 def epoch_checkpoints(folder: Path) -> list[Path]:
     """The epoch checkpoints of a run folder, newest epoch first (file times play no part)."""
-    found = [(int(match[1]), path) for path in folder.glob("*.pth") if (match := EPOCH_FILE.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted((path for path in folder.glob("*.pth") if _epoch_of(path) >= 0), key=_epoch_of, reverse=True)
 
 
-def remove_old_checkpoints(folder: Path, keep: int) -> None:
-    """Keep the newest `keep` epoch checkpoints; the best one has its own name and stays."""
-    for path in epoch_checkpoints(folder)[keep:]:
+def remove_old_checkpoints(folder: Path, keep: int, newest: int) -> None:
+    """Keep the newest `keep` epoch checkpoints up to epoch `newest`, the one just written.
+
+    Files of later epochs, left unreadable by an accident, neither count nor go; the best one has its own name.
+    """
+    older = [path for path in epoch_checkpoints(folder) if _epoch_of(path) <= newest]
+    for path in older[keep:]:
         path.unlink(missing_ok=True)
 
 
@@ -198,14 +244,20 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Move an earlier run's checkpoints out of the way of a new one; returns where to, None if there are none."""
+def set_aside(folder: Path, named: Path) -> Path | None:
+    """Move an earlier run's checkpoints and records out of the way of a new one, except the file `named` by the user.
+
+    Returns where to, None if there are no checkpoints.
+    """
     best = folder / BEST_FILE
-    files = [*epoch_checkpoints(folder), *([best] if best.is_file() else [])]
+    files = [
+        path for path in (*epoch_checkpoints(folder), best) if path.is_file() and path.resolve() != named.resolve()
+    ]
     if not files:
         return None
     target = folder / time.strftime("earlier-%Y%m%d-%H%M%S")
     target.mkdir()
-    for path in files:
+    records = (folder / name for name in ("metrics.jsonl", "config.yaml", "curves.png", "tensorboard"))
+    for path in (*files, *(record for record in records if record.exists())):
         path.rename(target / path.name)
     return target

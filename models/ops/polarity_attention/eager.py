@@ -27,14 +27,14 @@ def polarity_attention_eager(
     with torch.autocast(q.device.type, enabled=False):
         queries, keys, values = (t.to(dtype).transpose(1, 2) for t in (q, k, v))  # (B, h, N or n, d)
         power = exponent.to(dtype)[:, None, :]  # (h, 1, d)
+        count: Tensor | int = k.shape[1]
+        if key_mask is not None:  # before anything is computed of them: whatever stands there must not matter
+            padding = ~key_mask[:, None, :, None]
+            keys, values = keys.masked_fill(padding, 0.0), values.masked_fill(padding, 0.0)
+            count = key_mask.sum(dim=1).clamp(min=1).to(dtype)[:, None, None, None]
         key_features = _polar_features(keys, power)  # (B, h, n, 2d)
         extended = F.pad(values, (0, 1), value=1.0)  # a column of ones: its product is the sum of the keys
-        if key_mask is not None:
-            extended = extended.masked_fill(~key_mask[:, None, :, None], 0.0)
-            count = key_mask.sum(dim=1).clamp(min=1).to(dtype)[:, None, None, None]
-            state = key_features.transpose(-2, -1) @ extended / count  # (B, h, 2d, d + 1)
-        else:
-            state = key_features.transpose(-2, -1) @ extended / k.shape[1]
+        state = key_features.transpose(-2, -1) @ extended / count  # (B, h, 2d, d + 1)
         swapped = state.roll(d, dims=-2)  # the two halves of 2d exchanged
         weights = torch.cat([state[..., :same], swapped[..., same:d], state[..., d:], swapped[..., d:]], dim=-1)
         product = _polar_features(queries, power) @ weights  # (B, h, N, d + 2)

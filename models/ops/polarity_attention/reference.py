@@ -12,14 +12,14 @@ def polarity_attention_reference(
     with torch.autocast(q.device.type, enabled=False):
         queries, keys, values = (t.to(dtype).transpose(1, 2) for t in (q, k, v))  # (B, h, N or n, d)
         power = exponent.to(dtype)[:, None, :]  # (h, 1, d)
+        count: Tensor | int = k.shape[1]
+        if key_mask is not None:  # before anything is computed of them: whatever stands there must not matter
+            padding = ~key_mask[:, None, :, None]
+            keys, values = keys.masked_fill(padding, 0.0), values.masked_fill(padding, 0.0)
+            count = key_mask.sum(dim=1).clamp(min=1).to(dtype)[:, None, None, None]
         positive_q, negative_q = torch.relu(queries) ** power, torch.relu(-queries) ** power
         positive_k, negative_k = torch.relu(keys) ** power, torch.relu(-keys) ** power
         key_features = torch.cat([positive_k, negative_k], dim=-1)  # (B, h, n, 2d)
-        if key_mask is None:
-            count = torch.full((1, 1, 1, 1), float(k.shape[1]), dtype=dtype, device=q.device)
-        else:
-            key_features = key_features * key_mask[:, None, :, None].to(dtype)
-            count = key_mask.sum(dim=1).clamp(min=1).to(dtype)[:, None, None, None]
         same = torch.cat([positive_q, negative_q], dim=-1)
         opposite = torch.cat([negative_q, positive_q], dim=-1)
         mean_key = key_features.sum(dim=2, keepdim=True) / count  # (B, h, 1, 2d)
