@@ -3,6 +3,7 @@
 pytest tests/test_command_line.py
 """
 
+import contextlib
 import fcntl
 import os
 import re
@@ -39,13 +40,10 @@ def test_a_terminal_gets_colours_and_a_progress_bar_with_the_remaining_time(tiny
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=terminal, stderr=terminal)
     os.close(terminal)
     output = b""
-    try:
+    with contextlib.suppress(OSError):  # the terminal's last user is gone
         while block := os.read(controller, 1 << 16):
             output += block
-    except OSError:  # the terminal's last user is gone
-        pass
-    finally:
-        os.close(controller)
+    os.close(controller)
     assert process.wait(timeout=60) == 0
     text = output.decode()
     assert re.search(r"epoch 0: +\d+%\|.*\| \d+/22 \[\d\d:\d\d<\d\d:\d\d", text)  # share, count, elapsed < remaining

@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import TINY
 from torch import nn
+from torch.utils.data import DataLoader
 
 import engine
 from config import load_config
-from data import Batches, build_loaders
+from data import Batches, _collate, build_loaders
+from data.datasets import Sample
 from data.transforms import Normalise
 from engine import FiniteGuard, NonFiniteError, evaluate, throughput, train_one_epoch
 from logger import MetricsWriter, read_metrics
@@ -327,21 +329,12 @@ def test_evaluation_switches_tf32_off_and_back():
             assert images.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and not self.training
             return images.mean((2, 3)) * self.weight
 
-    class Val(Batches):
-        def __init__(self):
-            pass
-
-        def __iter__(self):
-            yield torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
-
-        def __len__(self):
-            return 1
-
-        num_images = 2
+    samples = [Sample(torch.zeros(3, 4, 4, dtype=torch.uint8), label=0)] * 2
+    val = Batches(DataLoader(samples, batch_size=2, collate_fn=_collate))
 
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        evaluate(Probe(), Val(), CPU)
+        evaluate(Probe(), val, CPU)
         assert torch.backends.cuda.matmul.allow_tf32
         with pytest.raises(KeyError), exact_float32():
             raise KeyError
