@@ -44,14 +44,19 @@ class PolaLinearAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, grid: Grid, key_mask: Tensor | None = None) -> Tensor:
         """Attention over q (B, N, C) and k, v (B, n, C), plus the depthwise branch over v, gated by g: (B, N, C)."""
-        scale = F.softplus(self.scale)
-        q = q / scale
-        k = (k + self.positional_encoding) / scale
+        heads = (self.num_heads, -1)
         if key_mask is not None:
             v = v.masked_fill(~key_mask[:, :, None], 0.0)
-        # one dtype for the op: under autocast the parameters promote q and k to float32 while v is low precision
-        q, k, v_heads = (t.to(v.dtype).unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
-        out = polarity_attention(q, k, v_heads, self.exponent(), key_mask=key_mask, backend=self.backend)
+        out = polarity_attention(
+            q.unflatten(-1, heads),
+            k.unflatten(-1, heads),
+            v.unflatten(-1, heads),
+            self.exponent(),
+            scale=F.softplus(self.scale[0, 0]).unflatten(-1, heads),
+            position=self.positional_encoding[0].unflatten(-1, heads),
+            key_mask=key_mask,
+            backend=self.backend,
+        )
         return self.proj((out.flatten(2) + self.local_branch(v, grid)) * g)
 
     def local_branch(self, v: Tensor, grid: Grid) -> Tensor:

@@ -29,6 +29,8 @@ def polarity_attention(
     v: Tensor,
     exponent: Tensor,
     *,
+    scale: Tensor | None = None,
+    position: Tensor | None = None,
     key_mask: Tensor | None = None,
     eps: float = 1e-6,
     backend: str = "auto",
@@ -67,4 +69,4 @@ def polarity_attention(
         )
     if key_mask is not None and (key_mask.shape != (B, n) or key_mask.dtype != torch.bool):
         raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}, expected torch.bool ({B}, {n})")
-    return BACKENDS[choose_backend(backend)](q, k, v, exponent, key_mask, eps)
+    return BACKENDS[choose_backend(backend)](q, k, v, exponent, scale, position, key_mask, eps)

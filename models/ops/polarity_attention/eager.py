@@ -69,8 +69,8 @@ class _PolarityAttention(torch.autograd.Function):
                 u, _, slope = tokens_of.queries(q, images, tokens)
                 features = tokens_of.features(u, slope)
                 product = _product(features, readout.mT, scratch("product", *u.shape[:3], d + 2))
-                result, normalisers = product.split([d, 2], dim=-1)
-                _each_stream(Tensor.div_, result, normalisers.add_(eps))
+                numerators, normalisers = product.split([d, 2], dim=-1)
+                result = _per_stream(torch.div, numerators, normalisers + eps, out=numerators)
                 out[images, tokens] = result.transpose(1, 2)
         ctx.save_for_backward(q, k, v, exponent, scale, position, key_mask, state)
         ctx.eps = eps
@@ -93,13 +93,14 @@ class _PolarityAttention(torch.autograd.Function):
                 features = tokens_of.features(u, slope)
                 product = _product(features, readout.mT, scratch("product", *u.shape[:3], d + 2))
                 numerators, normalisers = product.split([d, 2], dim=-1)
-                reciprocals = normalisers.add_(ctx.eps).reciprocal_()
-                grad_product = scratch("grad_product", *product.shape)
-                grad_numerators, grad_normalisers = grad_product.split([d, 2], dim=-1)
-                grad_numerators.copy_(grad_out[images, tokens].transpose(1, 2))
-                _each_stream(Tensor.mul_, grad_numerators, reciprocals)
-                grad_normalisers.copy_(_sum_of_each_stream(numerators.mul_(grad_numerators)))
-                grad_normalisers.mul_(reciprocals).neg_()
+                reciprocals = (normalisers + ctx.eps).reciprocal()
+                upstream = grad_out[images, tokens].transpose(1, 2)
+                grad_numerators = _per_stream(torch.mul, upstream, reciprocals, out=scratch("upstream", *u.shape))
+                weighted = torch.mul(numerators, grad_numerators, out=scratch("weighted", *u.shape))
+                grad_normalisers = -_sum_per_stream(weighted) * reciprocals
+                grad_product = torch.cat(
+                    [grad_numerators, grad_normalisers], dim=-1, out=scratch("grad_product", *product.shape)
+                )
                 grad_readout += _product(grad_product.mT, features)
                 grad_features = _product(grad_product, readout, scratch("grad_features", *features.shape))
                 grad_q[images, tokens] = tokens_of.backward(u, log, slope, grad_features).transpose(1, 2)
@@ -199,8 +200,8 @@ class _Tokens:
         positive = torch.clamp(signed_slope, min=0.0, out=slope)
         negative = signed_slope.sub_(positive)  # ≤ 0
         grad_u = positive.mul_(positive_grad).addcmul_(negative, negative_grad)  # without the factor p
-        self.moment += u.mul_(grad_u).sum(dim=(0, 2))[:, None]
-        self.log_moment += u.mul_(log).sum(dim=(0, 2))[:, None]
+        self.moment += u.mul_(grad_u).sum(dim=2).sum(dim=0)[:, None]
+        self.log_moment += u.mul_(log).sum(dim=2).sum(dim=0)[:, None]
         return grad_u.mul_(self.exponent * self.inverse_scale)
 
     def parameter_gradients(self) -> tuple[Tensor, Tensor]:
@@ -261,14 +262,18 @@ def _readout_backward(grad: Tensor) -> Tensor:
     return torch.cat([grad[..., : _same(d), :], swapped[..., _same(d) : d, :], mean], dim=-2)
 
 
-def _each_stream(operation: Callable[[Tensor, Tensor], Tensor], channels: Tensor, normalisers: Tensor) -> None:
-    """Change each stream's channels (…, d) in place by an operation with its own normaliser (…, 2)."""
+def _per_stream(operation: Callable[..., Tensor], channels: Tensor, normalisers: Tensor, out: Tensor) -> Tensor:
+    """Combine each stream's channels (…, d) with its own normaliser (…, 2)."""
     same = _same(channels.shape[-1])
-    operation(channels[..., :same], normalisers[..., :1])
-    operation(channels[..., same:], normalisers[..., 1:])
+    streams = (channels[..., :same], normalisers[..., :1]), (channels[..., same:], normalisers[..., 1:])
+    if torch.compiler.is_compiling():  # which takes no view as `out`
+        return torch.cat([operation(*stream) for stream in streams], dim=-1)
+    for stream, part in zip(streams, (out[..., :same], out[..., same:]), strict=True):
+        operation(*stream, out=part)
+    return out
 
 
-def _sum_of_each_stream(channels: Tensor) -> Tensor:
+def _sum_per_stream(channels: Tensor) -> Tensor:
     """(…, d) to (…, 2)"""
     same = _same(channels.shape[-1])
     return torch.stack([channels[..., :same].sum(dim=-1), channels[..., same:].sum(dim=-1)], dim=-1)

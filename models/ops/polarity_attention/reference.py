@@ -5,12 +5,24 @@ from torch import Tensor
 
 
 def polarity_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, exponent: Tensor, key_mask: Tensor | None, eps: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    exponent: Tensor,
+    scale: Tensor | None,
+    position: Tensor | None,
+    key_mask: Tensor | None,
+    eps: float,
 ) -> Tensor:
     """Arguments and result as in `polarity_attention`; low-precision inputs are computed in float32."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        queries, keys, values = (t.to(dtype).transpose(1, 2) for t in (q, k, v))  # (B, h, N or n, d)
+        queries, keys = q.to(dtype), k.to(dtype)
+        if position is not None:
+            keys = keys + position.to(dtype)
+        if scale is not None:
+            queries, keys = queries / scale.to(dtype), keys / scale.to(dtype)
+        queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, v.to(dtype)))  # (B, h, N or n, d)
         power = exponent.to(dtype)[:, None, :]  # (h, 1, d)
         count: Tensor | int = k.shape[1]
         if key_mask is not None:  # before anything is computed of them: whatever stands there must not matter
