@@ -1,0 +1,589 @@
+"""Polarity-aware linear attention as Triton kernels: two passes forward, two backward, features in registers only.
+
+README.md beside this file derives what they compute. Forward: one pass over k and v sums the state, one over q writes
+the output. Backward: one pass over q and the output's gradient writes dq and sums the state's gradient, one over k and v
+writes dk and dv. Sums over a sequence that several programs share are written out in parts and added in a fixed order.
+
+Letters: B images, N queries, n keys, H heads, D channels per head, DP their next power of two, T tokens of a tile.
+In kernels: `k_half`, `v_half` … name what belongs to features relu(±u)^p, `same` and `opposite` the two streams.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+MAX_CHANNELS = 128
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Stands for log2(0): 2 to any power p ≥ 1 of it is 0, and 0 times it is 0.
+LOG_OF_ZERO = tl.constexpr(-1100.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _log_and_slope(u, exponent):
+    """log2|u| and |u|^(p−1), float32"""
+    log = tl.maximum(tl.log2(tl.abs(u)), LOG_OF_ZERO)
+    return log, tl.exp2((exponent - 1.0) * log)
+
+
+@triton.jit
+def _features(u, slope):
+    """relu(u)^p and relu(−u)^p"""
+    signed = slope * u
+    return tl.where(u > 0.0, signed, 0.0), tl.where(u < 0.0, -signed, 0.0)
+
+
+@triton.jit
+def _grad_tokens(u, log, slope, grad_positive, grad_negative):
+    """Gradient by u, without the factor p, and the two terms whose sums are the gradients of scale and exponent."""
+    grad_signed = tl.where(u > 0.0, grad_positive, tl.where(u < 0.0, -grad_negative, 0.0))
+    grad = slope * grad_signed
+    moment = u * grad
+    return grad, moment, moment * log
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    """Matrix product with float32 sums; PRECISION is bf16 or one of tl.dot's for float32 operands."""
+    if PRECISION == "bf16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+
+
+@triton.jit
+def _load_keys(k, position, inverse_scale, offsets, position_offsets, real, HAS_POSITION: tl.constexpr):
+    """u = (k + position)/scale of a tile, 0 where not real"""
+    u = tl.load(k + offsets, mask=real, other=0.0).to(tl.float32)
+    if HAS_POSITION:
+        u += tl.load(position + position_offsets, mask=real, other=0.0).to(tl.float32)
+    return u * inverse_scale[None, :]
+
+
+@triton.jit
+def _load_parameters(exponent, scale, head, channels, D: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """p and 1/scale of a head; 1 in the channels that only fill up to a power of two"""
+    p = tl.load(exponent + head * D + channels, mask=channels < D, other=1.0).to(tl.float32)
+    if HAS_SCALE:
+        return p, 1.0 / tl.load(scale + head * D + channels, mask=channels < D, other=1.0).to(tl.float32)
+    return p, tl.full(channels.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _state_offsets(channels, D: tl.constexpr):
+    """Offsets and mask of one half's D × D sums in a state; its mean is the row after them."""
+    offsets = channels[:, None] * D + channels[None, :]
+    return offsets, (channels[:, None] < D) & (channels[None, :] < D)
+
+
+@triton.jit
+def _load_state(state, channels, D: tl.constexpr):
+    """Both halves' sums (DP, DP) and means (DP,)"""
+    offsets, inside = _state_offsets(channels, D)
+    half: tl.constexpr = (D + 1) * D
+    positive = tl.load(state + offsets, mask=inside, other=0.0)
+    negative = tl.load(state + half + offsets, mask=inside, other=0.0)
+    positive_mean = tl.load(state + D * D + channels, mask=channels < D, other=0.0)
+    negative_mean = tl.load(state + half + D * D + channels, mask=channels < D, other=0.0)
+    return positive, negative, positive_mean, negative_mean
+
+
+@triton.jit
+def _store_state(state, channels, positive, negative, positive_mean, negative_mean, D: tl.constexpr):
+    offsets, inside = _state_offsets(channels, D)
+    half: tl.constexpr = (D + 1) * D
+    tl.store(state + offsets, positive, mask=inside)
+    tl.store(state + half + offsets, negative, mask=inside)
+    tl.store(state + D * D + channels, positive_mean, mask=channels < D)
+    tl.store(state + half + D * D + channels, negative_mean, mask=channels < D)
+
+
+@triton.jit
+def _exchange(positive, negative, channels, D: tl.constexpr):
+    """Exchange the halves in the value channels that the opposite-signed stream reads; its own inverse."""
+    same = (channels < (D + 1) // 2)[None, :]
+    return tl.where(same, positive, negative), tl.where(same, negative, positive)
+
+
+@triton.jit
+def _normalisers(positive, negative, positive_mean, negative_mean, eps):
+    """1/(z + eps) of both streams, (T,)"""
+    same = tl.sum(positive * positive_mean[None, :] + negative * negative_mean[None, :], axis=1)
+    opposite = tl.sum(positive * negative_mean[None, :] + negative * positive_mean[None, :], axis=1)
+    return 1.0 / (same + eps), 1.0 / (opposite + eps)
+
+
+@triton.jit
+def _program(H: tl.constexpr, parts):
+    """This program's head, part of the sequence, and image. Neighbours share the rows of memory that hold all heads."""
+    program = tl.program_id(0)
+    return program % H, (program // H) % parts, (program // H // parts).to(tl.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def state_kernel(
+    k, v, exponent, scale, position, key_mask, inverse_count, state,
+    k_image, k_token, k_head, v_image, v_token, v_head,
+    n, images, parts, tokens_per_part,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """One part of one image's and head's keys → its part of the state, (parts, B, H, 2, D + 1, D)."""
+    head, part, image = _program(H, parts)
+    channels = tl.arange(0, DP)
+    p, inverse_scale = _load_parameters(exponent, scale, head, channels, D, HAS_SCALE)
+    positive_sum = tl.zeros((DP, DP), tl.float32)
+    negative_sum = tl.zeros((DP, DP), tl.float32)
+    positive_mean = tl.zeros((DP,), tl.float32)
+    negative_mean = tl.zeros((DP,), tl.float32)
+    k += image * k_image + head * k_head
+    v += image * v_image + head * v_head
+    first = part * tokens_per_part
+    last = tl.minimum(first + tokens_per_part, n)
+    for start in range(first, last, T):
+        tokens = start + tl.arange(0, T)
+        real = tokens < last
+        if HAS_MASK:
+            real = real & (tl.load(key_mask + image * n + tokens, mask=real, other=0) != 0)
+        inside = real[:, None] & (channels < D)[None, :]
+        u = _load_keys(
+            k, position, inverse_scale, tokens[:, None] * k_token + channels[None, :],
+            (tokens[:, None] * H + head) * D + channels[None, :], inside, HAS_POSITION,
+        )  # fmt: skip
+        values = tl.load(v + tokens[:, None] * v_token + channels[None, :], mask=inside, other=0.0)
+        _, slope = _log_and_slope(u, p[None, :])
+        positive, negative = _features(u, slope)
+        positive_sum += _dot(tl.trans(positive), values, PRECISION)
+        negative_sum += _dot(tl.trans(negative), values, PRECISION)
+        positive_mean += tl.sum(positive, axis=0)
+        negative_mean += tl.sum(negative, axis=0)
+    weight = tl.load(inverse_count + image)
+    state += ((part * images + image) * H + head) * (2 * (D + 1) * D)
+    _store_state(
+        state, channels, positive_sum * weight, negative_sum * weight, positive_mean * weight, negative_mean * weight, D
+    )
+
+
+@triton.jit
+def output_kernel(
+    q, exponent, scale, state, out,
+    q_image, q_token, q_head,
+    N, parts, tokens_per_part, eps,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """One part of one image's and head's queries → their rows of the output (B, N, H, D)."""
+    head, part, image = _program(H, parts)
+    channels = tl.arange(0, DP)
+    p, inverse_scale = _load_parameters(exponent, scale, head, channels, D, HAS_SCALE)
+    positive_sum, negative_sum, positive_mean, negative_mean = _load_state(
+        state + (image * H + head) * (2 * (D + 1) * D), channels, D
+    )
+    positive_read, negative_read = _exchange(positive_sum, negative_sum, channels, D)
+    same_channels = (channels < (D + 1) // 2)[None, :]
+    q += image * q_image + head * q_head
+    out += (image * N * H + head) * D
+    first = part * tokens_per_part
+    last = tl.minimum(first + tokens_per_part, N)
+    for start in range(first, last, T):
+        tokens = start + tl.arange(0, T)
+        inside = (tokens < last)[:, None] & (channels < D)[None, :]
+        u = tl.load(q + tokens[:, None] * q_token + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+        u *= inverse_scale[None, :]
+        _, slope = _log_and_slope(u, p[None, :])
+        positive, negative = _features(u, slope)
+        numerators = _dot(positive, positive_read, PRECISION) + _dot(negative, negative_read, PRECISION)
+        same, opposite = _normalisers(positive, negative, positive_mean, negative_mean, eps)
+        result = numerators * tl.where(same_channels, same[:, None], opposite[:, None])
+        tl.store(out + tokens[:, None] * (H * D) + channels[None, :], result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def query_backward_kernel(
+    q, exponent, scale, state, inverse_count, grad_out, grad_q, grad_state, moments,
+    q_image, q_token, q_head, out_image, out_token, out_head,
+    N, images, parts, tokens_per_part, eps,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """One part of the queries → their gradients, its part of the gradient of the state's sums, and its moments."""
+    head, part, image = _program(H, parts)
+    channels = tl.arange(0, DP)
+    p, inverse_scale = _load_parameters(exponent, scale, head, channels, D, HAS_SCALE)
+    positive_sum, negative_sum, positive_mean, negative_mean = _load_state(
+        state + (image * H + head) * (2 * (D + 1) * D), channels, D
+    )
+    positive_read, negative_read = _exchange(positive_sum, negative_sum, channels, D)
+    same_channels = (channels < (D + 1) // 2)[None, :]
+    grad_positive_read = tl.zeros((DP, DP), tl.float32)
+    grad_negative_read = tl.zeros((DP, DP), tl.float32)
+    grad_positive_mean = tl.zeros((DP,), tl.float32)
+    grad_negative_mean = tl.zeros((DP,), tl.float32)
+    moment_sum = tl.zeros((DP,), tl.float32)
+    log_moment_sum = tl.zeros((DP,), tl.float32)
+    q += image * q_image + head * q_head
+    grad_out += image * out_image + head * out_head
+    grad_q += (image * N * H + head) * D
+    first = part * tokens_per_part
+    last = tl.minimum(first + tokens_per_part, N)
+    for start in range(first, last, T):
+        tokens = start + tl.arange(0, T)
+        inside = (tokens < last)[:, None] & (channels < D)[None, :]
+        u = tl.load(q + tokens[:, None] * q_token + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+        upstream = tl.load(grad_out + tokens[:, None] * out_token + channels[None, :], mask=inside, other=0.0)
+        u *= inverse_scale[None, :]
+        log, slope = _log_and_slope(u, p[None, :])
+        positive, negative = _features(u, slope)
+        numerators = _dot(positive, positive_read, PRECISION) + _dot(negative, negative_read, PRECISION)
+        same, opposite = _normalisers(positive, negative, positive_mean, negative_mean, eps)
+        grad_numerators = upstream.to(tl.float32) * tl.where(same_channels, same[:, None], opposite[:, None])
+        weighted = numerators * grad_numerators
+        grad_same = -same * tl.sum(tl.where(same_channels, weighted, 0.0), axis=1)
+        grad_opposite = -opposite * tl.sum(tl.where(same_channels, 0.0, weighted), axis=1)
+        grad_positive_read += _dot(tl.trans(positive), grad_numerators, PRECISION)
+        grad_negative_read += _dot(tl.trans(negative), grad_numerators, PRECISION)
+        grad_positive_mean += tl.sum(positive * grad_same[:, None] + negative * grad_opposite[:, None], axis=0)
+        grad_negative_mean += tl.sum(positive * grad_opposite[:, None] + negative * grad_same[:, None], axis=0)
+        grad_positive = _dot(grad_numerators, tl.trans(positive_read), PRECISION)
+        grad_positive += grad_same[:, None] * positive_mean[None, :] + grad_opposite[:, None] * negative_mean[None, :]
+        grad_negative = _dot(grad_numerators, tl.trans(negative_read), PRECISION)
+        grad_negative += grad_same[:, None] * negative_mean[None, :] + grad_opposite[:, None] * positive_mean[None, :]
+        grad, moment, log_moment = _grad_tokens(u, log, slope, grad_positive, grad_negative)
+        moment_sum += tl.sum(moment, axis=0)
+        log_moment_sum += tl.sum(log_moment, axis=0)
+        grad *= (p * inverse_scale)[None, :]
+        tl.store(grad_q + tokens[:, None] * (H * D) + channels[None, :], grad.to(grad_q.dtype.element_ty), mask=inside)
+    weight = tl.load(inverse_count + image)
+    grad_positive_sum, grad_negative_sum = _exchange(grad_positive_read, grad_negative_read, channels, D)
+    _store_state(
+        grad_state + ((part * images + image) * H + head) * (2 * (D + 1) * D), channels,
+        grad_positive_sum * weight, grad_negative_sum * weight, grad_positive_mean * weight, grad_negative_mean * weight,
+        D,
+    )  # fmt: skip
+    moments += ((part * images + image) * H + head) * (2 * D)
+    tl.store(moments + channels, moment_sum, mask=channels < D)
+    tl.store(moments + D + channels, log_moment_sum, mask=channels < D)
+
+
+@triton.jit
+def key_backward_kernel(
+    k, v, exponent, scale, position, key_mask, grad_state, grad_k, grad_v, moments,
+    k_image, k_token, k_head, v_image, v_token, v_head,
+    n, images, parts, tokens_per_part,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """One part of the keys and values → their gradients, and its moments."""
+    head, part, image = _program(H, parts)
+    channels = tl.arange(0, DP)
+    p, inverse_scale = _load_parameters(exponent, scale, head, channels, D, HAS_SCALE)
+    grad_positive_sum, grad_negative_sum, grad_positive_mean, grad_negative_mean = _load_state(
+        grad_state + (image * H + head) * (2 * (D + 1) * D), channels, D
+    )
+    moment_sum = tl.zeros((DP,), tl.float32)
+    log_moment_sum = tl.zeros((DP,), tl.float32)
+    k += image * k_image + head * k_head
+    v += image * v_image + head * v_head
+    grad_k += (image * n * H + head) * D
+    grad_v += (image * n * H + head) * D
+    first = part * tokens_per_part
+    last = tl.minimum(first + tokens_per_part, n)
+    for start in range(first, last, T):
+        tokens = start + tl.arange(0, T)
+        inside = (tokens < last)[:, None] & (channels < D)[None, :]
+        real = inside
+        if HAS_MASK:
+            real = inside & (tl.load(key_mask + image * n + tokens, mask=tokens < last, other=0) != 0)[:, None]
+        u = _load_keys(
+            k, position, inverse_scale, tokens[:, None] * k_token + channels[None, :],
+            (tokens[:, None] * H + head) * D + channels[None, :], real, HAS_POSITION,
+        )  # fmt: skip
+        values = tl.load(v + tokens[:, None] * v_token + channels[None, :], mask=real, other=0.0)
+        log, slope = _log_and_slope(u, p[None, :])
+        positive, negative = _features(u, slope)
+        rows = tokens[:, None] * (H * D) + channels[None, :]
+        grad_values = _dot(positive, grad_positive_sum, PRECISION) + _dot(negative, grad_negative_sum, PRECISION)
+        tl.store(grad_v + rows, grad_values.to(grad_v.dtype.element_ty), mask=inside)
+        grad_positive = _dot(values, tl.trans(grad_positive_sum), PRECISION) + grad_positive_mean[None, :]
+        grad_negative = _dot(values, tl.trans(grad_negative_sum), PRECISION) + grad_negative_mean[None, :]
+        grad, moment, log_moment = _grad_tokens(u, log, slope, grad_positive, grad_negative)
+        moment_sum += tl.sum(moment, axis=0)
+        log_moment_sum += tl.sum(log_moment, axis=0)
+        grad *= (p * inverse_scale)[None, :]
+        tl.store(grad_k + rows, grad.to(grad_k.dtype.element_ty), mask=inside)
+    moments += ((part * images + image) * H + head) * (2 * D)
+    tl.store(moments + channels, moment_sum, mask=channels < D)
+    tl.store(moments + D + channels, log_moment_sum, mask=channels < D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launching
+# ---------------------------------------------------------------------------------------------------------------------
+
+# One CUDA device's multiprocessors; the interpreter, which has none, splits sequences as such a device would.
+INTERPRETED_MULTIPROCESSORS = 132
+# A sequence is split for a sum only into parts that outweigh the state, 2·D·(D + 1) floats, that each part writes.
+MIN_TOKENS_OF_A_SUM = 256
+# Where programs sum nothing that they would have to write, a part is long enough to outweigh reading the state.
+TILES_OF_A_PART = 4
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run on the CPU in Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
+    return not isinstance(state_kernel, triton.JITFunction)
+
+
+def reason_against(q: Tensor) -> str | None:
+    """Why the kernels cannot take these queries, or None."""
+    if not q.is_cuda and not is_interpreted():
+        return f"it needs a CUDA device (or TRITON_INTERPRET=1), the queries are on {q.device.type}"
+    if q.dtype not in DTYPES:
+        return f"it computes in float32, bfloat16 or float16, the queries are {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[-1] > MAX_CHANNELS:
+        return f"it takes up to {MAX_CHANNELS} channels per head, the queries have {q.shape[-1]}"
+    return None
+
+
+def launch_options(kernel: Any, channels: int, dtype: torch.dtype, interpreted: bool = False) -> dict[str, Any]:
+    """Compile-time constants of a kernel: tile and padded sizes, precision of its products, warps and pipeline stages.
+
+    features overflow float16, so float16 inputs are multiplied in TF32; float32 in three TF32 products, which are as
+    exact as float32's. The interpreter's bfloat16 products are wrong (Triton 3.7), so it multiplies in float32.
+    """
+    padded = max(16, triton.next_power_of_2(channels))
+    precision = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}[dtype]
+    wide = padded == 128
+    tile = {16: 128, 32: 128, 64: 64, 128: 32}[padded]
+    if dtype != torch.bfloat16:
+        tile = max(32, tile // 2)
+    return {
+        "D": channels,
+        "DP": padded,
+        "T": tile,
+        "PRECISION": "ieee" if interpreted else precision,
+        "num_warps": 8 if wide else 4,
+        "num_stages": 2,
+    }
+
+
+def _parts_of_a_sum(tokens: int, sequences: int, device: torch.device) -> int:
+    """Parts of each sequence, so that few long sequences fill the device as well."""
+    multiprocessors = INTERPRETED_MULTIPROCESSORS
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = triton.cdiv(2 * multiprocessors, sequences)
+    return max(1, min(wanted, tokens // MIN_TOKENS_OF_A_SUM))
+
+
+def _with_unit_channel_stride(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+class _Launch:
+    """What all launches of one call share."""
+
+    def __init__(self, q: Tensor, exponent: Tensor, scale: Tensor | None) -> None:
+        self.B, self.N, self.H, self.D = q.shape
+        self.q = _with_unit_channel_stride(q)
+        self.exponent = exponent.contiguous()
+        self.scale = None if scale is None else scale.contiguous()
+        self.device, self.dtype = q.device, q.dtype
+        self.state_shape = (self.B, self.H, 2, self.D + 1, self.D)
+
+    def options(self, kernel: Any, **flags: bool) -> dict[str, Any]:
+        return {
+            **launch_options(kernel, self.D, self.dtype, is_interpreted()),
+            "H": self.H,
+            "HAS_SCALE": self.scale is not None,
+            **flags,
+        }
+
+    def inverse_count(self, n: int, key_mask: Tensor | None) -> Tensor:
+        """(B,) one over the number of real keys, 1 where there are none"""
+        if key_mask is None:
+            return torch.full((self.B,), 1 / n, dtype=torch.float32, device=self.device)
+        return key_mask.sum(dim=1).clamp(min=1).float().reciprocal()
+
+    def sum_parts(self, tokens: int) -> tuple[int, int]:
+        """Number of parts, and tokens of each, for a kernel that sums over tokens"""
+        parts = _parts_of_a_sum(tokens, self.B * self.H, self.device)
+        return parts, triton.cdiv(tokens, parts)
+
+    def plain_parts(self, tokens: int, tile: int) -> tuple[int, int]:
+        """The same for a kernel whose tokens are independent"""
+        return triton.cdiv(tokens, TILES_OF_A_PART * tile), TILES_OF_A_PART * tile
+
+
+@torch.library.custom_op("polaformer::polarity_attention", mutates_args=())
+def polarity_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    exponent: Tensor,
+    scale: Tensor | None,
+    position: Tensor | None,
+    key_mask: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The output (B, N, H, D) in the dtype of q, and the state (B, H, 2, D + 1, D), float32.
+
+    The state holds, for positive and negative features, the D × D sums k̃ᵀv/n, one row a feature channel, and in the row
+    after them the mean of k̃. It is for the backward pass; gradients do not flow through it.
+    """
+    call = _Launch(q, exponent, scale)
+    k, v, n = _with_unit_channel_stride(k), _with_unit_channel_stride(v), k.shape[1]
+    position = None if position is None else position.contiguous()
+    key_mask = None if key_mask is None else key_mask.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    with torch.cuda.device_of(q):
+        parts, length = call.sum_parts(n)
+        state = torch.empty(parts, *call.state_shape, dtype=torch.float32, device=q.device)
+        state_kernel[(call.B * call.H * parts,)](
+            k, v, call.exponent, call.scale, position, key_mask, call.inverse_count(n, key_mask), state,
+            *k.stride()[:3], *v.stride()[:3], n, call.B, parts, length,
+            **call.options(state_kernel, HAS_POSITION=position is not None, HAS_MASK=key_mask is not None),
+        )  # fmt: skip
+        state = state.sum(dim=0) if parts > 1 else state[0]
+        options = call.options(output_kernel)
+        parts, length = call.plain_parts(call.N, options["T"])
+        output_kernel[(call.B * call.H * parts,)](
+            call.q, call.exponent, call.scale, state, out, *call.q.stride()[:3], call.N, parts, length, eps, **options
+        )
+    return out, state
+
+
+@torch.library.custom_op("polaformer::polarity_attention_backward", mutates_args=())
+def polarity_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    exponent: Tensor,
+    scale: Tensor | None,
+    position: Tensor | None,
+    key_mask: Tensor | None,
+    state: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, and the moments (2, H, D), float32: Σ u·∂/∂u without the factor p, and times log2|u|."""
+    call = _Launch(q, exponent, scale)
+    k, v, n = _with_unit_channel_stride(k), _with_unit_channel_stride(v), k.shape[1]
+    grad_out = _with_unit_channel_stride(grad_out)
+    position = None if position is None else position.contiguous()
+    key_mask = None if key_mask is None else key_mask.contiguous()
+    grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    with torch.cuda.device_of(q):
+        parts, length = call.sum_parts(call.N)
+        grad_state = torch.empty(parts, *call.state_shape, dtype=torch.float32, device=q.device)
+        query_moments = torch.empty(parts, call.B, call.H, 2, call.D, dtype=torch.float32, device=q.device)
+        query_backward_kernel[(call.B * call.H * parts,)](
+            call.q, call.exponent, call.scale, state, call.inverse_count(n, key_mask), grad_out,
+            grad_q, grad_state, query_moments,
+            *call.q.stride()[:3], *grad_out.stride()[:3], call.N, call.B, parts, length, eps,
+            **call.options(query_backward_kernel),
+        )  # fmt: skip
+        grad_state = grad_state.sum(dim=0) if parts > 1 else grad_state[0]
+        options = call.options(key_backward_kernel, HAS_POSITION=position is not None, HAS_MASK=key_mask is not None)
+        parts, length = call.plain_parts(n, options["T"])
+        key_moments = torch.empty(parts, call.B, call.H, 2, call.D, dtype=torch.float32, device=q.device)
+        key_backward_kernel[(call.B * call.H * parts,)](
+            k, v, call.exponent, call.scale, position, key_mask, grad_state, grad_k, grad_v, key_moments,
+            *k.stride()[:3], *v.stride()[:3], n, call.B, parts, length, **options,
+        )  # fmt: skip
+    moments = query_moments.sum(dim=(0, 1)) + key_moments.sum(dim=(0, 1))
+    return grad_q, grad_k, grad_v, moments.transpose(0, 1).contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What PyTorch asks of an operator: shapes without data, gradients, FLOPs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@polarity_attention_forward.register_fake
+def _(q, k, v, exponent, scale, position, key_mask, eps):  # type: ignore[no-untyped-def]
+    B, _, H, D = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, torch.empty(B, H, 2, D + 1, D, dtype=torch.float32, device=q.device)
+
+
+@polarity_attention_backward.register_fake
+def _(grad_out, q, k, v, exponent, scale, position, key_mask, state, eps):  # type: ignore[no-untyped-def]
+    gradients = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    return *gradients, torch.empty(2, *q.shape[2:], dtype=torch.float32, device=q.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, state = ctx.saved_tensors
+    exponent, scale, position = tensors[3:6]
+    grad_q, grad_k, grad_v, (moment, log_moment) = polarity_attention_backward(grad_out, *tensors, state, ctx.eps)
+    return (
+        grad_q,
+        grad_k,
+        grad_v,
+        (log_moment * math.log(2)).to(exponent.dtype),
+        None if scale is None else (-moment * exponent / scale).to(scale.dtype),
+        None if position is None else grad_k.sum(dim=0, dtype=torch.float32).to(position.dtype),
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("polaformer::polarity_attention", _backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.polaformer.polarity_attention)
+def _forward_flops(q_shape: tuple[int, ...], k_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    """A multiply-add counts as two; the products of the one-GEMM form, as PyTorch counts those of the eager backend."""
+    B, N, H, D = q_shape
+    return B * H * (_key_product_flops(k_shape[1], D) + _query_product_flops(N, D))
+
+
+@register_flop_formula(torch.ops.polaformer.polarity_attention_backward)
+def _backward_flops(
+    out_shape: tuple[int, ...], q_shape: tuple[int, ...], k_shape: tuple[int, ...], *args: Any, **kwargs: Any
+) -> int:
+    B, N, H, D = q_shape
+    return B * H * (2 * _key_product_flops(k_shape[1], D) + 3 * _query_product_flops(N, D))
+
+
+def _key_product_flops(n: int, D: int) -> int:
+    return 2 * n * D * 2 * D
+
+
+def _query_product_flops(N: int, D: int) -> int:
+    return 2 * N * (D + 2) * 2 * D
+
+
+def polarity_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    exponent: Tensor,
+    scale: Tensor | None,
+    position: Tensor | None,
+    key_mask: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Arguments and result as in `polarity_attention`; differentiable once. Raises ValueError where it cannot run."""
+    if reason := reason_against(q):
+        raise ValueError(f"polarity attention's triton backend cannot run: {reason}")
+    out: Tensor = polarity_attention_forward(q, k, v, exponent, scale, position, key_mask, eps)[0]
+    return out
