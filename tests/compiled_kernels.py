@@ -28,7 +28,7 @@ from models.ops.polarity_attention import triton as kernels
 KERNELS = ("state_kernel", "output_kernel", "query_backward_kernel", "key_backward_kernel")
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 TENSORS = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"}  # in the dtype of the call
-FLOATS = {"exponent", "scale", "position", "state", "grad_state", "moments", "inverse_count"}
+FLOATS = {"exponent", "scale", "position", "state", "grad_state", "log_moments", "inverse_count"}
 HEADS = 3
 
 

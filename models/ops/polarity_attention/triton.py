@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+from triton.language.extra import libdevice
 
 MAX_CHANNELS = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,9 +30,13 @@ LOG_OF_ZERO = tl.constexpr(-1100.0)
 
 
 @triton.jit
-def _log_and_slope(u, exponent):
+def _log_and_slope(u, exponent, PRECISION: tl.constexpr):
     """log2|u| and |u|^(p−1), float32"""
-    log = tl.maximum(tl.log2(tl.abs(u)), LOG_OF_ZERO)
+    if PRECISION == "bf16":  # one instruction, of absolute error 2^-22
+        log = libdevice.fast_log2f(tl.abs(u))
+    else:
+        log = tl.log2(tl.abs(u))
+    log = tl.maximum(log, LOG_OF_ZERO)
     return log, tl.exp2((exponent - 1.0) * log)
 
 
@@ -43,12 +48,9 @@ def _features(u, slope):
 
 
 @triton.jit
-def _grad_tokens(u, log, slope, grad_positive, grad_negative):
-    """Gradient by u, without the factor p, and the two terms whose sums are the gradients of scale and exponent."""
-    grad_signed = tl.where(u > 0.0, grad_positive, tl.where(u < 0.0, -grad_negative, 0.0))
-    grad = slope * grad_signed
-    moment = u * grad
-    return grad, moment, moment * log
+def _grad_tokens(u, slope, grad_positive, grad_negative):
+    """Gradient by u, without the factor p"""
+    return slope * tl.where(u > 0.0, grad_positive, tl.where(u < 0.0, -grad_negative, 0.0))
 
 
 @triton.jit
@@ -56,7 +58,8 @@ def _dot(a, b, PRECISION: tl.constexpr):
     """Matrix product with float32 sums; PRECISION is bf16 or one of tl.dot's for float32 operands."""
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
-    return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+    else:  # a compile-time branch: without else, both would be compiled
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
 
 
 @triton.jit
@@ -85,15 +88,21 @@ def _state_offsets(channels, D: tl.constexpr):
 
 
 @triton.jit
-def _load_state(state, channels, D: tl.constexpr):
-    """Both halves' sums (DP, DP) and means (DP,)"""
+def _load_sums(state, channels, D: tl.constexpr):
+    """Both halves' sums, (DP, DP), one row a feature channel"""
     offsets, inside = _state_offsets(channels, D)
     half: tl.constexpr = (D + 1) * D
-    positive = tl.load(state + offsets, mask=inside, other=0.0)
-    negative = tl.load(state + half + offsets, mask=inside, other=0.0)
-    positive_mean = tl.load(state + D * D + channels, mask=channels < D, other=0.0)
-    negative_mean = tl.load(state + half + D * D + channels, mask=channels < D, other=0.0)
-    return positive, negative, positive_mean, negative_mean
+    return tl.load(state + offsets, mask=inside, other=0.0), tl.load(state + half + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_mean_columns(state, channels, streams, D: tl.constexpr):
+    """What each stream's normaliser reads with positive and with negative features, (DP, 16): columns 0 and 1 count."""
+    half: tl.constexpr = (D + 1) * D
+    offsets = D * D + channels[:, None]
+    inside = (channels < D)[:, None] & (streams < 2)[None, :]
+    positive = tl.load(state + offsets + streams[None, :] * half, mask=inside, other=0.0)
+    return positive, tl.load(state + offsets + (1 - streams)[None, :] * half, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -114,11 +123,16 @@ def _exchange(positive, negative, channels, D: tl.constexpr):
 
 
 @triton.jit
-def _normalisers(positive, negative, positive_mean, negative_mean, eps):
+def _column(pair, streams, stream: tl.constexpr):
+    """One column of (·, 16)"""
+    return tl.sum(tl.where(streams[None, :] == stream, pair, 0.0), axis=1)
+
+
+@triton.jit
+def _reciprocal_normalisers(positive, negative, positive_columns, negative_columns, streams, eps, PRECISION: tl.constexpr):
     """1/(z + eps) of both streams, (T,)"""
-    same = tl.sum(positive * positive_mean[None, :] + negative * negative_mean[None, :], axis=1)
-    opposite = tl.sum(positive * negative_mean[None, :] + negative * positive_mean[None, :], axis=1)
-    return 1.0 / (same + eps), 1.0 / (opposite + eps)
+    pair = _dot(positive, positive_columns, PRECISION) + _dot(negative, negative_columns, PRECISION)
+    return 1.0 / (_column(pair, streams, 0) + eps), 1.0 / (_column(pair, streams, 1) + eps)
 
 
 @triton.jit
@@ -147,8 +161,9 @@ def state_kernel(
     p, inverse_scale = _load_parameters(exponent, scale, head, channels, D, HAS_SCALE)
     positive_sum = tl.zeros((DP, DP), tl.float32)
     negative_sum = tl.zeros((DP, DP), tl.float32)
-    positive_mean = tl.zeros((DP,), tl.float32)
-    negative_mean = tl.zeros((DP,), tl.float32)
+    positive_mean = tl.zeros((DP, 16), tl.float32)  # of equal columns: sums over tokens as a product, like the others
+    negative_mean = tl.zeros((DP, 16), tl.float32)
+    ones = tl.full((T, 16), 1.0, tl.float32)
     k += image * k_image + head * k_head
     v += image * v_image + head * v_head
     first = part * tokens_per_part
@@ -164,17 +179,19 @@ def state_kernel(
             (tokens[:, None] * H + head) * D + channels[None, :], inside, HAS_POSITION,
         )  # fmt: skip
         values = tl.load(v + tokens[:, None] * v_token + channels[None, :], mask=inside, other=0.0)
-        _, slope = _log_and_slope(u, p[None, :])
+        _, slope = _log_and_slope(u, p[None, :], PRECISION)
         positive, negative = _features(u, slope)
         positive_sum += _dot(tl.trans(positive), values, PRECISION)
         negative_sum += _dot(tl.trans(negative), values, PRECISION)
-        positive_mean += tl.sum(positive, axis=0)
-        negative_mean += tl.sum(negative, axis=0)
+        positive_mean += _dot(tl.trans(positive), ones, PRECISION)
+        negative_mean += _dot(tl.trans(negative), ones, PRECISION)
     weight = tl.load(inverse_count + image)
     state += ((part * images + image) * H + head) * (2 * (D + 1) * D)
+    streams = tl.arange(0, 16)
     _store_state(
-        state, channels, positive_sum * weight, negative_sum * weight, positive_mean * weight, negative_mean * weight, D
-    )
+        state, channels, positive_sum * weight, negative_sum * weight,
+        _column(positive_mean, streams, 0) * weight, _column(negative_mean, streams, 0) * weight, D,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -189,10 +206,11 @@ def output_kernel(
     head, part, image = _program(H, parts)
     channels = tl.arange(0, DP)
     p, inverse_scale = _load_parameters(exponent, scale, head, channels, D, HAS_SCALE)
-    positive_sum, negative_sum, positive_mean, negative_mean = _load_state(
-        state + (image * H + head) * (2 * (D + 1) * D), channels, D
-    )
+    streams = tl.arange(0, 16)
+    state += (image * H + head) * (2 * (D + 1) * D)
+    positive_sum, negative_sum = _load_sums(state, channels, D)
     positive_read, negative_read = _exchange(positive_sum, negative_sum, channels, D)
+    positive_columns, negative_columns = _load_mean_columns(state, channels, streams, D)
     same_channels = (channels < (D + 1) // 2)[None, :]
     q += image * q_image + head * q_head
     out += (image * N * H + head) * D
@@ -203,37 +221,39 @@ def output_kernel(
         inside = (tokens < last)[:, None] & (channels < D)[None, :]
         u = tl.load(q + tokens[:, None] * q_token + channels[None, :], mask=inside, other=0.0).to(tl.float32)
         u *= inverse_scale[None, :]
-        _, slope = _log_and_slope(u, p[None, :])
+        _, slope = _log_and_slope(u, p[None, :], PRECISION)
         positive, negative = _features(u, slope)
         numerators = _dot(positive, positive_read, PRECISION) + _dot(negative, negative_read, PRECISION)
-        same, opposite = _normalisers(positive, negative, positive_mean, negative_mean, eps)
+        same, opposite = _reciprocal_normalisers(
+            positive, negative, positive_columns, negative_columns, streams, eps, PRECISION
+        )
         result = numerators * tl.where(same_channels, same[:, None], opposite[:, None])
         tl.store(out + tokens[:, None] * (H * D) + channels[None, :], result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def query_backward_kernel(
-    q, exponent, scale, state, inverse_count, grad_out, grad_q, grad_state, moments,
+    q, exponent, scale, state, inverse_count, grad_out, grad_q, grad_state, log_moments,
     q_image, q_token, q_head, out_image, out_token, out_head,
     N, images, parts, tokens_per_part, eps,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """One part of the queries → their gradients, its part of the gradient of the state's sums, and its moments."""
+    """One part of the queries → their gradients, its part of the gradient of the state's sums, and its log moment."""
     head, part, image = _program(H, parts)
     channels = tl.arange(0, DP)
     p, inverse_scale = _load_parameters(exponent, scale, head, channels, D, HAS_SCALE)
-    positive_sum, negative_sum, positive_mean, negative_mean = _load_state(
-        state + (image * H + head) * (2 * (D + 1) * D), channels, D
-    )
+    streams = tl.arange(0, 16)
+    state += (image * H + head) * (2 * (D + 1) * D)
+    positive_sum, negative_sum = _load_sums(state, channels, D)
     positive_read, negative_read = _exchange(positive_sum, negative_sum, channels, D)
+    positive_columns, negative_columns = _load_mean_columns(state, channels, streams, D)
     same_channels = (channels < (D + 1) // 2)[None, :]
     grad_positive_read = tl.zeros((DP, DP), tl.float32)
     grad_negative_read = tl.zeros((DP, DP), tl.float32)
-    grad_positive_mean = tl.zeros((DP,), tl.float32)
-    grad_negative_mean = tl.zeros((DP,), tl.float32)
-    moment_sum = tl.zeros((DP,), tl.float32)
-    log_moment_sum = tl.zeros((DP,), tl.float32)
+    grad_positive_columns = tl.zeros((DP, 16), tl.float32)
+    grad_negative_columns = tl.zeros((DP, 16), tl.float32)
+    log_moment = tl.zeros((DP,), tl.float32)
     q += image * q_image + head * q_head
     grad_out += image * out_image + head * out_head
     grad_q += (image * N * H + head) * D
@@ -245,56 +265,61 @@ def query_backward_kernel(
         u = tl.load(q + tokens[:, None] * q_token + channels[None, :], mask=inside, other=0.0).to(tl.float32)
         upstream = tl.load(grad_out + tokens[:, None] * out_token + channels[None, :], mask=inside, other=0.0)
         u *= inverse_scale[None, :]
-        log, slope = _log_and_slope(u, p[None, :])
+        log, slope = _log_and_slope(u, p[None, :], PRECISION)
         positive, negative = _features(u, slope)
         numerators = _dot(positive, positive_read, PRECISION) + _dot(negative, negative_read, PRECISION)
-        same, opposite = _normalisers(positive, negative, positive_mean, negative_mean, eps)
+        same, opposite = _reciprocal_normalisers(
+            positive, negative, positive_columns, negative_columns, streams, eps, PRECISION
+        )
         grad_numerators = upstream.to(tl.float32) * tl.where(same_channels, same[:, None], opposite[:, None])
         weighted = numerators * grad_numerators
         grad_same = -same * tl.sum(tl.where(same_channels, weighted, 0.0), axis=1)
         grad_opposite = -opposite * tl.sum(tl.where(same_channels, 0.0, weighted), axis=1)
         grad_positive_read += _dot(tl.trans(positive), grad_numerators, PRECISION)
         grad_negative_read += _dot(tl.trans(negative), grad_numerators, PRECISION)
-        grad_positive_mean += tl.sum(positive * grad_same[:, None] + negative * grad_opposite[:, None], axis=0)
-        grad_negative_mean += tl.sum(positive * grad_opposite[:, None] + negative * grad_same[:, None], axis=0)
+        pair = tl.where(
+            streams[None, :] == 0, grad_same[:, None], tl.where(streams[None, :] == 1, grad_opposite[:, None], 0.0)
+        )
+        grad_positive_columns += _dot(tl.trans(positive), pair, PRECISION)
+        grad_negative_columns += _dot(tl.trans(negative), pair, PRECISION)
         grad_positive = _dot(grad_numerators, tl.trans(positive_read), PRECISION)
-        grad_positive += grad_same[:, None] * positive_mean[None, :] + grad_opposite[:, None] * negative_mean[None, :]
+        grad_positive += _dot(pair, tl.trans(positive_columns), PRECISION)
         grad_negative = _dot(grad_numerators, tl.trans(negative_read), PRECISION)
-        grad_negative += grad_same[:, None] * negative_mean[None, :] + grad_opposite[:, None] * positive_mean[None, :]
-        grad, moment, log_moment = _grad_tokens(u, log, slope, grad_positive, grad_negative)
-        moment_sum += tl.sum(moment, axis=0)
-        log_moment_sum += tl.sum(log_moment, axis=0)
+        grad_negative += _dot(pair, tl.trans(negative_columns), PRECISION)
+        grad = _grad_tokens(u, slope, grad_positive, grad_negative)
+        log_moment += tl.sum(u * grad * log, axis=0)
         grad *= (p * inverse_scale)[None, :]
         tl.store(grad_q + tokens[:, None] * (H * D) + channels[None, :], grad.to(grad_q.dtype.element_ty), mask=inside)
     weight = tl.load(inverse_count + image)
     grad_positive_sum, grad_negative_sum = _exchange(grad_positive_read, grad_negative_read, channels, D)
     _store_state(
         grad_state + ((part * images + image) * H + head) * (2 * (D + 1) * D), channels,
-        grad_positive_sum * weight, grad_negative_sum * weight, grad_positive_mean * weight, grad_negative_mean * weight,
+        grad_positive_sum * weight, grad_negative_sum * weight,
+        (_column(grad_positive_columns, streams, 0) + _column(grad_negative_columns, streams, 1)) * weight,
+        (_column(grad_positive_columns, streams, 1) + _column(grad_negative_columns, streams, 0)) * weight,
         D,
     )  # fmt: skip
-    moments += ((part * images + image) * H + head) * (2 * D)
-    tl.store(moments + channels, moment_sum, mask=channels < D)
-    tl.store(moments + D + channels, log_moment_sum, mask=channels < D)
+    tl.store(log_moments + ((part * images + image) * H + head) * D + channels, log_moment, mask=channels < D)
 
 
 @triton.jit
 def key_backward_kernel(
-    k, v, exponent, scale, position, key_mask, grad_state, grad_k, grad_v, moments,
+    k, v, exponent, scale, position, key_mask, grad_state, grad_k, grad_v, log_moments,
     k_image, k_token, k_head, v_image, v_token, v_head,
     n, images, parts, tokens_per_part,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """One part of the keys and values → their gradients, and its moments."""
+    """One part of the keys and values → their gradients, and its log moment."""
     head, part, image = _program(H, parts)
     channels = tl.arange(0, DP)
     p, inverse_scale = _load_parameters(exponent, scale, head, channels, D, HAS_SCALE)
-    grad_positive_sum, grad_negative_sum, grad_positive_mean, grad_negative_mean = _load_state(
-        grad_state + (image * H + head) * (2 * (D + 1) * D), channels, D
-    )
-    moment_sum = tl.zeros((DP,), tl.float32)
-    log_moment_sum = tl.zeros((DP,), tl.float32)
+    grad_state += (image * H + head) * (2 * (D + 1) * D)
+    grad_positive_sum, grad_negative_sum = _load_sums(grad_state, channels, D)
+    streams = tl.arange(0, 16)
+    positive_columns, negative_columns = _load_mean_columns(grad_state, channels, streams, D)
+    first_column = tl.zeros((T, 16), tl.float32) + tl.where(streams == 0, 1.0, 0.0)[None, :]
+    log_moment = tl.zeros((DP,), tl.float32)
     k += image * k_image + head * k_head
     v += image * v_image + head * v_head
     grad_k += (image * n * H + head) * D
@@ -312,21 +337,20 @@ def key_backward_kernel(
             (tokens[:, None] * H + head) * D + channels[None, :], real, HAS_POSITION,
         )  # fmt: skip
         values = tl.load(v + tokens[:, None] * v_token + channels[None, :], mask=real, other=0.0)
-        log, slope = _log_and_slope(u, p[None, :])
+        log, slope = _log_and_slope(u, p[None, :], PRECISION)
         positive, negative = _features(u, slope)
         rows = tokens[:, None] * (H * D) + channels[None, :]
         grad_values = _dot(positive, grad_positive_sum, PRECISION) + _dot(negative, grad_negative_sum, PRECISION)
         tl.store(grad_v + rows, grad_values.to(grad_v.dtype.element_ty), mask=inside)
-        grad_positive = _dot(values, tl.trans(grad_positive_sum), PRECISION) + grad_positive_mean[None, :]
-        grad_negative = _dot(values, tl.trans(grad_negative_sum), PRECISION) + grad_negative_mean[None, :]
-        grad, moment, log_moment = _grad_tokens(u, log, slope, grad_positive, grad_negative)
-        moment_sum += tl.sum(moment, axis=0)
-        log_moment_sum += tl.sum(log_moment, axis=0)
+        grad_positive = _dot(values, tl.trans(grad_positive_sum), PRECISION)
+        grad_positive += _dot(first_column, tl.trans(positive_columns), PRECISION)
+        grad_negative = _dot(values, tl.trans(grad_negative_sum), PRECISION)
+        grad_negative += _dot(first_column, tl.trans(negative_columns), PRECISION)
+        grad = _grad_tokens(u, slope, grad_positive, grad_negative)
+        log_moment += tl.sum(u * grad * log, axis=0)
         grad *= (p * inverse_scale)[None, :]
         tl.store(grad_k + rows, grad.to(grad_k.dtype.element_ty), mask=inside)
-    moments += ((part * images + image) * H + head) * (2 * D)
-    tl.store(moments + channels, moment_sum, mask=channels < D)
-    tl.store(moments + D + channels, log_moment_sum, mask=channels < D)
+    tl.store(log_moments + ((part * images + image) * H + head) * D + channels, log_moment, mask=channels < D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,12 +509,13 @@ def polarity_attention_backward(
     position = None if position is None else position.contiguous()
     key_mask = None if key_mask is None else key_mask.contiguous()
     grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    inverse_count = call.inverse_count(n, key_mask)
     with torch.cuda.device_of(q):
         parts, length = call.sum_parts(call.N)
         grad_state = torch.empty(parts, *call.state_shape, dtype=torch.float32, device=q.device)
-        query_moments = torch.empty(parts, call.B, call.H, 2, call.D, dtype=torch.float32, device=q.device)
+        query_moments = torch.empty(parts, call.B, call.H, call.D, dtype=torch.float32, device=q.device)
         query_backward_kernel[(call.B * call.H * parts,)](
-            call.q, call.exponent, call.scale, state, call.inverse_count(n, key_mask), grad_out,
+            call.q, call.exponent, call.scale, state, inverse_count, grad_out,
             grad_q, grad_state, query_moments,
             *call.q.stride()[:3], *grad_out.stride()[:3], call.N, call.B, parts, length, eps,
             **call.options(query_backward_kernel),
@@ -498,13 +523,16 @@ def polarity_attention_backward(
         grad_state = grad_state.sum(dim=0) if parts > 1 else grad_state[0]
         options = call.options(key_backward_kernel, HAS_POSITION=position is not None, HAS_MASK=key_mask is not None)
         parts, length = call.plain_parts(n, options["T"])
-        key_moments = torch.empty(parts, call.B, call.H, 2, call.D, dtype=torch.float32, device=q.device)
+        key_moments = torch.empty(parts, call.B, call.H, call.D, dtype=torch.float32, device=q.device)
         key_backward_kernel[(call.B * call.H * parts,)](
             k, v, call.exponent, call.scale, position, key_mask, grad_state, grad_k, grad_v, key_moments,
             *k.stride()[:3], *v.stride()[:3], n, call.B, parts, length, **options,
         )  # fmt: skip
-    moments = query_moments.sum(dim=(0, 1)) + key_moments.sum(dim=(0, 1))
-    return grad_q, grad_k, grad_v, moments.transpose(0, 1).contiguous()
+    log_moment = query_moments.sum(dim=(0, 1)) + key_moments.sum(dim=(0, 1))
+    # Σ u·∂/∂u over the queries, and over the keys: either is the sums' product with their gradient (README.md)
+    products = (state * grad_state / inverse_count[:, None, None, None, None]).sum(dim=(0, 2))
+    moment = 2 * (products[:, : call.D].sum(dim=2) + products[:, call.D])
+    return grad_q, grad_k, grad_v, torch.stack([moment, log_moment])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
