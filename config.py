@@ -27,7 +27,7 @@ MODEL_TYPES = ("pola_swin", "pola_pvt_tiny", "pola_pvt_small", "pola_pvt_medium"
 DATASETS = ("imagenet", "digits")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULERS = ("cosine", "linear", "step")
-BACKENDS = ("auto", "eager", "reference")
+BACKENDS = ("auto", "eager", "triton", "reference")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")  # those that warping augmentations take too
 AUGMENT_POLICY = re.compile(
     r"none|rand(-((m|n|mmax|inc)\d+|(p|mstd)[\d.]+|t\w+))*|augmix(-((m|w|d|b)\d+|(a|mstd)[\d.]+))*"

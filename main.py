@@ -92,12 +92,16 @@ def setup(config: CfgNode) -> torch.device:
         setup_logger(distributed.rank(), folder / "log.txt")
     torch.backends.cudnn.benchmark = not config.EVAL_MODE  # sizes are fixed, so the search for fast kernels pays
     seed_everything(config.SEED)  # the same on every rank: all build the same model
+    try:
+        backend = choose_backend(config.MODEL.LA.BACKEND, device)
+    except ValueError as problem:
+        raise ConfigError(str(problem)) from None
     get_logger().info(
         "%d × %s, torch %s, polarity attention backend: %s",
         distributed.world_size(),
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)",
         torch.__version__,
-        choose_backend(config.MODEL.LA.BACKEND),
+        backend,
     )
     return device
 

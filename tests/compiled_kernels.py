@@ -35,7 +35,7 @@ HEADS = 3
 def compile_kernel(name: str, architecture: int, channels: int, dtype: str, everything: bool) -> dict[str, Any]:
     """Compile one kernel; `everything` includes scale, position and key mask."""
     kernel = getattr(kernels, name)
-    options = kernels.launch_options(kernel, channels, getattr(torch, dtype))
+    options = kernels.launch_options(kernel, channels, getattr(torch, dtype), architecture)
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     constants = {**options, "H": HEADS}
     signature = {}
@@ -82,7 +82,14 @@ def _usage(cubin: bytes) -> dict[str, Any]:
     spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
     tensor_core = sorted(set(re.findall(r"\b(HGMMA|HMMA)\.\S+", code)))
     types = sorted(set(re.findall(r"\bH(?:G)?MMA\.\S*?(BF16|TF32)", code)))
-    return {"registers": registers, "stack": stack, "local": local, "local_accesses": spills, "tensor_core": tensor_core, "types": types}
+    return {
+        "registers": registers,
+        "stack": stack,
+        "local": local,
+        "local_accesses": spills,
+        "tensor_core": tensor_core,
+        "types": types,
+    }
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """Polarity-aware linear attention: the public operation and the one place where its implementation is chosen."""
 
+import importlib.util
+import os
 from collections.abc import Callable
 
 import torch
@@ -8,19 +10,46 @@ from torch import Tensor
 from models.ops.polarity_attention.eager import polarity_attention_eager
 from models.ops.polarity_attention.reference import polarity_attention_reference
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {
-    "eager": polarity_attention_eager,
-    "reference": polarity_attention_reference,
-}
+BACKENDS = ("eager", "triton", "reference")
+ENVIRONMENT_VARIABLE = "POLARITY_ATTENTION_BACKEND"
+# What auto means in this process: a backend by name, or by device, dtype and channels.
+AUTO = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 
 
-def choose_backend(backend: str = "auto") -> str:
-    """The name of the implementation that runs; raises ValueError for an unknown one."""
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype = torch.float32, channels: int = 1) -> str:
+    """The implementation that runs on tensors of this kind: the one named, or for auto triton where it can, else eager.
+
+    Raises ValueError for an unknown name, and for a named backend that cannot run, with the reason.
+    """
+    by = "backend"
     if backend == "auto":
-        return "eager"
+        backend, by = AUTO, ENVIRONMENT_VARIABLE
+    if backend == "auto":
+        return (
+            "triton" if device.type == "cuda" and _reason_against_triton(device, dtype, channels) is None else "eager"
+        )
     if backend not in BACKENDS:
-        raise ValueError(f"polarity attention has no backend {backend!r}, expected auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"{by} {backend!r} is no backend of polarity attention, expected auto, {', '.join(BACKENDS)}")
+    if backend == "triton" and (reason := _reason_against_triton(device, dtype, channels)):
+        raise ValueError(f"polarity attention's triton backend cannot run: {reason}")
     return backend
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks once instead of tracing into what asks the device
+def _reason_against_triton(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    from models.ops.polarity_attention.triton import reason_against  # not every platform has Triton
+
+    return reason_against(device, dtype, channels)
+
+
+def _implementation(backend: str) -> Callable[..., Tensor]:
+    if backend == "triton":
+        from models.ops.polarity_attention.triton import polarity_attention_triton
+
+        return polarity_attention_triton
+    return {"eager": polarity_attention_eager, "reference": polarity_attention_reference}[backend]
 
 
 def polarity_attention(
@@ -45,16 +74,19 @@ def polarity_attention(
         k: (B, n, h, d) keys; n may differ from N.
         v: (B, n, h, d) values; for odd d the same-signed stream reads the first ⌈d/2⌉ channels.
         exponent: (h, d), p = 1 + α·sigmoid(power) ≥ 1.
+        scale: (h, d) positive; queries and keys are divided by it. None: 1.
+        position: (n, h, d), added to the keys of every image before that division. None: 0.
         key_mask: (B, n) bool, True for a real key. Masked keys contribute nothing, and both means divide by the number
             of real keys. A row without real keys gives 0.
-        eps: added to both normalisers.
-        backend: auto, eager or reference.
+        eps: positive, added to both normalisers.
+        backend: auto, eager, triton or reference (README.md). Gradients flow to every tensor but key_mask; eager and
+            triton are differentiable once.
 
     Returns:
         (B, N, h, d) in the dtype of q. Features, state and normaliser are computed in float32, or float64 for float64.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown backend.
+        ValueError: shapes or dtypes that do not fit together, an unknown backend, or a named one that cannot run.
     """
     B, _, h, d = q.shape
     n = k.shape[1]
@@ -63,10 +95,20 @@ def polarity_attention(
             f"keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit queries {tuple(q.shape)}:"
             f" expected ({B}, n, {h}, {d})"
         )
-    if exponent.shape != (h, d):
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise ValueError(
-            f"exponent has shape {tuple(exponent.shape)}, expected (heads, channels per head) = ({h}, {d})"
+            f"queries, keys and values are {q.dtype}, {k.dtype} and {v.dtype}, expected one floating dtype"
         )
+    for name, parameter in (("exponent", exponent), ("scale", scale)):
+        if parameter is not None and parameter.shape != (h, d):
+            raise ValueError(
+                f"{name} has shape {tuple(parameter.shape)}, expected (heads, channels per head) = ({h}, {d})"
+            )
+    if position is not None and position.shape != (n, h, d):
+        raise ValueError(f"position has shape {tuple(position.shape)}, expected (keys, heads, channels) = {(n, h, d)}")
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}, expected a positive number: rows without a matching key divide by it")
     if key_mask is not None and (key_mask.shape != (B, n) or key_mask.dtype != torch.bool):
         raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}, expected torch.bool ({B}, {n})")
-    return BACKENDS[choose_backend(backend)](q, k, v, exponent, scale, position, key_mask, eps)
+    implementation = _implementation(choose_backend(backend, q.device, q.dtype, d))
+    return implementation(q, k, v, exponent, scale, position, key_mask, eps)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Elements of q in a block: the handful of buffers of that size then fits the cache that the cores share.
 BLOCK_ELEMENTS = 2**19
@@ -77,8 +76,12 @@ class _PolarityAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the caller asked for create_graph
+            raise RuntimeError(
+                "polarity attention's eager backend is differentiable once, and create_graph=True asks for more;"
+                " backend='reference' is differentiable any number of times"
+            )
         q, k, v, exponent, scale, position, key_mask, state = ctx.saved_tensors
         d = q.shape[-1]
         tokens_of = _Tokens(q, exponent, scale, position, key_mask)

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
-from triton.language.extra import libdevice
 
 MAX_CHANNELS = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,13 +30,27 @@ LOG_OF_ZERO = tl.constexpr(-1100.0)
 
 @triton.jit
 def _log_and_slope(u, exponent, PRECISION: tl.constexpr):
-    """log2|u| and |u|^(p−1), float32"""
-    if PRECISION == "bf16":  # one instruction, of absolute error 2^-22
-        log = libdevice.fast_log2f(tl.abs(u))
-    else:
-        log = tl.log2(tl.abs(u))
-    log = tl.maximum(log, LOG_OF_ZERO)
-    return log, tl.exp2((exponent - 1.0) * log)
+    """log2|u| and |u|^(p−1), float32
+
+    Two instructions of the GPU, declared impure so that the compiler does not compute the same features again for the
+    layout of each product: declared pure, it did so 5 times in query_backward_kernel at 32 channels, 11 times at 64.
+    """
+    magnitude = tl.abs(u)
+    if PRECISION == "interpreted":
+        log = tl.maximum(tl.log2(magnitude), LOG_OF_ZERO)
+        return log, tl.exp2((exponent - 1.0) * log)
+    else:  # a compile-time branch: without else, both would be compiled
+        if PRECISION == "ieee":
+            log = tl.log2(magnitude)
+        else:  # of absolute error 2^-22
+            log = tl.inline_asm_elementwise(
+                "lg2.approx.ftz.f32 $0, $1;", "=f,f", [magnitude], dtype=tl.float32, is_pure=False, pack=1
+            )
+        log = tl.maximum(log, LOG_OF_ZERO)
+        slope = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [(exponent - 1.0) * log], dtype=tl.float32, is_pure=False, pack=1
+        )
+        return log, slope
 
 
 @triton.jit
@@ -55,11 +68,13 @@ def _grad_tokens(u, slope, grad_positive, grad_negative):
 
 @triton.jit
 def _dot(a, b, PRECISION: tl.constexpr):
-    """Matrix product with float32 sums; PRECISION is bf16 or one of tl.dot's for float32 operands."""
+    """Matrix product with float32 sums"""
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
-    else:  # a compile-time branch: without else, both would be compiled
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+    elif PRECISION == "tf32":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32")
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
 
 
 @triton.jit
@@ -129,7 +144,9 @@ def _column(pair, streams, stream: tl.constexpr):
 
 
 @triton.jit
-def _reciprocal_normalisers(positive, negative, positive_columns, negative_columns, streams, eps, PRECISION: tl.constexpr):
+def _reciprocal_normalisers(
+    positive, negative, positive_columns, negative_columns, streams, eps, PRECISION: tl.constexpr
+):
     """1/(z + eps) of both streams, (T,)"""
     pair = _dot(positive, positive_columns, PRECISION) + _dot(negative, negative_columns, PRECISION)
     return 1.0 / (_column(pair, streams, 0) + eps), 1.0 / (_column(pair, streams, 1) + eps)
@@ -340,6 +357,8 @@ def key_backward_kernel(
         log, slope = _log_and_slope(u, p[None, :], PRECISION)
         positive, negative = _features(u, slope)
         rows = tokens[:, None] * (H * D) + channels[None, :]
+        if DP > 64 and PRECISION == "tf32":  # too large to stay in shared memory, twice, for all tiles
+            grad_positive_sum, grad_negative_sum = _load_sums(grad_state, channels, D)
         grad_values = _dot(positive, grad_positive_sum, PRECISION) + _dot(negative, grad_negative_sum, PRECISION)
         tl.store(grad_v + rows, grad_values.to(grad_v.dtype.element_ty), mask=inside)
         grad_positive = _dot(values, tl.trans(grad_positive_sum), PRECISION)
@@ -359,6 +378,19 @@ def key_backward_kernel(
 
 # One CUDA device's multiprocessors; the interpreter, which has none, splits sequences as such a device would.
 INTERPRETED_MULTIPROCESSORS = 132
+# Tokens of a tile by padded channels, forward, backward over queries, backward over keys: what registers hold without
+# spilling, as far as that goes (tests/test_compiled_kernels.py has the figures).
+TILES = {
+    torch.bfloat16: {32: (64, 64, 64), 64: (64, 32, 32), 128: (32, 16, 16)},
+    torch.float16: {32: (64, 16, 32), 64: (32, 16, 16), 128: (16, 16, 16)},
+    torch.float32: {32: (32, 16, 16), 64: (32, 16, 16), 128: (16, 16, 16)},
+}
+# Bytes of shared memory that the most demanding kernel takes, by the same.
+SHARED_MEMORY = {
+    torch.bfloat16: {32: 51200, 64: 65536, 128: 163840},
+    torch.float16: {32: 45056, 64: 90112, 128: 196608},
+    torch.float32: {32: 32768, 64: 73728, 128: 172032},
+}
 # A sequence is split for a sum only into parts that outweigh the state, 2·D·(D + 1) floats, that each part writes.
 MIN_TOKENS_OF_A_SUM = 256
 # Where programs sum nothing that they would have to write, a part is long enough to outweigh reading the state.
@@ -370,36 +402,50 @@ def is_interpreted() -> bool:
     return not isinstance(state_kernel, triton.JITFunction)
 
 
-def reason_against(q: Tensor) -> str | None:
-    """Why the kernels cannot take these queries, or None."""
-    if not q.is_cuda and not is_interpreted():
-        return f"it needs a CUDA device (or TRITON_INTERPRET=1), the queries are on {q.device.type}"
-    if q.dtype not in DTYPES:
-        return f"it computes in float32, bfloat16 or float16, the queries are {str(q.dtype).removeprefix('torch.')}"
-    if q.shape[-1] > MAX_CHANNELS:
-        return f"it takes up to {MAX_CHANNELS} channels per head, the queries have {q.shape[-1]}"
+def reason_against(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
+    """Why the kernels cannot take tensors of this device, dtype and number of channels per head, or None."""
+    if device.type != "cuda" and not is_interpreted():
+        return f"it needs a CUDA device (or TRITON_INTERPRET=1), the queries are on {device.type}"
+    if torch.version.hip:
+        return "its kernels hold instructions of NVIDIA's GPUs, this PyTorch is built for ROCm"
+    if dtype not in DTYPES:
+        return f"it computes in float32, bfloat16 or float16, the queries are {str(dtype).removeprefix('torch.')}"
+    if channels > MAX_CHANNELS:
+        return f"it takes up to {MAX_CHANNELS} channels per head, the queries have {channels}"
+    if device.type == "cuda":
+        needed = SHARED_MEMORY[dtype][_table_size(channels)]
+        available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+        if needed > available:
+            return f"{channels} channels per head take {needed} bytes of shared memory, the device has {available}"
     return None
 
 
-def launch_options(kernel: Any, channels: int, dtype: torch.dtype, interpreted: bool = False) -> dict[str, Any]:
+def _table_size(channels: int) -> int:
+    return 32 if channels <= 32 else 64 if channels <= 64 else 128
+
+
+def launch_options(kernel: Any, channels: int, dtype: torch.dtype, architecture: int | None) -> dict[str, Any]:
     """Compile-time constants of a kernel: tile and padded sizes, precision of its products, warps and pipeline stages.
 
-    features overflow float16, so float16 inputs are multiplied in TF32; float32 in three TF32 products, which are as
-    exact as float32's. The interpreter's bfloat16 products are wrong (Triton 3.7), so it multiplies in float32.
+    architecture: compute capability, 90 for 9.0; None for the interpreter.
+
+    Features overflow float16, so float16 inputs are multiplied in TF32. The interpreter's bfloat16 products are wrong
+    (Triton 3.7), so it multiplies in float32.
     """
-    padded = max(16, triton.next_power_of_2(channels))
-    precision = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}[dtype]
-    wide = padded == 128
-    tile = {16: 128, 32: 128, 64: 64, 128: 32}[padded]
-    if dtype != torch.bfloat16:
-        tile = max(32, tile // 2)
+    precision = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "ieee"}[dtype]
+    size = _table_size(channels)
+    forward_tile, query_tile, key_tile = TILES[dtype][size]
+    tile = {query_backward_kernel: query_tile, key_backward_kernel: key_tile}.get(kernel, forward_tile)
+    if kernel is query_backward_kernel and size == 64 and architecture is not None and architecture < 90:
+        tile = 16  # operands of products before Hopper's take more registers
+    warps, stages = {32: (4, 3), 64: (8, 2), 128: (8, 1)}[size]
     return {
         "D": channels,
-        "DP": padded,
+        "DP": 16 if channels <= 16 else size,
         "T": tile,
-        "PRECISION": "ieee" if interpreted else precision,
-        "num_warps": 8 if wide else 4,
-        "num_stages": 2,
+        "PRECISION": "interpreted" if architecture is None else precision,
+        "num_warps": warps,
+        "num_stages": stages,
     }
 
 
@@ -425,11 +471,15 @@ class _Launch:
         self.exponent = exponent.contiguous()
         self.scale = None if scale is None else scale.contiguous()
         self.device, self.dtype = q.device, q.dtype
+        self.architecture = None
+        if not is_interpreted():
+            major, minor = torch.cuda.get_device_capability(q.device)
+            self.architecture = 10 * major + minor
         self.state_shape = (self.B, self.H, 2, self.D + 1, self.D)
 
     def options(self, kernel: Any, **flags: bool) -> dict[str, Any]:
         return {
-            **launch_options(kernel, self.D, self.dtype, is_interpreted()),
+            **launch_options(kernel, self.D, self.dtype, self.architecture),
             "H": self.H,
             "HAS_SCALE": self.scale is not None,
             **flags,
@@ -541,14 +591,14 @@ def polarity_attention_backward(
 
 
 @polarity_attention_forward.register_fake
-def _(q, k, v, exponent, scale, position, key_mask, eps):  # type: ignore[no-untyped-def]
+def _(q, k, v, exponent, scale, position, key_mask, eps):
     B, _, H, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return out, torch.empty(B, H, 2, D + 1, D, dtype=torch.float32, device=q.device)
 
 
 @polarity_attention_backward.register_fake
-def _(grad_out, q, k, v, exponent, scale, position, key_mask, state, eps):  # type: ignore[no-untyped-def]
+def _(grad_out, q, k, v, exponent, scale, position, key_mask, state, eps):
     gradients = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     return *gradients, torch.empty(2, *q.shape[2:], dtype=torch.float32, device=q.device)
 
@@ -586,7 +636,7 @@ def _forward_flops(q_shape: tuple[int, ...], k_shape: tuple[int, ...], *args: An
 
 @register_flop_formula(torch.ops.polaformer.polarity_attention_backward)
 def _backward_flops(
-    out_shape: tuple[int, ...], q_shape: tuple[int, ...], k_shape: tuple[int, ...], *args: Any, **kwargs: Any
+    grad_shape: tuple[int, ...], q_shape: tuple[int, ...], k_shape: tuple[int, ...], *args: Any, **kwargs: Any
 ) -> int:
     B, N, H, D = q_shape
     return B * H * (2 * _key_product_flops(k_shape[1], D) + 3 * _query_product_flops(N, D))
@@ -610,8 +660,6 @@ def polarity_attention_triton(
     key_mask: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Arguments and result as in `polarity_attention`; differentiable once. Raises ValueError where it cannot run."""
-    if reason := reason_against(q):
-        raise ValueError(f"polarity attention's triton backend cannot run: {reason}")
+    """Arguments and result as in `polarity_attention`; differentiable once."""
     out: Tensor = polarity_attention_forward(q, k, v, exponent, scale, position, key_mask, eps)[0]
     return out
