@@ -13,6 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+# Without a GPU, Triton's kernels run in its interpreter; it is asked for before anything imports them.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
 torch.set_flush_denormal(True)
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 

@@ -87,6 +87,7 @@ class _PolarityAttention(torch.autograd.Function):
         tokens_of = _Tokens(q, exponent, scale, position, key_mask)
         scratch = tokens_of.scratch
         grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        moment = torch.zeros_like(exponent, dtype=scratch.dtype)
         grad_position = None if position is None else torch.zeros_like(position, dtype=scratch.dtype)
         for images in _image_blocks(q, k):
             readout = _readout(state[images])
@@ -107,8 +108,10 @@ class _PolarityAttention(torch.autograd.Function):
                 grad_readout += _product(grad_product.mT, features)
                 grad_features = _product(grad_product, readout, scratch("grad_features", *features.shape))
                 grad_q[images, tokens] = tokens_of.backward(u, log, slope, grad_features).transpose(1, 2)
-            grad_state = _readout_backward(grad_readout) / _count(k, key_mask, images)
-            grad_sums, grad_ones = grad_state.split([d, 1], dim=2)
+            grad_state = _readout_backward(grad_readout)
+            # Σ u·∂/∂u over the queries, and over the keys, without p: either is state · its gradient (README.md)
+            moment += 2 * (state[images] * grad_state).sum(dim=(0, 2)).unflatten(-1, (2, d)).sum(dim=1)
+            grad_sums, grad_ones = (grad_state / _count(k, key_mask, images)).split([d, 1], dim=2)
             for tokens in _token_blocks(k):
                 u, log, slope = tokens_of.keys(k, images, tokens)
                 features = tokens_of.features(u, slope)
@@ -120,13 +123,12 @@ class _PolarityAttention(torch.autograd.Function):
                 grad_k[images, tokens] = grad_keys
                 if grad_position is not None:
                     grad_position[tokens] += grad_keys.sum(dim=0)
-        grad_exponent, grad_scale = tokens_of.parameter_gradients()
         return (
             grad_q,
             grad_k,
             grad_v,
-            grad_exponent.to(exponent.dtype),
-            None if scale is None else grad_scale.to(scale.dtype),
+            (tokens_of.log_moment[:, 0] * math.log(2)).to(exponent.dtype),
+            None if scale is None else (-moment * exponent / scale).to(scale.dtype),
             None if grad_position is None else grad_position.to(position.dtype),
             None,
             None,
@@ -142,7 +144,7 @@ class _Tokens:
     """From a block of tokens to u = q/scale or (k + position)/scale, from u to features, and back.
 
     With slope = |u|^(p−1), the signed feature is slope · u, its derivative by u is p · slope, and by p it is
-    slope · u · ln|u|. The gradients of exponent and scale are sums over tokens, gathered block by block.
+    slope · u · ln|u|. The gradient of the exponent is a sum over tokens, gathered block by block.
     """
 
     def __init__(
@@ -155,8 +157,7 @@ class _Tokens:
         self.inverse_scale = scale.reciprocal()
         self.position = None if position is None else position.to(dtype)
         self.key_mask = key_mask
-        self.moment = torch.zeros_like(self.exponent)  # Σ u·∂/∂u, without the factor p
-        self.log_moment = torch.zeros_like(self.exponent)  # the same, each term times log2|u|
+        self.log_moment = torch.zeros_like(self.exponent)  # Σ u·∂/∂u·log2|u|, without the factor p
 
     def queries(self, q: Tensor, images: slice, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
         """u, log2|u| and slope of a block, each (b, h, T, d)."""
@@ -203,13 +204,8 @@ class _Tokens:
         positive = torch.clamp(signed_slope, min=0.0, out=slope)
         negative = signed_slope.sub_(positive)  # ≤ 0
         grad_u = positive.mul_(positive_grad).addcmul_(negative, negative_grad)  # without the factor p
-        self.moment += u.mul_(grad_u).sum(dim=2).sum(dim=0)[:, None]
-        self.log_moment += u.mul_(log).sum(dim=2).sum(dim=0)[:, None]
+        self.log_moment += u.mul_(grad_u).mul_(log).sum(dim=2).sum(dim=0)[:, None]
         return grad_u.mul_(self.exponent * self.inverse_scale)
-
-    def parameter_gradients(self) -> tuple[Tensor, Tensor]:
-        """Gradients of exponent and scale, (h, d)."""
-        return (self.log_moment * math.log(2))[:, 0], (-self.exponent * self.inverse_scale * self.moment)[:, 0]
 
 
 class _Scratch:

@@ -1,0 +1,297 @@
+"""Every backend of the op, its output and all its gradients, against the float64 reference.
+
+pytest tests/test_attention_accuracy.py
+
+Triton's kernels run in its interpreter where there is no GPU, on shapes that leave it time.
+"""
+
+import itertools
+
+import pytest
+import torch
+from attention_accuracy import (
+    CHANNELS,
+    DTYPES,
+    LENGTHS,
+    assert_accurate,
+    assert_within,
+    make_inputs,
+    make_mask,
+    run,
+    typical_errors,
+)
+from conftest import DEVICE
+
+from models.ops import polarity_attention as package
+from models.ops.polarity_attention import eager, polarity_attention
+from models.ops.polarity_attention import triton as kernels
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log2(0) in the interpreter is meant
+
+# Every length of queries with another one of keys; the slow test has all pairs.
+PAIRS = [(N, LENGTHS[(i + 3) % len(LENGTHS)]) for i, N in enumerate(LENGTHS)]
+INTERPRETED_PAIRS = [(1, 49), (63, 1), (196, 500)]
+BACKENDS = ["eager", "triton"]
+
+
+def _device(backend: str) -> str:
+    return DEVICE if backend == "triton" else "cpu"
+
+
+def _assert_typical(backend, N, n, d, dtype, masked, surroundings=False):
+    """Of five problems where there are few tokens, else of one."""
+    seeds = range(5 if min(N, n) < 100 else 1)
+    problems = [
+        (
+            make_inputs(N, n, d, dtype, seed=seed, surroundings=surroundings, device=_device(backend)),
+            make_mask(1, n, seed=seed).to(_device(backend)) if masked else None,
+        )
+        for seed in seeds
+    ]
+    assert_within(typical_errors(backend, problems))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", CHANNELS)
+def test_eager_in_the_usual_range(d, dtype):
+    for (N, n), masked in itertools.product(PAIRS, (False, True)):
+        _assert_typical("eager", N, n, d, dtype, masked, surroundings=N in (7, 196))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", CHANNELS)
+def test_eager_at_every_pair_of_lengths(d, dtype):
+    for N, n, masked in itertools.product(LENGTHS, LENGTHS, (False, True)):
+        _assert_typical("eager", N, n, d, dtype, masked)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", CHANNELS)
+def test_triton_in_the_usual_range(d, dtype):
+    pairs = PAIRS if DEVICE == "cuda" else INTERPRETED_PAIRS
+    for i, (N, n) in enumerate(pairs):
+        _assert_typical("triton", N, n, d, dtype, masked=i % 2 == 0, surroundings=i % 3 == 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("low", "high", "largest_exponent"),
+    [(1e-20, 1e-3, 5.0), (1e-3, 1e3, 5.0), (0.03, 30.0, 10.0), (1e2, 1e3, 5.0), (1e-20, 1e-18, 2.0)],
+)
+def test_outside_the_usual_range(backend, low, high, largest_exponent):
+    inputs = make_inputs(
+        63, 49, 24, torch.float32, low=low, high=high, largest_exponent=largest_exponent, device=_device(backend)
+    )
+    assert_accurate(backend, inputs, multiple=16.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_is_infinite_or_nan_as_long_as_the_sums_are_representable(backend, dtype):
+    """|u| up to 1,000 with exponents up to 5, and up to 30 with exponents up to 10; features overflow float16 by far."""
+    for low, high, largest_exponent in ((1e2, 1e3, 5.0), (1.0, 30.0, 10.0), (1e-20, 1e3, 5.0)):
+        inputs = make_inputs(
+            49, 196, 32, dtype, low=low, high=high, largest_exponent=largest_exponent, device=_device(backend)
+        )
+        cotangent = torch.ones_like(inputs[0])
+        assert all(t.isfinite().all() for t in run(backend, inputs, None, cotangent))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["zeros", "zero row", "masked row", "positive", "negative", "opposite", "least exponent"])
+def test_special_values(backend, dtype, case):
+    inputs = make_inputs(63, 49, 24, dtype, B=1, surroundings=False, device=_device(backend))
+    q, k, _, exponent = inputs
+    mask = None
+    with torch.no_grad():
+        if case == "zeros":
+            q[:, ::2, :, ::3] = 0
+            k[:, ::3, :, ::2] = 0
+        elif case == "zero row":
+            q[0, 5] = 0
+            k[0, 7] = 0
+        elif case == "masked row":
+            mask = torch.zeros(1, 49, dtype=torch.bool, device=q.device)
+        elif case == "least exponent":  # |u|^(p−1) is 1 at u = 0, and the gradient still 0
+            exponent.fill_(1.0)
+            q[0, 3], k[0, :, :, 2] = 0, 0
+        else:
+            q.abs_()
+            k.abs_()
+            if case != "positive":
+                k.neg_()
+            if case == "negative":
+                q.neg_()
+    values = run(backend, inputs, mask, torch.ones_like(q))
+    assert all(t.isfinite().all() for t in values)
+    out, grad_q, grad_k, *_ = values
+    if case == "masked row":
+        assert all((t == 0).all() for t in values)
+        return
+    assert_accurate(backend, inputs)
+    if case == "zero row":
+        assert (out[0, 5] == 0).all()
+    if case in ("zeros", "least exponent"):
+        assert (grad_q[q == 0] == 0).all() and (grad_k[k == 0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_images_with_masks_of_their_own(backend):
+    device = _device(backend)
+    inputs = make_inputs(63, 49, 16, torch.float32, B=3, surroundings=True, device=device)
+    mask = make_mask(3, 49).to(device)
+    cotangent = torch.randn(3, 63, 2, 16, generator=torch.Generator().manual_seed(3)).to(device)
+    exact = run("reference", [t.detach().double().requires_grad_() for t in inputs], mask, cotangent)
+    for value, expected in zip(run(backend, inputs, mask, cotangent), exact, strict=True):
+        assert (value - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_are_read_by_their_strides(backend):
+    """What a projection gives: slices of one tensor, here also with their images reversed in memory."""
+    device = _device(backend)
+    inputs = make_inputs(49, 49, 24, torch.float32, B=2, device=device)
+    packed = torch.stack([t.detach() for t in inputs[:3]], dim=3).transpose(0, 1).contiguous().transpose(0, 1)
+    views = [t.requires_grad_() for t in packed.unbind(3)]
+    assert not any(t.is_contiguous() for t in views)
+    upstream = torch.randn(2, 24, 2, 49, generator=torch.Generator().manual_seed(3)).to(device).permute(0, 3, 2, 1)
+    expected = run(backend, inputs, None, upstream.contiguous())
+    for value, wanted in zip(run(backend, [*views, inputs[3]], None, upstream), expected, strict=True):
+        assert torch.equal(value, wanted)
+
+
+def test_blocks_do_not_change_the_result(monkeypatch):
+    """Blocks over images and over tokens, with a last one that is smaller."""
+    inputs = make_inputs(63, 49, 24, torch.float64, B=5, surroundings=True)
+    mask = make_mask(5, 49)
+    cotangent = torch.randn(5, 63, 2, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    whole = run("eager", inputs, mask, cotangent)
+    for elements in (2 * 63 * 48, 20 * 48):  # two images, twenty tokens
+        monkeypatch.setattr(eager, "BLOCK_ELEMENTS", elements)
+        for value, expected in zip(run("eager", inputs, mask, cotangent), whole, strict=True):
+            assert torch.allclose(value, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_split_sequence_gives_the_same_every_time():
+    """Few long sequences: several programs sum one state, in a fixed order."""
+    inputs = make_inputs(700, 1000, 16, torch.float32, h=1, device=DEVICE)
+    parts, length = kernels._Launch(*inputs[:1], inputs[3], None).sum_parts(1000)
+    assert parts == 3 and (parts - 1) * length < 1000 <= parts * length
+    first, second = (run("triton", inputs, None, torch.ones_like(inputs[0])) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_accurate("triton", inputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planted errors: the checks above can fail
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check(backend: str) -> None:
+    inputs = make_inputs(63, 49, 16, torch.float32, surroundings=True, device=_device(backend))
+    assert_accurate(backend, inputs, make_mask(1, 49).to(_device(backend)))
+
+
+def _one_key_off(function):
+    """`function` with its key mask, the argument before the last, rolled by one."""
+
+    def wrapped(*arguments):
+        *front, key_mask, eps = arguments
+        return function(*front, None if key_mask is None else key_mask.roll(1, dims=1), eps)
+
+    return wrapped
+
+
+def _plant_in_eager(error, monkeypatch):
+    if error == "a wrong sign of the negative features":
+        features = eager._Tokens.features
+
+        def wrong(self, u, slope):
+            positive, negative = features(self, u, slope).chunk(2, dim=-1)
+            return torch.cat([positive, -negative], dim=-1)
+
+        monkeypatch.setattr(eager._Tokens, "features", wrong)
+    elif error == "a wrong sign of a gradient":
+        backward = eager._Tokens.backward
+        monkeypatch.setattr(eager._Tokens, "backward", lambda self, u, *rest: -backward(self, u, *rest))
+    elif error == "no swap of the halves":
+        monkeypatch.setattr(
+            eager, "_readout", lambda state: torch.cat([state, state[..., -1:, :]], dim=-2)
+        )
+    elif error == "no swap of the halves in backward":
+        d = 16
+        monkeypatch.setattr(
+            eager, "_readout_backward", lambda g: torch.cat([g[..., :d, :], g[..., d : d + 1, :] + g[..., d + 1 :, :]], -2)
+        )
+    else:
+        monkeypatch.setattr(package, "polarity_attention_eager", _one_key_off(eager.polarity_attention_eager))
+
+
+def _plant_in_triton(error, monkeypatch):
+    jit, tl = kernels.triton.jit, kernels.tl
+    if error == "a wrong sign of the negative features":
+
+        @jit
+        def wrong(u, slope):
+            signed = slope * u
+            return tl.where(u > 0.0, signed, 0.0), tl.where(u < 0.0, signed, 0.0)
+
+        monkeypatch.setattr(kernels, "_features", wrong)
+    elif error == "a wrong sign of a gradient":
+
+        @jit
+        def wrong(u, slope, grad_positive, grad_negative):
+            return slope * tl.where(u > 0.0, grad_positive, tl.where(u < 0.0, grad_negative, 0.0))
+
+        monkeypatch.setattr(kernels, "_grad_tokens", wrong)
+    elif error == "no swap of the halves":
+
+        @jit
+        def wrong(positive, negative, channels, D: tl.constexpr):
+            return positive, negative
+
+        monkeypatch.setattr(kernels, "_exchange", wrong)
+    elif error == "no swap of the halves in backward":
+        pytest.skip("the kernels have one exchange for both directions")
+    else:
+        monkeypatch.setattr(kernels, "polarity_attention_forward", _one_key_off(kernels.polarity_attention_forward))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels keep the functions they were compiled with")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "error",
+    [
+        "a wrong sign of the negative features",
+        "a wrong sign of a gradient",
+        "no swap of the halves",
+        "no swap of the halves in backward",
+        "a mask that is one key off",
+    ],
+)
+def test_a_planted_error_is_noticed(backend, error, monkeypatch):
+    _check(backend)
+    (_plant_in_eager if backend == "eager" else _plant_in_triton)(error, monkeypatch)
+    with pytest.raises(AssertionError, match="exceeds"):
+        _check(backend)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_compiled_eager_backend_is_as_exact(monkeypatch):
+    compiled = torch.compile(
+        lambda *tensors: polarity_attention(*tensors, backend="eager"), fullgraph=True, dynamic=None
+    )
+    for B in (1, 2, 3):
+        inputs = make_inputs(196, 500, 24, torch.float32, B=B)
+        cotangent = torch.randn(B, 196, 2, 24, generator=torch.Generator().manual_seed(2))
+        exact = run("reference", [t.detach().double().requires_grad_() for t in inputs], None, cotangent)
+        out = compiled(*inputs)
+        for value, expected in zip((out, *torch.autograd.grad(out, inputs, cotangent)), exact, strict=True):
+            assert (value - expected).norm() <= 8 * torch.finfo(torch.float32).eps * expected.norm()

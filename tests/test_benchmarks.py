@@ -1,0 +1,244 @@
+"""The benchmarks: the baseline computes the op, the gate lets nothing wrong through, bytes are counted exactly.
+
+pytest tests/test_benchmarks.py
+"""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+
+import models.attention
+from benchmarks import attention, model_step
+from benchmarks.baseline import literal_polarity_attention, patched_model_attention
+from benchmarks.common import WrongResultError, interleaved, ratios, saved_bytes
+from models.ops.polarity_attention import polarity_attention
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("surroundings", [False, True])
+@pytest.mark.parametrize("d", [1, 7, 8])
+def test_baseline_equals_the_reference_in_float64(surroundings, d):
+    inputs = attention.make_inputs((2, 11, 3, d), torch.float64, CPU, keys=5, surroundings=surroundings)
+    inputs = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
+    out = literal_polarity_attention(**inputs)
+    expected = polarity_attention(**inputs, backend="reference")
+    assert torch.allclose(out, expected, rtol=1e-12, atol=1e-13)
+    leaves, cotangent = list(inputs.values()), torch.randn_like(out)
+    gradients = torch.autograd.grad(out, leaves, cotangent)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, leaves, cotangent), strict=True):
+        assert torch.allclose(gradient, wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_baseline_refuses_a_key_mask():
+    inputs = attention.make_inputs((1, 4, 1, 8), torch.float32, CPU)
+    with pytest.raises(ValueError, match="has no key mask"):
+        literal_polarity_attention(**inputs, key_mask=torch.ones(1, 4, dtype=torch.bool))
+
+
+def test_patch_reaches_the_models_and_is_undone():
+    ours = models.attention.polarity_attention
+    seen = []
+
+    def fail_inside():
+        with patched_model_attention(literal_polarity_attention):
+            seen.append(models.attention.polarity_attention)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_inside()
+    assert seen == [literal_polarity_attention]
+    assert models.attention.polarity_attention is ours
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The correctness gate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _swapped_streams(q, *others, **named):
+    return polarity_attention(-q, *others, **named)
+
+
+def _rescaled_exponent_gradient(q, k, v, exponent, **named):
+    return polarity_attention(q, k, v, exponent.detach() + 1.01 * (exponent - exponent.detach()), **named)
+
+
+def _position_left_out(*tensors, position=None, **named):
+    return polarity_attention(*tensors, position=None if position is None else 0 * position, **named)
+
+
+def _not_finite(*tensors, **named):
+    return polarity_attention(*tensors, **named) * float("nan")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gate_accepts_the_eager_backend(dtype):
+    errors = attention.require_correct({"eager": partial(polarity_attention, backend="eager")}, (2, 16), dtype, CPU)
+    assert set(errors) == {"baseline", "eager"}
+    tensors = {"output", *(f"gradient of {name}" for name in ("q", "k", "v", "exponent"))}
+    fused = {"gradient of scale", "gradient of position"}
+    assert set(errors["eager"]) == tensors | {f"{tensor}, with scale and position" for tensor in tensors | fused}
+    assert all(0 < entry["error"] <= entry["allowed"] for entry in errors["eager"].values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named", "dtype"),
+    [
+        (_swapped_streams, "output", torch.float32),
+        (_swapped_streams, "output", torch.bfloat16),
+        (_rescaled_exponent_gradient, "gradient of exponent", torch.float32),
+        (_position_left_out, "output, with scale and position", torch.float32),
+        (_position_left_out, "output, with scale and position", torch.bfloat16),
+        (_not_finite, "output", torch.float32),
+    ],
+)
+def test_gate_rejects_a_wrong_op(wrong, named, dtype):
+    with pytest.raises(WrongResultError, match=f"planted at .*: {named} is off by"):
+        attention.require_correct({"planted": wrong}, (2, 16), dtype, CPU)
+
+
+def test_nothing_is_timed_or_written_after_a_wrong_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(attention, "polarity_attention", _planted_for_eager)
+    monkeypatch.setattr(attention, "measure_shape", lambda *_: pytest.fail("timed"))
+    with pytest.raises(SystemExit, match="nothing is timed that is wrong: eager"):
+        attention.main(["--device", "cpu", "--shapes", "1,16,1,8", "--output", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def _planted_for_eager(*tensors, backend, **named):
+    op = _swapped_streams if backend == "eager" else polarity_attention
+    return op(*tensors, backend=backend, **named)
+
+
+def test_gate_of_whole_models_rejects_other_logits(monkeypatch):
+    monkeypatch.setitem(model_step.OPS, "ours", _swapped_streams)
+    setting = model_step.Setting("pola_swin_t", 1, 32, repeats=1, device="cpu", threads=None)
+    with pytest.raises(WrongResultError, match="logits of pola_swin_t are off by"):
+        model_step.measure_eager(setting, ["float32"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting and timing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_parameter():
+    x = torch.randn(10, 20, requires_grad=True)
+    weight = torch.randn(20, 5, requires_grad=True)
+
+    def function():
+        exponential = x.exp()  # saves its result, 10 × 20
+        product = exponential @ weight  # saves the same result, and the weight
+        return exponential.T.sigmoid(), product.square()  # saves a second 10 × 20, and the product, 10 × 5
+
+    assert saved_bytes(function) == 4 * (200 + 100 + 200 + 50)
+    assert saved_bytes(function, excluded=[weight]) == 4 * (200 + 200 + 50)
+
+
+def test_saved_bytes_counts_whole_storages_and_saved_inputs():
+    x = torch.randn(100, requires_grad=True)
+    assert saved_bytes(lambda: x[:10].square()) == 4 * 100
+    assert saved_bytes(lambda: x + 1) == 0
+
+
+def test_eager_op_saves_its_inputs_and_the_state():
+    B, N, h, d = 2, 64, 3, 8
+    contender = attention.Contender(
+        partial(polarity_attention, backend="eager"),
+        attention.make_inputs((B, N, h, d), torch.float32, CPU),
+        torch.float32,
+    )
+    assert contender.saved_bytes() == 4 * (3 * B * N * h * d + B * h * (d + 1) * 2 * d)
+
+
+def test_rounds_are_paired_and_alternate():
+    order = []
+    contenders = {name: partial(lambda name: order.append(name) or len(order), name) for name in ("a", "b")}
+    samples = interleaved(contenders, repeats=2, warmup=1)
+    assert order == ["b", "a", "a", "b", "b", "a"]
+    assert samples == {"a": [3, 6], "b": [4, 5]}
+    spread = ratios([3.0, 6.0, 8.0], [1.0, 1.0, 4.0])
+    assert (spread.low, spread.median, spread.high) == (2.0, 3.0, 6.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The programs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_attention_writes_its_results(tmp_path, capsys):
+    arguments = ["--shapes", "2,16,1,8", "1,9,2,7", "--lengths", "16", "32", "--output", str(tmp_path)]
+    attention.main(["--device", "cpu", *arguments])
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    assert path.name == f"attention-float32-cpu-1-threads-{results['environment']['date']}.json"
+    assert path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert str(tmp_path) not in path.read_text()
+    assert results["environment"].keys() >= {"device_name", "threads", "cpu_flags", "torch", "git_revision"}
+    assert [record["shape"] for record in results["shapes"]] == [[2, 16, 1, 8], [1, 9, 2, 7]]
+    for record in results["shapes"]:
+        assert set(record["contenders"]) == {"baseline", "eager", "softmax", "materialised features"}
+        eager = record["contenders"]["eager"]
+        assert eager["total_ms"]["low"] <= eager["total_ms"]["median"] <= eager["total_ms"]["high"]
+        assert eager["speedup"].keys() == {"median", "low", "high"}
+    first = results["shapes"][0]
+    assert first["bytes"] == {"forward": 4 * 4 * 256, "backward": 7 * 4 * 256, "total": 11 * 4 * 256}
+    floor = 1e3 * first["bytes"]["total"] / results["copy_bytes_per_s"]["median"]
+    assert first["floor_ms"]["total"] == pytest.approx(floor)
+    assert {(record["contender"], record["N"]) for record in results["lengths"]} == {
+        (name, N) for name in ("baseline", "eager", "softmax") for N in (16, 32)
+    }
+    assert all(bar.keys() == {"what", "measured", "bound", "direction", "met"} for bar in results["bars"])
+    assert "| what " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "8,16,3"], "'8,16,3' is no shape: expected four integers B,N,h,d"),
+        (["--repeats", "8"], "'8' repeats: expected an integer of at least 9"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        attention.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_bars_apply_where_they_are_meant():
+    def contender(speedup, milliseconds, saved):
+        return {
+            "speedup": {"median": speedup},
+            "total_ms": {"median": milliseconds},
+            "saved_bytes": saved,
+            "times_floor": 1.3,
+        }
+
+    contenders = {
+        "baseline": contender(1.0, 10.0, 100),
+        "eager": contender(2.5, 4.0, 20),
+        "triton": contender(11.0, 0.9, 30),
+        "softmax": contender(0.1, 100.0, 50),
+    }
+    cpu = {"shape": [8, 3136, 3, 32], "contenders": {name: contenders[name] for name in ("baseline", "eager")}}
+    assert [(bar.bound, bar.met) for bar in attention.shape_bars(cpu, CPU, "float32")] == [(2.4, True), (0.25, True)]
+    assert [bar.bound for bar in attention.shape_bars(cpu, CPU, "bfloat16")] == [0.25]
+    gpu = {"shape": [128, 3136, 3, 32], "contenders": contenders}
+    bars = attention.shape_bars(gpu, torch.device("cuda"), "bfloat16")
+    assert [(bar.bound, bar.met) for bar in bars] == [(1.4, True), (10.0, True), (1.0, True), (0.25, False)]
+
+
+def test_a_training_step_of_both_sides_saves_less_with_ours():
+    setting = model_step.Setting("pola_pvt_t", 1, 32, repeats=1, device="cpu", threads=None)
+    record = model_step.measure_eager(setting, ["float32", "bfloat16"])
+    assert record["saved_bytes"]["ours"] < record["saved_bytes"]["baseline"]
+    assert [(step["side"], step["precision"]) for step in record["contenders"]] == [
+        (side, precision) for precision in ("float32", "bfloat16") for side in ("baseline", "ours")
+    ]
+    assert model_step.step_bars(record) == []  # they are for batch 8 at 224²
+    full_size = model_step.step_bars({**record, "batch_size": 8, "image_size": 224})
+    assert full_size[0].bound == 0.64
+    assert 1.25 in [bar.bound for bar in full_size]
