@@ -1,5 +1,7 @@
 # make quickstart    set up, then train a small Pola-Swin on real handwritten digits (minutes on two CPU cores)
 # make test          set up, then run every test that does not need minutes of its own
+# make bench         set up, then time the op and two models against the literal formulation (5 minutes on two CPU cores)
+# BENCH=--compile make bench    also the compiled models (10 minutes more); BENCH is passed to benchmarks.model_step
 # PYTHON=/path/to/python make …   uses that environment as it is and installs nothing
 
 ifdef PYTHON
@@ -12,7 +14,7 @@ else
   SETUP_DEV := .venv/installed-dev
 endif
 
-.PHONY: quickstart test test-slow lint reference
+.PHONY: quickstart test test-slow lint reference bench
 
 quickstart: $(SETUP)
 	PYTHON=$(RUN) TAG=$$(date +%Y%m%d-%H%M%S) bash pretrain.sh
@@ -31,6 +33,11 @@ lint: $(SETUP_DEV)
 # docs/configuration.md from config.py
 reference: $(SETUP)
 	$(RUN) -m tools.config_reference > docs/configuration.md
+
+# correctness gates, tables with the bars, and files in benchmarks/results; see benchmarks/README.md
+bench: $(SETUP)
+	$(RUN) -m benchmarks.attention --compile first
+	$(RUN) -m benchmarks.model_step $(BENCH)
 
 .venv/installed: requirements.txt
 	@echo "setting up .venv (torch is large: this takes minutes on a slow line)"

@@ -5,7 +5,6 @@ dtype's precision, whichever is larger.
 """
 
 import math
-import statistics
 
 import torch
 from torch import Tensor
@@ -22,7 +21,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def spread(shape: tuple[int, ...], generator: torch.Generator, low: float, high: float) -> Tensor:
     logarithms = torch.empty(shape, dtype=torch.float64).uniform_(math.log(low), math.log(high), generator=generator)
-    return logarithms.exp() * torch.empty(shape, dtype=torch.float64).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+    return logarithms.exp() * torch.empty(shape, dtype=torch.float64).bernoulli_(0.5, generator=generator).mul_(2).sub_(
+        1
+    )
 
 
 def make_inputs(
@@ -70,9 +71,7 @@ def run(backend: str, inputs: list[Tensor], key_mask: Tensor | None, cotangent: 
             k, v, position = k[:, real], v[:, real], None if position is None else position[real]
         out = literal_polarity_attention(q, k, v, exponent, scale=scale, position=position)
     else:
-        out = polarity_attention(
-            q, k, v, exponent, scale=scale, position=position, key_mask=key_mask, backend=backend
-        )
+        out = polarity_attention(q, k, v, exponent, scale=scale, position=position, key_mask=key_mask, backend=backend)
     return [out.detach(), *torch.autograd.grad(out, inputs, cotangent.to(out.dtype))]
 
 
@@ -80,41 +79,20 @@ def relative_errors(
     backend: str, inputs: list[Tensor], key_mask: Tensor | None = None, multiple: float = 2.0
 ) -> dict[str, tuple[float, float]]:
     """(relative L2 error against the float64 reference, that which is allowed) of the output and each gradient."""
-    return _allowed([_errors(backend, inputs, key_mask)], inputs[0].dtype, multiple)
-
-
-def typical_errors(backend: str, problems: list[tuple[list[Tensor], Tensor | None]]) -> dict[str, tuple[float, float]]:
-    """The same of several problems of one kind, by the medians of both errors.
-
-    In a problem of few tokens, chance cancels one gradient or another and multiplies everybody's rounding error.
-    """
-    return _allowed([_errors(backend, *problem) for problem in problems], problems[0][0][0].dtype, 2.0)
-
-
-def _errors(backend: str, inputs: list[Tensor], key_mask: Tensor | None) -> dict[str, tuple[float, float]]:
-    """(error, error of the literal formulation in the same dtype) of the output and each gradient"""
     dtype = inputs[0].dtype
     cotangent = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
     cotangent = cotangent.to(inputs[0].device)
     exact = run("reference", [t.detach().double().requires_grad_() for t in inputs], key_mask, cotangent)
     literal = run("literal", [t.detach().to(dtype).requires_grad_() for t in inputs], key_mask, cotangent)
+    if not all(t.isfinite().all() for t in literal):  # float16 features overflow: then the same in float32, rounded
+        literal = run("literal", [t.detach().float().requires_grad_() for t in inputs], key_mask, cotangent)
+        literal = [t.to(dtype) for t in literal]
     values = run(backend, inputs, key_mask, cotangent)
+    floor = EPSILONS * torch.finfo(dtype).eps
     return {
-        name: (_relative(value, expected), _relative(plain, expected))
+        name: (_relative(value, expected), max(multiple * _relative(plain, expected), floor))
         for name, value, plain, expected in zip(NAMES, values, literal, exact, strict=False)
     }
-
-
-def _allowed(
-    errors: list[dict[str, tuple[float, float]]], dtype: torch.dtype, multiple: float
-) -> dict[str, tuple[float, float]]:
-    floor = EPSILONS * torch.finfo(dtype).eps
-    results = {}
-    for name in errors[0]:
-        ours, literal = (statistics.median(error[name][i] for error in errors) for i in (0, 1))
-        # float16 features overflow in the literal formulation: its error is then no measure
-        results[name] = ours, max(multiple * literal, floor) if math.isfinite(literal) else floor
-    return results
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:
@@ -123,12 +101,6 @@ def _relative(value: Tensor, expected: Tensor) -> float:
     return (difference / norm).item() if norm > 0 else difference.item()
 
 
-def assert_within(errors: dict[str, tuple[float, float]]) -> None:
-    for name, (error, allowed) in errors.items():
+def assert_accurate(backend: str, inputs: list[Tensor], key_mask: Tensor | None = None, multiple: float = 2.0) -> None:
+    for name, (error, allowed) in relative_errors(backend, inputs, key_mask, multiple).items():
         assert error <= allowed, f"relative error {error:.2e} of {name} exceeds {allowed:.2e}"
-
-
-def assert_accurate(
-    backend: str, inputs: list[Tensor], key_mask: Tensor | None = None, multiple: float = 2.0
-) -> None:
-    assert_within(relative_errors(backend, inputs, key_mask, multiple))

@@ -9,16 +9,16 @@ import itertools
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from attention_accuracy import (
     CHANNELS,
     DTYPES,
     LENGTHS,
     assert_accurate,
-    assert_within,
     make_inputs,
     make_mask,
     run,
-    typical_errors,
 )
 from conftest import DEVICE
 
@@ -38,24 +38,19 @@ def _device(backend: str) -> str:
     return DEVICE if backend == "triton" else "cpu"
 
 
-def _assert_typical(backend, N, n, d, dtype, masked, surroundings=False):
-    """Of five problems where there are few tokens, else of one."""
-    seeds = range(5 if min(N, n) < 100 else 1)
-    problems = [
-        (
-            make_inputs(N, n, d, dtype, seed=seed, surroundings=surroundings, device=_device(backend)),
-            make_mask(1, n, seed=seed).to(_device(backend)) if masked else None,
-        )
-        for seed in seeds
-    ]
-    assert_within(typical_errors(backend, problems))
+def _check_shape(backend, N, n, d, dtype, masked, surroundings=False):
+    """Enough heads that the norms average: where a gradient happens to cancel, everybody's rounding error is large."""
+    device = _device(backend)
+    inputs = make_inputs(N, n, d, dtype, h=16 if min(N, n) < 100 else 2, surroundings=surroundings, device=device)
+    assert_accurate(backend, inputs, make_mask(1, n).to(device) if masked else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", CHANNELS)
 def test_eager_in_the_usual_range(d, dtype):
-    for (N, n), masked in itertools.product(PAIRS, (False, True)):
-        _assert_typical("eager", N, n, d, dtype, masked, surroundings=N in (7, 196))
+    for i, (N, n) in enumerate(PAIRS):
+        masked = (i + CHANNELS.index(d)) % 2 == 0  # over all d, every pair with and without a mask
+        _check_shape("eager", N, n, d, dtype, masked, surroundings=N in (7, 196))
 
 
 @pytest.mark.slow
@@ -64,7 +59,7 @@ def test_eager_in_the_usual_range(d, dtype):
 @pytest.mark.parametrize("d", CHANNELS)
 def test_eager_at_every_pair_of_lengths(d, dtype):
     for N, n, masked in itertools.product(LENGTHS, LENGTHS, (False, True)):
-        _assert_typical("eager", N, n, d, dtype, masked)
+        _check_shape("eager", N, n, d, dtype, masked)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -72,7 +67,7 @@ def test_eager_at_every_pair_of_lengths(d, dtype):
 def test_triton_in_the_usual_range(d, dtype):
     pairs = PAIRS if DEVICE == "cuda" else INTERPRETED_PAIRS
     for i, (N, n) in enumerate(pairs):
-        _assert_typical("triton", N, n, d, dtype, masked=i % 2 == 0, surroundings=i % 3 == 2)
+        _check_shape("triton", N, n, d, dtype, masked=i % 2 == 0, surroundings=i % 3 == 2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -90,7 +85,7 @@ def test_outside_the_usual_range(backend, low, high, largest_exponent):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_is_infinite_or_nan_as_long_as_the_sums_are_representable(backend, dtype):
-    """|u| up to 1,000 with exponents up to 5, and up to 30 with exponents up to 10; features overflow float16 by far."""
+    """|u| up to 1,000 with exponents up to 5, up to 30 with exponents up to 10; float16 features would overflow."""
     for low, high, largest_exponent in ((1e2, 1e3, 5.0), (1.0, 30.0, 10.0), (1e-20, 1e3, 5.0)):
         inputs = make_inputs(
             49, 196, 32, dtype, low=low, high=high, largest_exponent=largest_exponent, device=_device(backend)
@@ -101,7 +96,9 @@ def test_nothing_is_infinite_or_nan_as_long_as_the_sums_are_representable(backen
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ["zeros", "zero row", "masked row", "positive", "negative", "opposite", "least exponent"])
+@pytest.mark.parametrize(
+    "case", ["zeros", "zero row", "masked row", "positive", "negative", "opposite", "least exponent"]
+)
 def test_special_values(backend, dtype, case):
     inputs = make_inputs(63, 49, 24, dtype, B=1, surroundings=False, device=_device(backend))
     q, k, _, exponent = inputs
@@ -218,23 +215,21 @@ def _plant_in_eager(error, monkeypatch):
         backward = eager._Tokens.backward
         monkeypatch.setattr(eager._Tokens, "backward", lambda self, u, *rest: -backward(self, u, *rest))
     elif error == "no swap of the halves":
-        monkeypatch.setattr(
-            eager, "_readout", lambda state: torch.cat([state, state[..., -1:, :]], dim=-2)
-        )
+        monkeypatch.setattr(eager, "_readout", lambda state: torch.cat([state, state[..., -1:, :]], dim=-2))
     elif error == "no swap of the halves in backward":
-        d = 16
-        monkeypatch.setattr(
-            eager, "_readout_backward", lambda g: torch.cat([g[..., :d, :], g[..., d : d + 1, :] + g[..., d + 1 :, :]], -2)
-        )
+
+        def wrong(grad):
+            return torch.cat([grad[..., :16, :], grad[..., 16:17, :] + grad[..., 17:, :]], dim=-2)
+
+        monkeypatch.setattr(eager, "_readout_backward", wrong)
     else:
         monkeypatch.setattr(package, "polarity_attention_eager", _one_key_off(eager.polarity_attention_eager))
 
 
 def _plant_in_triton(error, monkeypatch):
-    jit, tl = kernels.triton.jit, kernels.tl
     if error == "a wrong sign of the negative features":
 
-        @jit
+        @triton.jit
         def wrong(u, slope):
             signed = slope * u
             return tl.where(u > 0.0, signed, 0.0), tl.where(u < 0.0, signed, 0.0)
@@ -242,14 +237,14 @@ def _plant_in_triton(error, monkeypatch):
         monkeypatch.setattr(kernels, "_features", wrong)
     elif error == "a wrong sign of a gradient":
 
-        @jit
+        @triton.jit
         def wrong(u, slope, grad_positive, grad_negative):
             return slope * tl.where(u > 0.0, grad_positive, tl.where(u < 0.0, grad_negative, 0.0))
 
         monkeypatch.setattr(kernels, "_grad_tokens", wrong)
     elif error == "no swap of the halves":
 
-        @jit
+        @triton.jit
         def wrong(positive, negative, channels, D: tl.constexpr):
             return positive, negative
 
@@ -284,11 +279,10 @@ def test_a_planted_error_is_noticed(backend, error, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_compiled_eager_backend_is_as_exact(monkeypatch):
-    compiled = torch.compile(
-        lambda *tensors: polarity_attention(*tensors, backend="eager"), fullgraph=True, dynamic=None
-    )
-    for B in (1, 2, 3):
+def test_the_compiled_eager_backend_is_as_exact():
+    """Traced in one piece, for any batch size after the second."""
+    compiled = torch.compile(lambda *tensors: polarity_attention(*tensors, backend="eager"), fullgraph=True)
+    for B in (4, 5, 6):
         inputs = make_inputs(196, 500, 24, torch.float32, B=B)
         cotangent = torch.randn(B, 196, 2, 24, generator=torch.Generator().manual_seed(2))
         exact = run("reference", [t.detach().double().requires_grad_() for t in inputs], None, cotangent)

@@ -8,7 +8,7 @@ Letters: N queries, n keys, h heads, d channels per head; b and T are a block's 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,9 +16,8 @@ from torch import Tensor
 
 # Elements of q in a block: the handful of buffers of that size then fits the cache that the cores share.
 BLOCK_ELEMENTS = 2**19
-# Stands for log2(0): far below every float's logarithm, so that 2 to any power p ≥ 1 of it is 0, and finite, so that
-# 0 times it is 0.
-LOG_OF_ZERO = -1100.0
+# Stands for ln(0): below every float's logarithm, and finite, so that 0 times it is 0.
+LOG_OF_ZERO = -1000.0
 
 
 def polarity_attention_eager(
@@ -69,7 +68,7 @@ class _PolarityAttention(torch.autograd.Function):
                 features = tokens_of.features(u, slope)
                 product = _product(features, readout.mT, scratch("product", *u.shape[:3], d + 2))
                 numerators, normalisers = product.split([d, 2], dim=-1)
-                result = _per_stream(torch.div, numerators, normalisers + eps, out=numerators)
+                result = _divide_streams(numerators, normalisers + eps, out=numerators)
                 out[images, tokens] = result.transpose(1, 2)
         ctx.save_for_backward(q, k, v, exponent, scale, position, key_mask, state)
         ctx.eps = eps
@@ -93,33 +92,33 @@ class _PolarityAttention(torch.autograd.Function):
             readout = _readout(state[images])
             grad_readout = torch.zeros_like(readout)
             for tokens in _token_blocks(q):
-                u, log, slope = tokens_of.queries(q, images, tokens)
+                u, magnitude, slope = tokens_of.queries(q, images, tokens)
                 features = tokens_of.features(u, slope)
                 product = _product(features, readout.mT, scratch("product", *u.shape[:3], d + 2))
                 numerators, normalisers = product.split([d, 2], dim=-1)
-                reciprocals = (normalisers + ctx.eps).reciprocal()
+                normalisers = normalisers + ctx.eps
                 upstream = grad_out[images, tokens].transpose(1, 2)
-                grad_numerators = _per_stream(torch.mul, upstream, reciprocals, out=scratch("upstream", *u.shape))
+                grad_numerators = _divide_streams(upstream, normalisers, out=scratch("upstream", *u.shape))
                 weighted = torch.mul(numerators, grad_numerators, out=scratch("weighted", *u.shape))
-                grad_normalisers = -_sum_per_stream(weighted) * reciprocals
+                grad_normalisers = -_sum_per_stream(weighted) / normalisers
                 grad_product = torch.cat(
                     [grad_numerators, grad_normalisers], dim=-1, out=scratch("grad_product", *product.shape)
                 )
                 grad_readout += _product(grad_product.mT, features)
                 grad_features = _product(grad_product, readout, scratch("grad_features", *features.shape))
-                grad_q[images, tokens] = tokens_of.backward(u, log, slope, grad_features).transpose(1, 2)
+                grad_q[images, tokens] = tokens_of.backward(u, magnitude, slope, grad_features).transpose(1, 2)
             grad_state = _readout_backward(grad_readout)
             # Σ u·∂/∂u over the queries, and over the keys, without p: either is state · its gradient (README.md)
             moment += 2 * (state[images] * grad_state).sum(dim=(0, 2)).unflatten(-1, (2, d)).sum(dim=1)
             grad_sums, grad_ones = (grad_state / _count(k, key_mask, images)).split([d, 1], dim=2)
             for tokens in _token_blocks(k):
-                u, log, slope = tokens_of.keys(k, images, tokens)
+                u, magnitude, slope = tokens_of.keys(k, images, tokens)
                 features = tokens_of.features(u, slope)
                 values = tokens_of.values(v, images, tokens)
                 grad_values = _product(features, grad_sums.mT, scratch("product", *values.shape))
                 grad_v[images, tokens] = grad_values.transpose(1, 2)
                 grad_features = _product(values, grad_sums, scratch("grad_features", *features.shape)).add_(grad_ones)
-                grad_keys = tokens_of.backward(u, log, slope, grad_features).transpose(1, 2)
+                grad_keys = tokens_of.backward(u, magnitude, slope, grad_features).transpose(1, 2)
                 grad_k[images, tokens] = grad_keys
                 if grad_position is not None:
                     grad_position[tokens] += grad_keys.sum(dim=0)
@@ -127,7 +126,7 @@ class _PolarityAttention(torch.autograd.Function):
             grad_q,
             grad_k,
             grad_v,
-            (tokens_of.log_moment[:, 0] * math.log(2)).to(exponent.dtype),
+            tokens_of.log_moment[:, 0].to(exponent.dtype),
             None if scale is None else (-moment * exponent / scale).to(scale.dtype),
             None if grad_position is None else grad_position.to(position.dtype),
             None,
@@ -157,10 +156,10 @@ class _Tokens:
         self.inverse_scale = scale.reciprocal()
         self.position = None if position is None else position.to(dtype)
         self.key_mask = key_mask
-        self.log_moment = torch.zeros_like(self.exponent)  # Σ u·∂/∂u·log2|u|, without the factor p
+        self.log_moment = torch.zeros_like(self.exponent)  # Σ u·∂/∂u·ln|u|, without the factor p
 
     def queries(self, q: Tensor, images: slice, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """u, log2|u| and slope of a block, each (b, h, T, d)."""
+        """u, |u| and slope of a block, each (b, h, T, d)."""
         return self._sharpen(q[images, tokens])
 
     def keys(self, k: Tensor, images: slice, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,9 +180,9 @@ class _Tokens:
     def _sharpen(self, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         block = block.transpose(1, 2)
         u = torch.mul(block, self.inverse_scale, out=self.scratch("u", *block.shape))
-        log = torch.abs(u, out=self.scratch("log", *u.shape)).log2_().clamp_(min=LOG_OF_ZERO)
-        slope = torch.mul(log, self.exponent - 1, out=self.scratch("slope", *u.shape)).exp2_()
-        return u, log, slope
+        magnitude = torch.abs(u, out=self.scratch("magnitude", *u.shape))
+        slope = torch.pow(magnitude, self.exponent - 1, out=self.scratch("slope", *u.shape))
+        return u, magnitude, slope
 
     def features(self, u: Tensor, slope: Tensor) -> Tensor:
         """[relu(u)^p, relu(−u)^p], (b, h, T, 2d)."""
@@ -196,7 +195,7 @@ class _Tokens:
         torch.sub(positive, signed, out=negative)
         return features
 
-    def backward(self, u: Tensor, log: Tensor, slope: Tensor, grad_features: Tensor) -> Tensor:
+    def backward(self, u: Tensor, magnitude: Tensor, slope: Tensor, grad_features: Tensor) -> Tensor:
         """Gradient of the tokens (b, h, T, d) from that of their features (b, h, T, 2d); overwrites its arguments."""
         positive_grad, negative_grad = grad_features.chunk(2, dim=-1)
         # a relu passes nothing at 0, so the sign of u, and not that of its slope, chooses the half
@@ -204,6 +203,7 @@ class _Tokens:
         positive = torch.clamp(signed_slope, min=0.0, out=slope)
         negative = signed_slope.sub_(positive)  # ≤ 0
         grad_u = positive.mul_(positive_grad).addcmul_(negative, negative_grad)  # without the factor p
+        log = magnitude.log_().clamp_(min=LOG_OF_ZERO)
         self.log_moment += u.mul_(grad_u).mul_(log).sum(dim=2).sum(dim=0)[:, None]
         return grad_u.mul_(self.exponent * self.inverse_scale)
 
@@ -261,14 +261,17 @@ def _readout_backward(grad: Tensor) -> Tensor:
     return torch.cat([grad[..., : _same(d), :], swapped[..., _same(d) : d, :], mean], dim=-2)
 
 
-def _per_stream(operation: Callable[..., Tensor], channels: Tensor, normalisers: Tensor, out: Tensor) -> Tensor:
-    """Combine each stream's channels (…, d) with its own normaliser (…, 2)."""
+def _divide_streams(channels: Tensor, normalisers: Tensor, out: Tensor) -> Tensor:
+    """Divide each stream's channels (…, d) by its own normaliser (…, 2).
+
+    By a division each: rounding errors of a common reciprocal would not average out where gradients cancel.
+    """
     same = _same(channels.shape[-1])
     streams = (channels[..., :same], normalisers[..., :1]), (channels[..., same:], normalisers[..., 1:])
     if torch.compiler.is_compiling():  # which takes no view as `out`
-        return torch.cat([operation(*stream) for stream in streams], dim=-1)
+        return torch.cat([torch.div(*stream) for stream in streams], dim=-1)
     for stream, part in zip(streams, (out[..., :same], out[..., same:]), strict=True):
-        operation(*stream, out=part)
+        torch.div(*stream, out=part)
     return out
 
 

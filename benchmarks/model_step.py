@@ -1,0 +1,402 @@
+"""Time a training step of whole models with ours and with the literal op: python -m benchmarks.model_step.
+
+A step is forward pass, cross entropy, backward pass and optimizer step on synthetic images, each contender on its own
+copy of the same weights. A gate comes first: both ops give the same logits in float32. Eager contenders are interleaved
+in one process; with --compile each compiled model runs in a fresh process, interleaved with the eager baseline there.
+README.md beside this file says what is counted and how results are named.
+"""
+
+import argparse
+import copy
+import itertools
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from yacs.config import CfgNode
+
+from benchmarks.baseline import literal_polarity_attention, patched_model_attention
+from benchmarks.common import (
+    DTYPES,
+    MEBIBYTE,
+    RESULTS,
+    ROOT,
+    Bar,
+    Spread,
+    WrongResultError,
+    cpu_flags,
+    environment,
+    interleaved,
+    prepare_process,
+    print_bars,
+    print_table,
+    ratios,
+    relative_error,
+    result_path,
+    saved_bytes,
+    timed,
+    write_json,
+)
+from config import load_config
+from models import build_model
+from models.classifier import Classifier
+from models.ops.polarity_attention import polarity_attention
+from optimizer import build_optimizer
+from utils.precision import autocast, exact_float32
+
+TIMM_SWIN = "swin_tiny_patch4_window7_224"
+OPS: dict[str, Callable[..., Tensor]] = {"baseline": literal_polarity_attention, "ours": polarity_attention}
+LOGITS_ERROR = 1e-5  # largest relative L2 difference of float32 logits that passes the gate
+
+# Baseline's float32 eager step over ours, batch 8, 224², on a CPU; by model, then (precision, compiled).
+CPU_STEP_BARS: dict[str, dict[tuple[str, bool], float]] = {
+    "pola_pvt_t": {("float32", False): 1.25, ("float32", True): 1.4, ("bfloat16", False): 2.2, ("bfloat16", True): 2.9},
+    "pola_swin_t": {("float32", False): 1.2, ("float32", True): 1.4, ("bfloat16", False): 2.5, ("bfloat16", True): 3.1},
+}
+SAVED_BYTES_BARS = {"pola_pvt_t": 0.64, "pola_swin_t": 0.65}
+THROUGHPUT_BARS = {224: 1.0, 512: 1.3}  # images per second of Pola-Swin-T over timm's Swin-T, bfloat16, on a GPU
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one measurement needs to know; travels to fresh processes."""
+
+    model: str
+    batch_size: int
+    image_size: int
+    repeats: int
+    device: str
+    threads: int | None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Gate, measure, print, write. Exits with the reason, before anything is timed, when the gate finds an error."""
+    options = parse_arguments(arguments)
+    prepare_process(options.threads)
+    device = torch.device(options.device)
+    steps: list[dict[str, Any]] = []
+    for name in options.models:
+        setting = Setting(
+            name, options.batch_size, options.image_size, options.repeats, options.device, options.threads
+        )
+        try:
+            record = measure_eager(setting, options.precision)
+        except WrongResultError as error:
+            raise SystemExit(f"nothing is timed that is wrong: {error}") from error
+        print_memory(record)
+        print_steps(record)
+        steps.append(record)
+        for side, precision in itertools.product(options.compile, options.precision):
+            record = in_fresh_process(partial(measure_compiled, setting, side, precision))
+            print_steps(record)
+            steps.append(record)
+    throughputs = []
+    for size in options.timm_sizes:
+        setting = Setting(
+            "pola_swin_t", options.timm_batch_size, size, options.repeats, options.device, options.threads
+        )
+        throughputs.append(in_fresh_process(partial(measure_against_timm, setting)))
+        print_throughput(throughputs[-1])
+    bars = [bar for record in steps for bar in step_bars(record)]
+    bars += [bar for record in throughputs for bar in throughput_bars(record)]
+    print_bars(bars)
+
+    path = result_path(options.output, "model_step", device, "json")
+    content = {
+        "program": "benchmarks.model_step",
+        "environment": environment(device),
+        "batch_size": options.batch_size,
+        "image_size": options.image_size,
+        "precisions": options.precision,
+        "repeats": options.repeats,
+        "steps": steps,
+        "throughput": throughputs,
+        "bars": [bar.as_json() for bar in bars],
+    }
+    write_json(path, content)
+    print(f"\nwrote {path.name} to {options.output}")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.model_step", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", nargs="+", default=["pola_pvt_t", "pola_swin_t"], help="names of files in configs/")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--precision", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        choices=tuple(OPS),
+        help="also whole models under torch.compile, ours (the default) or the baseline's too: minutes each",
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
+    parser.add_argument("--threads", type=int, help="default: what PyTorch chooses")
+    parser.add_argument(
+        "--timm-sizes",
+        nargs="*",
+        type=int,
+        help="image sizes at which Pola-Swin-T trains against timm's Swin-T; default: 224 and 512 on a GPU, else none",
+    )
+    parser.add_argument("--timm-batch-size", type=int, default=128, help="halved until it fits the GPU's memory")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    if options.compile is None:
+        options.compile = []
+    elif not options.compile:
+        options.compile = ["ours"]
+    if options.timm_sizes is None:
+        options.timm_sizes = list(THROUGHPUT_BARS) if options.device == "cuda" else []
+    return options
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compared
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """A copy of a model with its optimizer, and one training step of it on a fixed batch."""
+
+    def __init__(
+        self, model: nn.Module, config: CfgNode, images: Tensor, side: str, precision: str, compiled: bool = False
+    ) -> None:
+        self.bare_model = copy.deepcopy(model).to(images.device).train()
+        self.model = torch.compile(self.bare_model) if compiled else self.bare_model
+        self.optimizer = build_optimizer(config, cast(Classifier, self.bare_model))  # or timm's, alike in what it reads
+        self.images = images
+        self.labels = torch.arange(len(images), device=images.device)
+        self.op = OPS[side]
+        self.dtype = None if precision == "float32" else DTYPES[precision]
+
+    def forward(self) -> Tensor:
+        with patched_model_attention(self.op), autocast(self.images.device, self.dtype):
+            return self.model(self.images)
+
+    def step(self) -> None:
+        F.cross_entropy(self.forward().float(), self.labels).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def seconds(self) -> float:
+        return timed(self.images.device, self.step)[0]
+
+    def logits(self) -> Tensor:
+        """In evaluation mode, where no stochastic depth is in the way."""
+        self.bare_model.eval()
+        with torch.no_grad(), exact_float32():
+            logits = self.forward()
+        self.bare_model.train()
+        return logits
+
+    def saved_bytes(self) -> int:
+        """For the backward pass, parameters excluded."""
+        return saved_bytes(self.forward, excluded=self.bare_model.parameters())
+
+
+def configuration(setting: Setting) -> CfgNode:
+    """That of the model, at the image size asked for.
+
+    The window of Pola-Swin's polarity blocks grows with the image, so that it covers the first map, as in the official
+    configurations for 224 and 384.
+    """
+    options = ["DATA.IMG_SIZE", str(setting.image_size)]
+    if setting.model.startswith("pola_swin"):
+        options += ["MODEL.SWIN.WINDOW_SIZE", str(setting.image_size // 4)]
+    return load_config(str(ROOT / "configs" / f"{setting.model}.yaml"), options)
+
+
+def synthetic_images(setting: Setting) -> Tensor:
+    shape = (setting.batch_size, 3, setting.image_size, setting.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(setting.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def in_fresh_process(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of `measure`, computed in a process that has compiled nothing and holds no memory yet."""
+    torch.cuda.empty_cache()
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure).result()
+
+
+def measure_eager(setting: Setting, precisions: Sequence[str]) -> dict[str, Any]:
+    """Logits, bytes saved and steps of both sides.
+
+    Raises:
+        WrongResultError: the logits of the two sides differ.
+    """
+    config, images = configuration(setting), synthetic_images(setting)
+    torch.manual_seed(0)
+    model = build_model(config)
+    trainers = {
+        (side, precision): Trainer(model, config, images, side, precision)
+        for precision in dict.fromkeys(["float32", *precisions])
+        for side in OPS
+    }
+    baseline, ours = trainers["baseline", "float32"], trainers["ours", "float32"]
+    error = relative_error(ours.logits(), baseline.logits())
+    if not error <= LOGITS_ERROR:
+        raise WrongResultError(
+            f"float32 logits of {setting.model} are off by {error:.2e} relative to the baseline's, allowed is"
+            f" {LOGITS_ERROR:g}"
+        )
+    record = {"logits_error": error, "saved_bytes": {"baseline": baseline.saved_bytes(), "ours": ours.saved_bytes()}}
+    if "float32" not in precisions:
+        del trainers["ours", "float32"]
+    contenders = {(*key, False): trainer for key, trainer in trainers.items()}
+    return {**step_record(setting, contenders), **record}
+
+
+def measure_compiled(setting: Setting, side: str, precision: str) -> dict[str, Any]:
+    """Steps of one compiled model and of the eager baselines; the only compiled model of its process."""
+    prepare_process(setting.threads)
+    config, images = configuration(setting), synthetic_images(setting)
+    torch.manual_seed(0)
+    model = build_model(config)
+    contenders = {
+        ("baseline", each, False): Trainer(model, config, images, "baseline", each)
+        for each in dict.fromkeys(["float32", precision])
+    }
+    compiled = Trainer(model, config, images, side, precision, compiled=True)
+    first_step = compiled.seconds()
+    contenders[side, precision, True] = compiled
+    return {**step_record(setting, contenders), "first_compiled_step_s": first_step}
+
+
+def step_record(setting: Setting, contenders: Mapping[tuple[str, str, bool], Trainer]) -> dict[str, Any]:
+    """Time all contenders, by (side, precision, compiled), interleaved."""
+    warmup = 3 if setting.device == "cuda" else 1
+    samples = interleaved({key: trainer.seconds for key, trainer in contenders.items()}, setting.repeats, warmup=warmup)
+    steps = []
+    for (side, precision, compiled), seconds in samples.items():
+        steps.append(
+            {
+                "side": side,
+                "precision": precision,
+                "compiled": compiled,
+                "step_ms": asdict(Spread.of(1e3 * each for each in seconds)),
+                "speedup_over_float32_baseline": asdict(ratios(samples["baseline", "float32", False], seconds)),
+                "speedup_over_baseline_of_same_precision": asdict(
+                    ratios(samples["baseline", precision, False], seconds)
+                ),
+            }
+        )
+    return {**asdict(setting), "contenders": steps}
+
+
+def measure_against_timm(setting: Setting) -> dict[str, Any]:
+    """Images per second of training, bfloat16 autocast, against timm's Swin-T at the same image and batch size.
+
+    The batch is halved until both fit the memory.
+    """
+    prepare_process(setting.threads)
+    while True:
+        try:
+            return _measure_against_timm(setting)
+        except torch.OutOfMemoryError:
+            if setting.batch_size == 1:
+                raise
+        setting = replace(setting, batch_size=setting.batch_size // 2)  # outside: the error holds on to the memory
+        torch.cuda.empty_cache()
+
+
+def _measure_against_timm(setting: Setting) -> dict[str, Any]:
+    config, images = configuration(setting), synthetic_images(setting)
+    swin = timm.create_model(
+        TIMM_SWIN, pretrained=False, img_size=setting.image_size, drop_path_rate=config.MODEL.DROP_PATH_RATE
+    )
+    contenders = {
+        setting.model: Trainer(build_model(config), config, images, "ours", "bfloat16"),
+        TIMM_SWIN: Trainer(swin, config, images, "ours", "bfloat16"),
+    }
+    samples = interleaved({name: each.seconds for name, each in contenders.items()}, setting.repeats, warmup=3)
+    rates = {
+        name: asdict(Spread.of(setting.batch_size / each for each in seconds)) for name, seconds in samples.items()
+    }
+    ratio = asdict(ratios(samples[TIMM_SWIN], samples[setting.model]))
+    return {**asdict(setting), "precision": "bfloat16", "images_per_s": rates, "ratio": ratio}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bars and output
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def step_bars(record: Mapping[str, Any]) -> list[Bar]:
+    """The bars that apply to a record of steps: batch 8 at 224², times on a CPU only."""
+    model = record["model"]
+    bars: list[Bar] = []
+    if (record["batch_size"], record["image_size"]) != (8, 224):
+        return bars
+    if "saved_bytes" in record and model in SAVED_BYTES_BARS:
+        saved = record["saved_bytes"]["ours"] / record["saved_bytes"]["baseline"]
+        bars.append(Bar(f"{model}: bytes saved over baseline, float32", saved, SAVED_BYTES_BARS[model], "at most"))
+    for step in record["contenders"]:
+        precision, compiled = step["precision"], step["compiled"]
+        bound = CPU_STEP_BARS.get(model, {}).get((precision, compiled))
+        if record["device"] != "cpu" or step["side"] != "ours" or bound is None:
+            continue
+        if precision == "bfloat16" and "avx512_bf16" not in cpu_flags():
+            continue
+        what = f"{model}: step, {precision}, {'compiled' if compiled else 'eager'}, over eager float32 baseline"
+        bars.append(Bar(what, step["speedup_over_float32_baseline"]["median"], bound))
+    return bars
+
+
+def throughput_bars(record: Mapping[str, Any]) -> list[Bar]:
+    """Images per second over timm's, on a GPU."""
+    size = record["image_size"]
+    if record["device"] != "cuda" or size not in THROUGHPUT_BARS:
+        return []
+    what = f"{record['model']}: images per second over {TIMM_SWIN}, {size}², batch {record['batch_size']}, bfloat16"
+    return [Bar(what, record["ratio"]["median"], THROUGHPUT_BARS[size])]
+
+
+def print_memory(record: Mapping[str, Any]) -> None:
+    baseline, ours = (record["saved_bytes"][side] / MEBIBYTE for side in ("baseline", "ours"))
+    print(
+        f"\n{record['model']}, batch {record['batch_size']}, {record['image_size']}², float32: saved for the backward"
+        f" pass {ours:.0f} MiB, baseline {baseline:.0f} MiB, ratio {ours / baseline:.3f}; logits differ by"
+        f" {record['logits_error']:.1e}",
+        flush=True,
+    )
+
+
+def print_steps(record: Mapping[str, Any]) -> None:
+    rows = [
+        (
+            f"{step['side']} {step['precision']}{', compiled' if step['compiled'] else ''}",
+            Spread(**step["step_ms"]).text(digits=0),
+            Spread(**step["speedup_over_float32_baseline"]).text(digits=2),
+            Spread(**step["speedup_over_baseline_of_same_precision"]).text(digits=2),
+        )
+        for step in record["contenders"]
+    ]
+    title = f"{record['model']}, training step, batch {record['batch_size']}, {record['image_size']}²"
+    if "first_compiled_step_s" in record:
+        title += f"; first step with compilation {record['first_compiled_step_s']:.0f} s"
+    header = ("", "ms, median (smallest to largest)", "× eager float32 baseline", "× eager baseline, same precision")
+    print_table(title, header, rows)
+
+
+def print_throughput(record: Mapping[str, Any]) -> None:
+    rows = [(name, Spread(**rate).text()) for name, rate in record["images_per_s"].items()]
+    rows.append(("ratio", Spread(**record["ratio"]).text(digits=2)))
+    title = f"training, batch {record['batch_size']}, {record['image_size']}², bfloat16"
+    print_table(title, ("", "images per second, median (smallest to largest)"), rows)
+
+
+if __name__ == "__main__":
+    main()
