@@ -41,7 +41,7 @@ def _device(backend: str) -> str:
 def _check_shape(backend, N, n, d, dtype, masked, surroundings=False):
     """Enough heads that the norms average: where a gradient happens to cancel, everybody's rounding error is large."""
     device = _device(backend)
-    inputs = make_inputs(N, n, d, dtype, h=16 if min(N, n) < 100 else 2, surroundings=surroundings, device=device)
+    inputs = make_inputs(N, n, d, dtype, h=16 if min(N, n) < 100 else 4, surroundings=surroundings, device=device)
     assert_accurate(backend, inputs, make_mask(1, n).to(device) if masked else None)
 
 
