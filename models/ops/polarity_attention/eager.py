@@ -60,7 +60,7 @@ class _PolarityAttention(torch.autograd.Function):
                 u, _, slope = tokens_of.keys(k, images, tokens)
                 features = tokens_of.features(u, slope)
                 sums[:, :, :d] += _product(tokens_of.values(v, images, tokens).mT, features)
-                sums[:, :, d] += features.sum(dim=2)
+                sums[:, :, d:] += _sum_over_tokens(features)
             state[images] = sums / _count(k, key_mask, images)
             readout = _readout(state[images])
             for tokens in _token_blocks(q):
@@ -86,7 +86,6 @@ class _PolarityAttention(torch.autograd.Function):
         tokens_of = _Tokens(q, exponent, scale, position, key_mask)
         scratch = tokens_of.scratch
         grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        moment = torch.zeros_like(exponent, dtype=scratch.dtype)
         grad_position = None if position is None else torch.zeros_like(position, dtype=scratch.dtype)
         for images in _image_blocks(q, k):
             readout = _readout(state[images])
@@ -107,10 +106,8 @@ class _PolarityAttention(torch.autograd.Function):
                 grad_readout += _product(grad_product.mT, features)
                 grad_features = _product(grad_product, readout, scratch("grad_features", *features.shape))
                 grad_q[images, tokens] = tokens_of.backward(u, magnitude, slope, grad_features).transpose(1, 2)
-            grad_state = _readout_backward(grad_readout)
-            # Σ u·∂/∂u over the queries, and over the keys, without p: either is state · its gradient (README.md)
-            moment += 2 * (state[images] * grad_state).sum(dim=(0, 2)).unflatten(-1, (2, d)).sum(dim=1)
-            grad_sums, grad_ones = (grad_state / _count(k, key_mask, images)).split([d, 1], dim=2)
+            grad_state = _readout_backward(grad_readout) / _count(k, key_mask, images)
+            grad_sums, grad_ones = grad_state.split([d, 1], dim=2)
             for tokens in _token_blocks(k):
                 u, magnitude, slope = tokens_of.keys(k, images, tokens)
                 features = tokens_of.features(u, slope)
@@ -127,7 +124,7 @@ class _PolarityAttention(torch.autograd.Function):
             grad_k,
             grad_v,
             tokens_of.log_moment[:, 0].to(exponent.dtype),
-            None if scale is None else (-moment * exponent / scale).to(scale.dtype),
+            None if scale is None else (-tokens_of.moment[:, 0] * exponent / scale).to(scale.dtype),
             None if grad_position is None else grad_position.to(position.dtype),
             None,
             None,
@@ -143,7 +140,7 @@ class _Tokens:
     """From a block of tokens to u = q/scale or (k + position)/scale, from u to features, and back.
 
     With slope = |u|^(p−1), the signed feature is slope · u, its derivative by u is p · slope, and by p it is
-    slope · u · ln|u|. The gradient of the exponent is a sum over tokens, gathered block by block.
+    slope · u · ln|u|. The gradients of exponent and scale are sums over tokens, gathered block by block.
     """
 
     def __init__(
@@ -156,7 +153,8 @@ class _Tokens:
         self.inverse_scale = scale.reciprocal()
         self.position = None if position is None else position.to(dtype)
         self.key_mask = key_mask
-        self.log_moment = torch.zeros_like(self.exponent)  # Σ u·∂/∂u·ln|u|, without the factor p
+        self.moment = torch.zeros_like(self.exponent)  # Σ u·∂/∂u, without the factor p
+        self.log_moment = torch.zeros_like(self.exponent)  # the same, each term times ln|u|
 
     def queries(self, q: Tensor, images: slice, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
         """u, |u| and slope of a block, each (b, h, T, d)."""
@@ -204,7 +202,8 @@ class _Tokens:
         negative = signed_slope.sub_(positive)  # ≤ 0
         grad_u = positive.mul_(positive_grad).addcmul_(negative, negative_grad)  # without the factor p
         log = magnitude.log_().clamp_(min=LOG_OF_ZERO)
-        self.log_moment += u.mul_(grad_u).mul_(log).sum(dim=2).sum(dim=0)[:, None]
+        self.moment += _sum_over_tokens(u.mul_(grad_u)).sum(dim=0)
+        self.log_moment += _sum_over_tokens(u.mul_(log)).sum(dim=0)
         return grad_u.mul_(self.exponent * self.inverse_scale)
 
 
@@ -279,6 +278,13 @@ def _sum_per_stream(channels: Tensor) -> Tensor:
     """(…, d) to (…, 2)"""
     same = _same(channels.shape[-1])
     return torch.stack([channels[..., :same].sum(dim=-1), channels[..., same:].sum(dim=-1)], dim=-1)
+
+
+def _sum_over_tokens(t: Tensor) -> Tensor:
+    """(b, h, T, ·) to (b, h, 1, ·)"""
+    if torch.compiler.is_compiling():  # whose own sums add one token after the other, at three times the error
+        return t.sum(dim=2, keepdim=True, dtype=torch.float64).to(t.dtype)
+    return t.sum(dim=2, keepdim=True)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
