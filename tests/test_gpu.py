@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from attention_accuracy import make_inputs, run
 from conftest import config_file, fill_with_recipe, recipe_input
 
 import engine
@@ -17,6 +18,7 @@ from engine import FiniteGuard, NonFiniteError, evaluate, train_one_epoch
 from logger import MetricsWriter, read_metrics
 from main import build_training, place
 from models import build_model
+from models.ops.polarity_attention import choose_backend
 from utils.randomness import seed_everything
 
 pytestmark = [
@@ -72,6 +74,25 @@ def test_a_non_finite_step_stops_with_the_weights_of_before(tiny, options):
     with pytest.raises(NonFiniteError, match="step 7"):
         train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))
     assert all(torch.equal(a, b) for a, b in zip(snapshots[7], training.bare_model.parameters(), strict=True))
+
+
+def test_the_attention_op_takes_more_sequences_than_a_grid_axis_of_16_bits():
+    inputs = make_inputs(7, 5, 8, torch.float32, B=35_000, h=2, device="cuda")
+    assert choose_backend("auto", inputs[0].device, torch.float32, 8) == "triton"
+    cotangent = torch.randn_like(inputs[0])
+    for value, expected in zip(
+        run("triton", inputs, None, cotangent), run("eager", inputs, None, cotangent), strict=True
+    ):
+        assert (value - expected).norm() <= 2e-6 * expected.norm()
+
+
+def test_the_attention_op_compiles_into_the_model_around_it():
+    model = build_model(load_config(config_file("quickstart")), 10).cuda()
+    images = torch.rand(4, 3, *model.img_size, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = model.eval()(images)
+        logits = torch.compile(model, fullgraph=True)(images)
+    assert (logits - expected).norm() <= 0.02 * expected.norm()
 
 
 def test_training_and_evaluation_on_the_device(tiny):

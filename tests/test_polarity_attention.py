@@ -4,12 +4,21 @@ pytest tests/test_polarity_attention.py
 """
 
 import itertools
+import os
+import subprocess
+import sys
+import types
 
 import pytest
 import torch
+from attention_accuracy import make_inputs, make_mask, run
+from conftest import DEVICE, ROOT
 from literal_models import polarity_core
+from torch.utils.flop_counter import FlopCounterMode
 
+from models.ops import polarity_attention as package
 from models.ops.polarity_attention import choose_backend, polarity_attention
+from models.ops.polarity_attention import triton as kernels
 
 
 def _inputs(B=2, N=11, n=7, h=3, d=8, dtype=torch.float64, seed=0):
@@ -139,5 +148,143 @@ def test_wrong_arguments_are_named():
         polarity_attention(q, k, v, exponent[:, :7])
     with pytest.raises(ValueError, match="key_mask is"):
         polarity_attention(q, k, v, exponent, key_mask=torch.ones(2, 7))
-    with pytest.raises(ValueError, match="no backend 'cuda'"):
-        choose_backend("cuda")
+    with pytest.raises(ValueError, match=r"scale has shape \(8,\)"):
+        polarity_attention(q, k, v, exponent, scale=torch.ones(8))
+    with pytest.raises(ValueError, match=r"position has shape \(1, 3, 8\)"):
+        polarity_attention(q, k, v, exponent, position=torch.ones(1, 3, 8))
+    with pytest.raises(ValueError, match="expected one floating dtype"):
+        polarity_attention(q, k.float(), v, exponent)
+    with pytest.raises(ValueError, match="eps is 0"):
+        polarity_attention(q, k, v, exponent, eps=0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing a backend
+# ---------------------------------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def test_auto_is_eager_on_a_cpu_and_the_environment_changes_it_for_a_run(monkeypatch):
+    assert choose_backend("auto", CPU) == "eager"
+    monkeypatch.setattr(package, "AUTO", "reference")
+    assert choose_backend("auto", CPU) == "reference"
+    assert choose_backend("eager", CPU) == "eager"  # a name stands
+    monkeypatch.setattr(package, "AUTO", "fast")
+    with pytest.raises(ValueError, match="POLARITY_ATTENTION_BACKEND 'fast' is no backend"):
+        choose_backend("auto", CPU)
+
+
+def test_a_named_backend_that_cannot_run_gives_its_reason(monkeypatch):
+    with pytest.raises(ValueError, match="backend 'cuda' is no backend of polarity attention, expected auto, eager"):
+        choose_backend("cuda", CPU)
+    with pytest.raises(ValueError, match="computes in float32, bfloat16 or float16, the queries are float64"):
+        choose_backend("triton", torch.device(DEVICE), torch.float64, 32)
+    with pytest.raises(ValueError, match="up to 128 channels per head, the queries have 129"):
+        choose_backend("triton", torch.device(DEVICE), torch.float32, 129)
+    monkeypatch.setattr(kernels, "is_interpreted", lambda: False)
+    with pytest.raises(ValueError, match="triton backend cannot run: it needs a CUDA device"):
+        choose_backend("triton", CPU)
+    monkeypatch.setattr(package.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="the package triton is not installed"):
+        choose_backend("triton", CPU)
+
+
+def test_auto_on_a_gpu_depends_on_what_its_shared_memory_holds(monkeypatch):
+    """An Ampere GPU (163 KB) takes bfloat16 at 128 channels and not float32; Hopper (227 KB) takes both."""
+    cuda = torch.device("cuda", 0)
+    for bytes_available, expected in ((166912, "eager"), (232448, "triton")):
+        properties = types.SimpleNamespace(shared_memory_per_block_optin=bytes_available)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)
+        assert choose_backend("auto", cuda, torch.float32, 128) == expected
+        assert choose_backend("auto", cuda, torch.bfloat16, 128) == "triton"
+        assert choose_backend("auto", cuda, torch.float64, 32) == "eager"
+
+
+def test_a_run_announces_its_backend_and_refuses_one_that_cannot_run(tiny):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "main.py", "--cfg", str(tiny), "--throughput", "--batch-size", "2"]
+
+    def start(*arguments, **variables):
+        return subprocess.run(
+            [*command, *arguments],
+            cwd=ROOT,
+            env={**environment, **variables, "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    announced = start(POLARITY_ATTENTION_BACKEND="reference")
+    assert announced.returncode == 0 and "polarity attention backend: reference" in announced.stdout + announced.stderr
+    refused = start("--opts", "MODEL.LA.BACKEND", "triton")
+    assert refused.returncode != 0
+    assert "triton backend cannot run: it needs a CUDA device" in refused.stdout + refused.stderr
+    assert "Traceback" not in refused.stdout + refused.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What PyTorch asks of an operator
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _single(N=20, n=12, h=2, d=8, surroundings=True):
+    inputs = make_inputs(N, n, d, torch.float32, B=2, h=h, surroundings=surroundings, device=DEVICE)
+    return [*inputs, *([] if surroundings else [None, None])]
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+@pytest.mark.parametrize("surroundings", [True, False])
+def test_opcheck(surroundings):
+    inputs = _single(surroundings=surroundings)
+    mask = make_mask(2, 12).to(DEVICE) if surroundings else None
+    torch.library.opcheck(torch.ops.polaformer.polarity_attention, (*inputs, mask, 1e-6))
+    inputs = [None if t is None else t.detach() for t in inputs]
+    out, state = torch.ops.polaformer.polarity_attention(*inputs, mask, 1e-6)
+    torch.library.opcheck(
+        torch.ops.polaformer.polarity_attention_backward, (torch.ones_like(out), *inputs, mask, state, 1e-6)
+    )
+
+
+def test_the_triton_op_compiles_in_one_piece():
+    compiled = torch.compile(
+        lambda *tensors: polarity_attention(*tensors, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
+    inputs = make_inputs(20, 12, 8, torch.float32, device=DEVICE)
+    cotangent = torch.ones_like(inputs[0])
+    expected = [*run("triton", inputs, None, cotangent)]
+    out = compiled(*inputs)
+    for value, wanted in zip((out, *torch.autograd.grad(out, inputs, cotangent)), expected, strict=True):
+        assert torch.equal(value, wanted)
+
+
+def test_flops_are_those_of_the_products_of_the_eager_backend():
+    inputs = make_inputs(20, 12, 8, torch.float32, B=2, h=3, device=DEVICE)
+    counts = []
+    for backend in ("eager", "triton"):
+        with FlopCounterMode(display=False) as counter:
+            polarity_attention(*inputs, backend=backend).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 2 * 3 * (3 * 4 * 12 * 8 * 8 + 4 * 4 * 20 * 8 * 10)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_second_derivative_is_refused(backend):
+    inputs = make_inputs(20, 12, 8, torch.float32, device=DEVICE)
+    out = polarity_attention(*inputs, backend=backend)
+    with pytest.raises(RuntimeError, match=r"differentiable once|no autograd formula"):
+        torch.autograd.grad(out.sum(), inputs[0], create_graph=True)[0].sum().backward()
+
+
+def test_little_is_kept_for_the_backward_pass():
+    """q, k, v, the parameters and the state: 2d(d + 1) floats a head."""
+    inputs = make_inputs(500, 300, 32, torch.float32, B=2, h=3)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        polarity_attention(*inputs, backend="eager")
+    assert sum(kept.values()) == 4 * (sum(t.numel() for t in inputs) + 2 * 3 * 33 * 64)

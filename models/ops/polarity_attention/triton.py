@@ -1,11 +1,11 @@
 """Polarity-aware linear attention as Triton kernels: two passes forward, two backward, features in registers only.
 
 README.md beside this file derives what they compute. Forward: one pass over k and v sums the state, one over q writes
-the output. Backward: one pass over q and the output's gradient writes dq and sums the state's gradient, one over k and v
-writes dk and dv. Sums over a sequence that several programs share are written out in parts and added in a fixed order.
+the output. Backward: one pass over q and the output's gradient writes dq and sums the state's gradient, one over k and
+v writes dk and dv. Sums over a sequence that several programs share are written in parts and added in a fixed order.
 
 Letters: B images, N queries, n keys, H heads, D channels per head, DP their next power of two, T tokens of a tile.
-In kernels: `k_half`, `v_half` … name what belongs to features relu(±u)^p, `same` and `opposite` the two streams.
+In kernels `positive` and `negative` are the features relu(u)^p and relu(−u)^p, `same` and `opposite` the two streams.
 """
 
 import math
