@@ -49,9 +49,11 @@ class Batches:
         """Images of the whole data set, over all processes."""
         return len(self.loader.dataset)  # type: ignore[arg-type]
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Iterate over `epoch`, continuing after this process's first `start` batches of it."""
         self.unreadable.clear()
-        self.loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        assert self.loader.batch_size is not None
+        self.loader.sampler.set_epoch(epoch, start * self.loader.batch_size)  # type: ignore[attr-defined]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = iter(self.loader)

@@ -22,17 +22,19 @@ class TrainSampler(Sampler[Draw]):
 
     def __init__(self, size: int, *, rank: int, world_size: int, seed: int) -> None:
         self.size, self.rank, self.world_size, self.seed = size, rank, world_size, seed
-        self.epoch = 0
+        self.epoch, self.start = 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Iterate over `epoch`, from this rank's sample `start` on: the first ones are skipped without being loaded."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
+        """Samples of a whole epoch, wherever it starts."""
         return self.size // self.world_size
 
     def __iter__(self) -> Iterator[Draw]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
-        mine = order[: len(self) * self.world_size][self.rank :: self.world_size]
+        mine = order[: len(self) * self.world_size][self.rank :: self.world_size][self.start :]
         return (Draw(self.epoch, int(index)) for index in mine)
 
 

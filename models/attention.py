@@ -69,8 +69,11 @@ class PolaLinearAttention(nn.Module):
         kernel = self.dwc.weight.flatten(1).repeat(self.num_heads, 1).unflatten(1, (1, *self.dwc.kernel_size))
         assert self.dwc.bias is not None
         bias = self.dwc.bias.repeat(self.num_heads)
-        out = F.conv2d(image, kernel, bias, padding=self.dwc.padding, groups=v.shape[-1])
-        return out.permute(0, 2, 3, 1).flatten(1, 2)
+        with torch.autocast("cpu", enabled=False):  # whose bfloat16 depthwise weight gradient takes twice float32's time
+            if v.device.type == "cpu":
+                image = image.to(torch.promote_types(v.dtype, torch.float32))
+            out = F.conv2d(image, kernel, bias, padding=self.dwc.padding, groups=v.shape[-1])
+        return out.permute(0, 2, 3, 1).flatten(1, 2).to(v.dtype)
 
 
 def _head_convolution(dim: int, num_heads: int, kernel_size: int) -> nn.Conv2d:

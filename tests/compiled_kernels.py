@@ -24,24 +24,34 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from models.ops.polarity_attention import triton as kernels
+from models.ops.polarity_attention import triton_op
 
 KERNELS = ("state_kernel", "output_kernel", "query_backward_kernel", "key_backward_kernel")
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 TENSORS = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"}  # in the dtype of the call
 FLOATS = {"exponent", "scale", "position", "state", "grad_state", "log_moments", "inverse_count"}
+SIZES = {"N", "n", "images", "parts", "tokens_per_part"}
+STRIDES = ("_image", "_token", "_head")
 HEADS = 3
 
 
-def compile_kernel(name: str, architecture: int, channels: int, dtype: str, everything: bool) -> dict[str, Any]:
-    """Compile one kernel; `everything` includes scale, position and key mask."""
+def compile_kernel(
+    name: str, architecture: int, channels: int, dtype: str, everything: bool, ones: bool = False
+) -> dict[str, Any]:
+    """Compile one kernel; `everything` includes scale, position and key mask.
+
+    ones: every size, number of parts and stride is 1, which the launcher makes a constant of the kernel.
+    """
     kernel = getattr(kernels, name)
-    options = kernels.launch_options(kernel, channels, getattr(torch, dtype), architecture)
+    options = triton_op.launch_options(kernel, channels, getattr(torch, dtype), architecture)
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     constants = {**options, "H": HEADS}
     signature = {}
     for argument in kernel.arg_names:
         if argument.startswith("HAS_"):
             constants[argument] = everything
+        if ones and (argument in SIZES or argument.endswith(STRIDES)):
+            constants[argument] = 1
         if argument in constants:
             signature[argument] = "constexpr"
         elif argument in TENSORS:
@@ -56,7 +66,7 @@ def compile_kernel(name: str, architecture: int, channels: int, dtype: str, ever
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, argument in enumerate(kernel.arg_names)
-        if signature[argument].startswith("*") or argument.endswith(("_image", "_token", "_head"))
+        if signature[argument].startswith("*") or (argument.endswith(STRIDES) and not ones)
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(
@@ -99,12 +109,13 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=TYPES, default=list(TYPES))
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--plain", action="store_true", help="without scale, position and key mask")
+    parser.add_argument("--ones", action="store_true", help="every size and stride is 1")
     arguments = parser.parse_args()
     for architecture in arguments.architectures:
         for dtype in arguments.dtypes:
             for channels in arguments.channels:
                 for name in arguments.kernels:
-                    record = compile_kernel(name, architecture, channels, dtype, not arguments.plain)
+                    record = compile_kernel(name, architecture, channels, dtype, not arguments.plain, arguments.ones)
                     print(json.dumps(record), flush=True)
 
 

@@ -23,7 +23,7 @@ from attention_accuracy import (
 from conftest import DEVICE
 
 from models.ops import polarity_attention as package
-from models.ops.polarity_attention import eager, polarity_attention
+from models.ops.polarity_attention import eager, polarity_attention, triton_op
 from models.ops.polarity_attention import triton as kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log2(0) in the interpreter is meant
@@ -175,7 +175,7 @@ def test_blocks_do_not_change_the_result(monkeypatch):
 def test_a_split_sequence_gives_the_same_every_time():
     """Few long sequences: several programs sum one state, in a fixed order."""
     inputs = make_inputs(700, 1000, 16, torch.float32, h=1, device=DEVICE)
-    parts, length = kernels._Launch(*inputs[:1], inputs[3], None).sum_parts(1000)
+    parts, length = triton_op._Launch(*inputs[:1], inputs[3], None).sum_parts(1000)
     assert parts == 3 and (parts - 1) * length < 1000 <= parts * length
     first, second = (run("triton", inputs, None, torch.ones_like(inputs[0])) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -259,7 +259,7 @@ def _plant_in_triton(error, monkeypatch):
 
         monkeypatch.setattr(kernels, "_exchange", wrong)
     else:
-        monkeypatch.setattr(kernels, "polarity_attention_forward", _one_key_off(kernels.polarity_attention_forward))
+        monkeypatch.setattr(triton_op, "polarity_attention_forward", _one_key_off(triton_op.polarity_attention_forward))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels keep the functions they were compiled with")

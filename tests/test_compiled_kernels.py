@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from models.ops.polarity_attention.triton import SHARED_MEMORY
+from models.ops.polarity_attention.triton_op import SHARED_MEMORY
 
 # Bytes of shared memory a program may take, and registers a thread may hold.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -21,8 +21,8 @@ REGISTER_LIMIT = 255
 SPILLS = {(80, "float16", 64, "query_backward_kernel"): 72, (80, "float32", 64, "query_backward_kernel"): 8}
 
 
-def _compile(architectures: Iterable[int], channels: Iterable[int], dtypes: Iterable[str]) -> list[dict]:
-    command = [sys.executable, "tests/compiled_kernels.py", "--dtypes", *dtypes]
+def _compile(architectures: Iterable[int], channels: Iterable[int], dtypes: Iterable[str], *flags: str) -> list[dict]:
+    command = [sys.executable, "tests/compiled_kernels.py", *flags, "--dtypes", *dtypes]
     command += ["--architectures", *map(str, architectures), "--channels", *map(str, channels)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -59,6 +59,10 @@ def test_bfloat16_kernels_fit_their_gpu_without_spilling(architecture):
 def test_hopper_multiplies_with_its_own_instructions():
     records = _compile([90], [32], ["bfloat16"])
     assert sum("HGMMA" in record["tensor_core"] for record in records) >= 3
+
+
+def test_sizes_of_one_which_the_launcher_makes_constants_compile_too():
+    assert len(_compile([90], [32], ["float32"], "--ones")) == 4
 
 
 @pytest.mark.slow

@@ -466,6 +466,20 @@ def test_training_shards_are_disjoint_equal_and_a_function_of_seed_and_epoch():
     assert shards(4) != [first, second] and shards(3, seed=1) != [first, second]
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_epoch_continues_after_any_number_of_batches(folder, workers):
+    built = loaders(folder, "DATA.NUM_WORKERS", workers)
+    built.train.set_epoch(1)
+    whole = [images for images, _ in built.train]
+    assert len(whole) > 2
+    for start in (1, len(whole) - 1, len(whole)):
+        built.train.set_epoch(1, start)
+        rest = [images for images, _ in built.train]
+        assert len(rest) == len(whole) - start and all(map(torch.equal, rest, whole[start:]))
+    built.train.set_epoch(1)
+    assert len(list(built.train)) == len(whole)
+
+
 def test_augmentation_is_a_function_of_seed_epoch_and_index(folder):
     def images(workers, seed="0", epoch=1):
         built = loaders(folder, "DATA.NUM_WORKERS", workers, "SEED", seed)

@@ -17,8 +17,7 @@ from literal_models import polarity_core
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.ops import polarity_attention as package
-from models.ops.polarity_attention import choose_backend, polarity_attention
-from models.ops.polarity_attention import triton as kernels
+from models.ops.polarity_attention import choose_backend, polarity_attention, triton_op
 
 
 def _inputs(B=2, N=11, n=7, h=3, d=8, dtype=torch.float64, seed=0):
@@ -182,7 +181,7 @@ def test_a_named_backend_that_cannot_run_gives_its_reason(monkeypatch):
         choose_backend("triton", torch.device(DEVICE), torch.float64, 32)
     with pytest.raises(ValueError, match="up to 128 channels per head, the queries have 129"):
         choose_backend("triton", torch.device(DEVICE), torch.float32, 129)
-    monkeypatch.setattr(kernels, "is_interpreted", lambda: False)
+    monkeypatch.setattr(triton_op, "is_interpreted", lambda: False)
     with pytest.raises(ValueError, match="triton backend cannot run: it needs a CUDA device"):
         choose_backend("triton", CPU)
     monkeypatch.setattr(package.importlib.util, "find_spec", lambda name: None)

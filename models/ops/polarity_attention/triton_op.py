@@ -1,0 +1,315 @@
+"""The Triton kernels as PyTorch operators: what they can take, how they are launched, and what autograd, torch.compile
+and the FLOP counter ask of an operator.
+
+Letters as in triton.py: B images, N queries, n keys, H heads, D channels per head.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from models.ops.polarity_attention.triton import (
+    key_backward_kernel,
+    output_kernel,
+    query_backward_kernel,
+    state_kernel,
+)
+
+MAX_CHANNELS = 128
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launching
+# ---------------------------------------------------------------------------------------------------------------------
+
+# One CUDA device's multiprocessors; the interpreter, which has none, splits sequences as such a device would.
+INTERPRETED_MULTIPROCESSORS = 132
+# Tokens of a tile by padded channels, forward, backward over queries, backward over keys: what registers hold without
+# spilling, as far as that goes (tests/test_compiled_kernels.py has the figures).
+TILES = {
+    torch.bfloat16: {32: (64, 64, 64), 64: (64, 32, 32), 128: (32, 16, 16)},
+    torch.float16: {32: (64, 16, 32), 64: (32, 16, 16), 128: (16, 16, 16)},
+    torch.float32: {32: (32, 16, 16), 64: (32, 16, 16), 128: (16, 16, 16)},
+}
+# Bytes of shared memory that the most demanding kernel takes, by the same.
+SHARED_MEMORY = {
+    torch.bfloat16: {32: 51200, 64: 65536, 128: 163840},
+    torch.float16: {32: 45056, 64: 90112, 128: 196608},
+    torch.float32: {32: 32768, 64: 73728, 128: 172032},
+}
+# A sequence is split for a sum only into parts that outweigh the state, 2·D·(D + 1) floats, that each part writes.
+MIN_TOKENS_OF_A_SUM = 256
+# Where programs sum nothing that they would have to write, a part is long enough to outweigh reading the state.
+TILES_OF_A_PART = 4
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run on the CPU in Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
+    return not isinstance(state_kernel, triton.JITFunction)
+
+
+def reason_against(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
+    """Why the kernels cannot take tensors of this device, dtype and number of channels per head, or None."""
+    if device.type != "cuda" and not is_interpreted():
+        return f"it needs a CUDA device (or TRITON_INTERPRET=1), the queries are on {device.type}"
+    if torch.version.hip:
+        return "its kernels hold instructions of NVIDIA's GPUs, this PyTorch is built for ROCm"
+    if dtype not in DTYPES:
+        return f"it computes in float32, bfloat16 or float16, the queries are {str(dtype).removeprefix('torch.')}"
+    if channels > MAX_CHANNELS:
+        return f"it takes up to {MAX_CHANNELS} channels per head, the queries have {channels}"
+    if device.type == "cuda":
+        needed = SHARED_MEMORY[dtype][_table_size(channels)]
+        available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+        if needed > available:
+            return f"{channels} channels per head take {needed} bytes of shared memory, the device has {available}"
+    return None
+
+
+def _table_size(channels: int) -> int:
+    return 32 if channels <= 32 else 64 if channels <= 64 else 128
+
+
+def launch_options(kernel: Any, channels: int, dtype: torch.dtype, architecture: int | None) -> dict[str, Any]:
+    """Compile-time constants of a kernel: tile and padded sizes, precision of its products, warps and pipeline stages.
+
+    architecture: compute capability, 90 for 9.0; None for the interpreter.
+
+    Features overflow float16, so float16 inputs are multiplied in TF32. The interpreter's bfloat16 products are wrong
+    (Triton 3.7), so it multiplies in float32.
+    """
+    precision = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "ieee"}[dtype]
+    size = _table_size(channels)
+    forward_tile, query_tile, key_tile = TILES[dtype][size]
+    tile = {query_backward_kernel: query_tile, key_backward_kernel: key_tile}.get(kernel, forward_tile)
+    if kernel is query_backward_kernel and size == 64 and architecture is not None and architecture < 90:
+        tile = 16  # operands of products before Hopper's take more registers
+    warps, stages = {32: (4, 3), 64: (8, 2), 128: (8, 1)}[size]
+    return {
+        "D": channels,
+        "DP": 16 if channels <= 16 else size,
+        "T": tile,
+        "PRECISION": "interpreted" if architecture is None else precision,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+def _parts_of_a_sum(tokens: int, sequences: int, device: torch.device) -> int:
+    """Parts of each sequence, so that few long sequences fill the device as well."""
+    multiprocessors = INTERPRETED_MULTIPROCESSORS
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = triton.cdiv(2 * multiprocessors, sequences)
+    return max(1, min(wanted, tokens // MIN_TOKENS_OF_A_SUM))
+
+
+def _with_unit_channel_stride(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+class _Launch:
+    """What all launches of one call share."""
+
+    def __init__(self, q: Tensor, exponent: Tensor, scale: Tensor | None) -> None:
+        self.B, self.N, self.H, self.D = q.shape
+        self.q = _with_unit_channel_stride(q)
+        self.exponent = exponent.contiguous()
+        self.scale = None if scale is None else scale.contiguous()
+        self.device, self.dtype = q.device, q.dtype
+        self.architecture = None
+        if not is_interpreted():
+            major, minor = torch.cuda.get_device_capability(q.device)
+            self.architecture = 10 * major + minor
+        self.state_shape = (self.B, self.H, 2, self.D + 1, self.D)
+
+    def options(self, kernel: Any, **flags: bool) -> dict[str, Any]:
+        return {
+            **launch_options(kernel, self.D, self.dtype, self.architecture),
+            "H": self.H,
+            "HAS_SCALE": self.scale is not None,
+            **flags,
+        }
+
+    def inverse_count(self, n: int, key_mask: Tensor | None) -> Tensor:
+        """(B,) one over the number of real keys, 1 where there are none"""
+        if key_mask is None:
+            return torch.full((self.B,), 1 / n, dtype=torch.float32, device=self.device)
+        return key_mask.sum(dim=1).clamp(min=1).float().reciprocal()
+
+    def sum_parts(self, tokens: int) -> tuple[int, int]:
+        """Number of parts, and tokens of each, for a kernel that sums over tokens"""
+        parts = _parts_of_a_sum(tokens, self.B * self.H, self.device)
+        return parts, triton.cdiv(tokens, parts)
+
+    def plain_parts(self, tokens: int, tile: int) -> tuple[int, int]:
+        """The same for a kernel whose tokens are independent"""
+        return triton.cdiv(tokens, TILES_OF_A_PART * tile), TILES_OF_A_PART * tile
+
+
+@torch.library.custom_op("polaformer::polarity_attention", mutates_args=())
+def polarity_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    exponent: Tensor,
+    scale: Tensor | None,
+    position: Tensor | None,
+    key_mask: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The output (B, N, H, D) in the dtype of q, and the state (B, H, 2, D + 1, D), float32.
+
+    The state holds, for positive and negative features, the D × D sums k̃ᵀv/n, one row a feature channel, and in the row
+    after them the mean of k̃. It is for the backward pass; gradients do not flow through it.
+    """
+    call = _Launch(q, exponent, scale)
+    k, v, n = _with_unit_channel_stride(k), _with_unit_channel_stride(v), k.shape[1]
+    position = None if position is None else position.contiguous()
+    key_mask = None if key_mask is None else key_mask.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    with torch.cuda.device_of(q):
+        parts, length = call.sum_parts(n)
+        state = torch.empty(parts, *call.state_shape, dtype=torch.float32, device=q.device)
+        state_kernel[(call.B * call.H * parts,)](
+            k, v, call.exponent, call.scale, position, key_mask, call.inverse_count(n, key_mask), state,
+            *k.stride()[:3], *v.stride()[:3], n, call.B, parts, length,
+            **call.options(state_kernel, HAS_POSITION=position is not None, HAS_MASK=key_mask is not None),
+        )  # fmt: skip
+        state = state.sum(dim=0) if parts > 1 else state[0]
+        options = call.options(output_kernel)
+        parts, length = call.plain_parts(call.N, options["T"])
+        output_kernel[(call.B * call.H * parts,)](
+            call.q, call.exponent, call.scale, state, out, *call.q.stride()[:3], call.N, parts, length, eps, **options
+        )
+    return out, state
+
+
+@torch.library.custom_op("polaformer::polarity_attention_backward", mutates_args=())
+def polarity_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    exponent: Tensor,
+    scale: Tensor | None,
+    position: Tensor | None,
+    key_mask: Tensor | None,
+    state: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, and the moments (2, H, D), float32: Σ u·∂/∂u without the factor p, and times log2|u|."""
+    call = _Launch(q, exponent, scale)
+    k, v, n = _with_unit_channel_stride(k), _with_unit_channel_stride(v), k.shape[1]
+    grad_out = _with_unit_channel_stride(grad_out)
+    position = None if position is None else position.contiguous()
+    key_mask = None if key_mask is None else key_mask.contiguous()
+    grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    inverse_count = call.inverse_count(n, key_mask)
+    with torch.cuda.device_of(q):
+        parts, length = call.sum_parts(call.N)
+        grad_state = torch.empty(parts, *call.state_shape, dtype=torch.float32, device=q.device)
+        query_moments = torch.empty(parts, call.B, call.H, call.D, dtype=torch.float32, device=q.device)
+        query_backward_kernel[(call.B * call.H * parts,)](
+            call.q, call.exponent, call.scale, state, inverse_count, grad_out,
+            grad_q, grad_state, query_moments,
+            *call.q.stride()[:3], *grad_out.stride()[:3], call.N, call.B, parts, length, eps,
+            **call.options(query_backward_kernel),
+        )  # fmt: skip
+        grad_state = grad_state.sum(dim=0) if parts > 1 else grad_state[0]
+        options = call.options(key_backward_kernel, HAS_POSITION=position is not None, HAS_MASK=key_mask is not None)
+        parts, length = call.plain_parts(n, options["T"])
+        key_moments = torch.empty(parts, call.B, call.H, call.D, dtype=torch.float32, device=q.device)
+        key_backward_kernel[(call.B * call.H * parts,)](
+            k, v, call.exponent, call.scale, position, key_mask, grad_state, grad_k, grad_v, key_moments,
+            *k.stride()[:3], *v.stride()[:3], n, call.B, parts, length, **options,
+        )  # fmt: skip
+    log_moment = query_moments.sum(dim=(0, 1)) + key_moments.sum(dim=(0, 1))
+    # Σ u·∂/∂u over the queries, and over the keys: either is the sums' product with their gradient (README.md)
+    products = (state * grad_state / inverse_count[:, None, None, None, None]).sum(dim=(0, 2))
+    moment = 2 * (products[:, : call.D].sum(dim=2) + products[:, call.D])
+    return grad_q, grad_k, grad_v, torch.stack([moment, log_moment])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What PyTorch asks of an operator: shapes without data, gradients, FLOPs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@polarity_attention_forward.register_fake
+def _(q, k, v, exponent, scale, position, key_mask, eps):
+    B, _, H, D = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, torch.empty(B, H, 2, D + 1, D, dtype=torch.float32, device=q.device)
+
+
+@polarity_attention_backward.register_fake
+def _(grad_out, q, k, v, exponent, scale, position, key_mask, state, eps):
+    gradients = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    return *gradients, torch.empty(2, *q.shape[2:], dtype=torch.float32, device=q.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, state = ctx.saved_tensors
+    exponent, scale, position = tensors[3:6]
+    grad_q, grad_k, grad_v, (moment, log_moment) = polarity_attention_backward(grad_out, *tensors, state, ctx.eps)
+    return (
+        grad_q,
+        grad_k,
+        grad_v,
+        (log_moment * math.log(2)).to(exponent.dtype),
+        None if scale is None else (-moment * exponent / scale).to(scale.dtype),
+        None if position is None else grad_k.sum(dim=0, dtype=torch.float32).to(position.dtype),
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("polaformer::polarity_attention", _backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.polaformer.polarity_attention)
+def _forward_flops(q_shape: tuple[int, ...], k_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    """A multiply-add counts as two; the products of the one-GEMM form, as PyTorch counts those of the eager backend."""
+    B, N, H, D = q_shape
+    return B * H * (_key_product_flops(k_shape[1], D) + _query_product_flops(N, D))
+
+
+@register_flop_formula(torch.ops.polaformer.polarity_attention_backward)
+def _backward_flops(
+    grad_shape: tuple[int, ...], q_shape: tuple[int, ...], k_shape: tuple[int, ...], *args: Any, **kwargs: Any
+) -> int:
+    B, N, H, D = q_shape
+    return B * H * (2 * _key_product_flops(k_shape[1], D) + 3 * _query_product_flops(N, D))
+
+
+def _key_product_flops(n: int, D: int) -> int:
+    return 2 * n * D * 2 * D
+
+
+def _query_product_flops(N: int, D: int) -> int:
+    return 2 * N * (D + 2) * 2 * D
+
+
+def polarity_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    exponent: Tensor,
+    scale: Tensor | None,
+    position: Tensor | None,
+    key_mask: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Arguments and result as in `polarity_attention`; differentiable once."""
+    out: Tensor = polarity_attention_forward(q, k, v, exponent, scale, position, key_mask, eps)[0]
+    return out
