@@ -69,7 +69,7 @@ class PolaLinearAttention(nn.Module):
         kernel = self.dwc.weight.flatten(1).repeat(self.num_heads, 1).unflatten(1, (1, *self.dwc.kernel_size))
         assert self.dwc.bias is not None
         bias = self.dwc.bias.repeat(self.num_heads)
-        with torch.autocast("cpu", enabled=False):  # whose bfloat16 depthwise weight gradient takes twice float32's time
+        with torch.autocast("cpu", enabled=False):  # its depthwise weight gradient takes twice as long in bfloat16
             if v.device.type == "cpu":
                 image = image.to(torch.promote_types(v.dtype, torch.float32))
             out = F.conv2d(image, kernel, bias, padding=self.dwc.padding, groups=v.shape[-1])
