@@ -141,6 +141,19 @@ KEYS: dict[str, Key] = {
         False, boolean(), "recompute block activations in backward to save memory (--use-checkpoint)"
     ),
     "TRAIN.ACCUMULATION_STEPS": Key(1, integer(1), "forward passes per optimizer step"),
+    "TRAIN.GLOBAL_BATCH": Key(
+        None,
+        optional(integer(1)),
+        "images per optimizer step over all processes; the forward passes per step follow from it, each of at most"
+        " DATA.BATCH_SIZE images, so that any number of processes trains alike. null: DATA.BATCH_SIZE ×"
+        " ACCUMULATION_STEPS × processes",
+    ),
+    "TRAIN.NON_FINITE": Key(
+        "stop",
+        choice("stop", "skip"),
+        "a loss or gradient that is not finite: stop and write a report, or skip that step and count it",
+    ),
+    "TRAIN.MAX_SKIPPED": Key(10, integer(0), "steps that NON_FINITE skip may skip in a run before it stops"),
     "TRAIN.FIND_UNUSED_PARAMS": Key(False, boolean(), "DDP's find_unused_parameters (--find-unused-params)"),
     "TRAIN.LR_SCHEDULER.NAME": Key("cosine", choice(*SCHEDULERS), "learning rate after the warm-up"),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, integer(1), "epochs between the drops of the step schedule"),
@@ -153,7 +166,11 @@ KEYS: dict[str, Key] = {
     "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, real(0, 1, open_high=True), "SGD's momentum"),
     "EMA.ENABLE": Key(False, boolean(), "keep an exponential moving average of the weights and evaluate it too"),
     "EMA.DECAY": Key(0.9999, real(0, 1, open_high=True), "share of the old average kept at each step"),
-    "CHECKPOINT.KEEP": Key(3, integer(1), "newest epoch checkpoints kept, beside the best one"),
+    "CHECKPOINT.KEEP": Key(3, integer(1), "newest checkpoints kept, beside the best one"),
+    "CHECKPOINT.EVERY_STEPS": Key(
+        0, integer(0), "optimizer steps between checkpoints inside an epoch, counted from its start; 0: none"
+    ),
+    "CHECKPOINT.EVERY_MINUTES": Key(0.0, real(0), "minutes between checkpoints, wherever the run is; 0: none"),
     # -- augmentation
     "AUG.COLOR_JITTER": Key(0.4, real(0), "strength of colour jitter; without effect beside AUTO_AUGMENT, as in timm"),
     "AUG.AUTO_AUGMENT": Key(
@@ -197,6 +214,15 @@ KEYS: dict[str, Key] = {
     "SAVE_FREQ": Key(1, integer(1), "epochs between checkpoints; the last epoch is always saved"),
     "PRINT_FREQ": Key(100, integer(1), "optimizer steps between log lines"),
     "SEED": Key(0, integer(0), "seed of every random generator"),
+    "DETERMINISTIC": Key(
+        False,
+        boolean(),
+        "only algorithms that give the same bits every time; on a GPU a resumed run then equals the unbroken one bit"
+        " for bit (on a CPU it always does), and steps are slower",
+    ),
+    "DIST.TIMEOUT": Key(
+        1800.0, real(1), "seconds without progress, or of waiting for another process, after which a run ends"
+    ),
     "EVAL_MODE": Key(False, boolean(), "evaluate the --resume file and stop (--eval)"),
     "THROUGHPUT_MODE": Key(False, boolean(), "measure images/s on synthetic input and stop (--throughput)"),
     "LOCAL_RANK": Key(0, integer(0), "GPU of a single process; torchrun's LOCAL_RANK takes precedence (--local-rank)"),
@@ -388,6 +414,38 @@ def value_of(config: CfgNode, key: str) -> Any:
     return node
 
 
+@dataclass(frozen=True)
+class BatchPlan:
+    """How an optimizer step is divided: images per process and forward pass, and passes per step."""
+
+    per_process: int
+    accumulation: int
+    world_size: int
+
+    @property
+    def global_batch(self) -> int:
+        """Images per optimizer step over all processes."""
+        return self.per_process * self.accumulation * self.world_size
+
+
+def batch_plan(config: CfgNode, world_size: int) -> BatchPlan:
+    """The division of a step over `world_size` processes: as configured, or derived from TRAIN.GLOBAL_BATCH.
+
+    Raises ConfigError where the global batch does not divide by the processes.
+    """
+    total, limit = config.TRAIN.GLOBAL_BATCH, config.DATA.BATCH_SIZE
+    if total is None:
+        return BatchPlan(limit, config.TRAIN.ACCUMULATION_STEPS, world_size)
+    if total % world_size:
+        raise ConfigError(
+            f"TRAIN.GLOBAL_BATCH {total} does not divide by {world_size} processes; the nearest that does is"
+            f" {max(1, round(total / world_size)) * world_size}"
+        )
+    share = total // world_size
+    passes = next(count for count in range(1, share + 1) if share % count == 0 and share // count <= limit)
+    return BatchPlan(share // passes, passes, world_size)
+
+
 def run_folder(config: CfgNode) -> Path:
     """Where everything a run writes goes: OUTPUT/NAME/TAG."""
     return Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
@@ -464,6 +522,8 @@ def validate(config: CfgNode) -> None:
         raise ConfigError(f"TRAIN.START_EPOCH {config.TRAIN.START_EPOCH} is not below the run's {last_epoch} epochs")
     if config.TRAIN.MIN_LR > config.TRAIN.BASE_LR:
         raise ConfigError(f"TRAIN.MIN_LR {config.TRAIN.MIN_LR} exceeds TRAIN.BASE_LR {config.TRAIN.BASE_LR}")
+    if config.TRAIN.GLOBAL_BATCH is not None and config.TRAIN.ACCUMULATION_STEPS > 1:
+        raise ConfigError("TRAIN.GLOBAL_BATCH decides the accumulation: leave TRAIN.ACCUMULATION_STEPS at 1")
     minmax = config.AUG.CUTMIX_MINMAX
     if minmax is not None and not minmax[0] < minmax[1]:
         raise ConfigError(f"AUG.CUTMIX_MINMAX {minmax}: expected the smaller fraction first")

@@ -3,9 +3,10 @@
 import resource
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -24,15 +25,28 @@ from models.classifier import Classifier
 from utils import distributed
 from utils.metrics import Accuracy, AccuracyCounter
 from utils.precision import autocast, exact_float32
+from utils.preemption import Decision
 
 
 class NonFiniteError(RuntimeError):
-    """Training met a loss or gradient that is not finite; the weights are those before that step."""
+    """Training met a loss or gradient that is not finite; the weights are those before `step`, -1 where unknown."""
+
+    def __init__(self, message: str, step: int = -1) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+def _no_beat(step: int, phase: str) -> None:
+    """Nobody watches."""
 
 
 @dataclass
 class Training:
-    """What one optimizer step needs. `model` is wrapped as the loop calls it, `bare_model` is saved and evaluated."""
+    """What one optimizer step needs. `model` is wrapped as the loop calls it, `bare_model` is saved and evaluated.
+
+    `beat` is told where the loop is (utils/watchdog.py); `skipped` counts the steps that were left out because
+    something was not finite, over the whole run.
+    """
 
     model: nn.Module
     bare_model: Classifier
@@ -42,11 +56,57 @@ class Training:
     prepare: TrainBatch
     device: torch.device
     steps_per_epoch: int
+    global_batch: int  # images per optimizer step, over all processes
     accumulation_steps: int = 1
     clip_grad: float | None = None
     amp_dtype: torch.dtype | None = None
     scaler: torch.amp.GradScaler | None = None
     ema: ModelEmaV3 | None = None
+    max_skipped: int | None = None  # None: the first step that is not finite ends the run
+    skipped: int = 0
+    beat: Callable[[int, str], None] = field(default=_no_beat)
+
+
+class Interval:
+    """What is summed between two log lines: on the device what the device knows, on the host only times.
+
+    A run that was interrupted between two log lines continues the sums, and measures times anew.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.losses = torch.zeros((), dtype=torch.int64, device=device)  # finite ones, of forward passes
+        self.steps = 0
+        self.timed_steps = 0
+        self.data_time = 0.0
+        self.start = time.perf_counter()
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Count a loss if it is finite."""
+        finite = loss.isfinite()
+        self.loss_sum += torch.where(finite, loss, 0.0).double()
+        self.losses += finite
+
+    def state(self) -> dict[str, float | int]:
+        """As plain values; waits for the device."""
+        return {"loss_sum": self.loss_sum.item(), "losses": int(self.losses.item()), "steps": self.steps}
+
+    def load_state(self, state: dict[str, float | int]) -> None:
+        self.loss_sum.fill_(state["loss_sum"])
+        self.losses.fill_(state["losses"])
+        self.steps = int(state["steps"])
+
+
+class Keeper(Protocol):
+    """Asked after every optimizer step, and every batch of a validation, whether to save or to stop; collective."""
+
+    def decide(self, epoch: int, done: int) -> Decision:
+        """What to do after `done` steps of `epoch`."""
+        ...
+
+    def save(self, epoch: int, done: int, interval: Interval, stop: bool) -> None:
+        """Save that position. Raises Preempted, after everything is on disk, where the run has to `stop`."""
+        ...
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,69 +115,91 @@ class Training:
 
 
 class FiniteGuard:
-    """Suppresses every update from the first non-finite step on, on the device; the host looks when it logs anyway.
+    """Suppresses updates that are not finite, on the device; the host looks when it logs or saves anyway.
 
     Without a scaler a step is bad when the total gradient norm (equal on all ranks) is not finite, and the fused
-    optimizer skips it by `found_inf`. With the scaler of float16, overflowing gradients are ordinary and the scaler
-    skips them; there a step is bad when a loss is not finite. `alive` turns into NaN at the first bad step and
-    multiplies the loss from then on, so that no later step of any rank updates anything either.
+    optimizer leaves it out by `found_inf`. With the scaler of float16, overflowing gradients are ordinary and the
+    scaler leaves them out; there a step is bad when a loss is not finite.
+
+    Where the first bad step ends the run (no `max_skipped`), `alive` turns into NaN then and multiplies the loss from
+    there on, so that no later step of any rank updates anything either.
     """
 
     def __init__(self, training: Training) -> None:
         self.training = training
-        self.alive = torch.ones((), device=training.device)
-        self.bad_loss = torch.zeros((), dtype=torch.bool, device=training.device)
-        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=training.device)
-        self.bad_lr = torch.zeros((), dtype=torch.float64, device=training.device)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing bad seen since the host looked."""
+        device = self.training.device
+        self.alive = torch.ones((), device=device)
+        self.bad_loss = torch.zeros((), dtype=torch.bool, device=device)
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.bad_lr = torch.zeros((), dtype=torch.float64, device=device)
+        self._this_loss_bad = torch.zeros_like(self.bad_loss)
 
     def see_loss(self, loss: Tensor) -> Tensor:
         """Note whether this rank's loss is finite, and return it for backward."""
-        self.bad_loss |= ~loss.detach().isfinite() & (self.first_bad_step < 0)
+        bad = ~loss.detach().isfinite()
+        self._this_loss_bad |= bad
+        self.bad_loss |= bad & (self.first_bad_step < 0)
         return loss * self.alive.to(loss.dtype)
 
     def see_norm(self, norm: Tensor, step: int) -> None:
         """Decide, before the optimizer step of `step`, whether it may happen."""
         scaler = self.training.scaler
-        bad = self.bad_loss if scaler else ~norm.isfinite()
+        bad = self._this_loss_bad if scaler else ~norm.isfinite()
         first = bad & (self.first_bad_step < 0)
         self.first_bad_step = torch.where(first, step, self.first_bad_step)
         self.bad_lr = torch.where(first, self.training.optimizer.param_groups[0]["lr"], self.bad_lr)
-        self.alive = torch.where(self.first_bad_step < 0, self.alive, torch.nan)
+        self.bad_steps += bad
+        suppressed = bad
+        if self.training.max_skipped is None:
+            suppressed = self.first_bad_step >= 0
+            self.alive = torch.where(suppressed, torch.nan, self.alive)
         if scaler is None:
             # read by fused optimizers only, which is what build_optimizer builds
-            self.training.optimizer.found_inf = (self.first_bad_step >= 0).float()  # type: ignore[attr-defined]
+            self.training.optimizer.found_inf = suppressed.float()  # type: ignore[attr-defined]
+        self._this_loss_bad = torch.zeros_like(self._this_loss_bad)
 
-    def raise_if_stopped(self, stopped: bool) -> None:
-        """Raise NonFiniteError on every rank when any has stopped (`stopped` is equal on all)."""
-        scaler = self.training.scaler
-        if stopped:
-            mine = (int(self.first_bad_step), float(self.bad_lr), bool(self.bad_loss))
+    def look(self, bad_ranks: bool) -> None:
+        """Raise NonFiniteError on every rank when the run has to end; count what was skipped otherwise.
+
+        bad_ranks: whether any rank met a bad step since the last look (equal on all).
+        """
+        training, scaler = self.training, self.training.scaler
+        if bad_ranks:
+            mine = (int(self.first_bad_step), float(self.bad_lr), bool(self.bad_loss), int(self.bad_steps))
             seen = distributed.gather_objects(mine)
-            step, lr = min((step, lr) for step, lr, _ in seen if step >= 0)
-            ranks = [str(rank) for rank, (_, _, bad_loss) in enumerate(seen) if bad_loss]
+            step, lr = min((step, lr) for step, lr, _, _ in seen if step >= 0)
+            ranks = [str(rank) for rank, (_, _, bad_loss, _) in enumerate(seen) if bad_loss]
             whose = (
                 f"loss not finite on rank {', '.join(ranks)}" if ranks else "every loss was finite, the gradient not"
             )
-            raise NonFiniteError(
-                f"step {step}: non-finite gradient or loss at learning rate {lr:.3e} ({whose}). The weights are those"
-                " before this step; a lower TRAIN.BASE_LR, TRAIN.CLIP_GRAD or AMP_DTYPE bfloat16 may help"
+            what = f"step {step}: non-finite gradient or loss at learning rate {lr:.3e} ({whose})"
+            training.skipped += max(count for *_, count in seen)
+            if training.max_skipped is None or training.skipped > training.max_skipped:
+                limit = "" if training.max_skipped is None else f"; {training.skipped} steps skipped in this run"
+                raise NonFiniteError(
+                    f"{what}{limit}. The weights are those before this step; a lower TRAIN.BASE_LR, TRAIN.CLIP_GRAD or"
+                    " AMP_DTYPE bfloat16 may help",
+                    step,
+                )
+            get_logger().warning(
+                "%s; skipped, %d of at most %d steps so far", what, training.skipped, training.max_skipped
             )
+            self._begin()
         if scaler and scaler.get_scale() < 1:
-            lr = self.training.optimizer.param_groups[0]["lr"]
+            lr = training.optimizer.param_groups[0]["lr"]
             raise NonFiniteError(
                 f"the float16 gradient scale fell to {scaler.get_scale():g} at learning rate {lr:.3e}: gradients"
                 " overflow at every scale; use AMP_DTYPE bfloat16 or a lower TRAIN.BASE_LR"
             )
 
-
-class Interval:
-    """What is summed between two log lines: on the device what the device knows, on the host only times."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.steps = 0
-        self.data_time = 0.0
-        self.start = time.perf_counter()
+    def look_everywhere(self) -> None:
+        """`look`, with the one reduction that it takes."""
+        self.look(bool(distributed.sum_over_ranks((self.first_bad_step >= 0).double()) > 0))
 
 
 def memory_mb(device: torch.device) -> float:
@@ -127,23 +209,42 @@ def memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def train_one_epoch(config: CfgNode, training: Training, batches: Batches, epoch: int, metrics: MetricsWriter) -> None:
-    """Train for one epoch and log every PRINT_FREQ optimizer steps and at the end.
+def train_one_epoch(
+    config: CfgNode,
+    training: Training,
+    batches: Batches,
+    epoch: int,
+    metrics: MetricsWriter,
+    *,
+    start: int = 0,
+    interval: Interval | None = None,
+    keeper: Keeper | None = None,
+) -> None:
+    """Train for one epoch, from its optimizer step `start` on, and log every PRINT_FREQ steps and at the end.
 
-    Raises NonFiniteError on all ranks at the log line after the first non-finite step.
+    Args:
+        interval: the sums since the last log line, of a run that continues.
+        keeper: asked after every step whether to save or to stop.
+
+    Raises:
+        NonFiniteError: on all ranks, at the first log line or save after a step that was not finite.
+        Preempted: the run was told to stop, and has saved.
     """
     training.model.train()
-    batches.set_epoch(epoch)
-    guard, interval = FiniteGuard(training), Interval(training.device)
+    batches.set_epoch(epoch, start * training.accumulation_steps)
+    guard, interval = FiniteGuard(training), interval or Interval(training.device)
     stream = iter(batches)
-    steps = range(training.steps_per_epoch)
-    for index in progress(steps, len(steps), f"epoch {epoch}", distributed.rank()):
-        step = epoch * training.steps_per_epoch + index
+    steps = range(start, training.steps_per_epoch)
+    for index in progress(steps, training.steps_per_epoch, f"epoch {epoch}", distributed.rank(), done=start):
+        step, done = epoch * training.steps_per_epoch + index, index + 1
         norm = _optimizer_step(training, stream, guard, interval, step)
-        if (index + 1) % config.PRINT_FREQ == 0 or index + 1 == len(steps):
-            _log_interval(config, training, guard, interval, norm, epoch, step, metrics, batches)
+        if done % config.PRINT_FREQ == 0 or done == training.steps_per_epoch:
+            _log_interval(training, guard, interval, norm, epoch, step, metrics, batches)
             interval = Interval(training.device)
         training.scheduler.step_update(step)
+        if keeper and any(decision := keeper.decide(epoch, done)):
+            guard.look_everywhere()
+            keeper.save(epoch, done, interval, decision.stop)
 
 
 def _optimizer_step(
@@ -152,9 +253,11 @@ def _optimizer_step(
     """Accumulate gradients, clip, update the weights and their average; returns the total gradient norm."""
     optimizer, scaler = training.optimizer, training.scaler
     for micro in range(training.accumulation_steps):
+        training.beat(step, "waiting for data")
         waiting = time.perf_counter()
         images, labels = next(stream)
         interval.data_time += time.perf_counter() - waiting
+        training.beat(step, "forward pass")
         images = images.to(training.device, non_blocking=True)
         images, targets = training.prepare(images, labels.to(training.device, non_blocking=True))
         last = micro + 1 == training.accumulation_steps
@@ -163,9 +266,11 @@ def _optimizer_step(
         with training.model.no_sync() if distributed_model and not last else nullcontext():  # type: ignore[operator]
             with autocast(training.device, training.amp_dtype):
                 loss = training.criterion(training.model(images), targets) / training.accumulation_steps
-            interval.loss_sum += loss.detach().double()
+            interval.add_loss(loss.detach())
             loss = guard.see_loss(loss)
+            training.beat(step, "backward pass")
             (scaler.scale(loss) if scaler else loss).backward()
+    training.beat(step, "update")
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if scaler:
         scaler.unscale_(optimizer)
@@ -182,11 +287,11 @@ def _optimizer_step(
     if training.ema:
         training.ema.update(training.bare_model)
     interval.steps += 1
+    interval.timed_steps += 1
     return norm
 
 
 def _log_interval(
-    config: CfgNode,
     training: Training,
     guard: FiniteGuard,
     interval: Interval,
@@ -197,23 +302,21 @@ def _log_interval(
     batches: Batches,
 ) -> None:
     """One reduction and one look at the device: mean loss of all ranks, gradient norm, and whether to stop."""
-    stopped = (guard.first_bad_step >= 0).double()
-    unreadable = torch.full_like(stopped, len(batches.unreadable))
-    sums = distributed.sum_over_ranks(torch.stack([interval.loss_sum, stopped, unreadable]))
-    loss_sum, stopped_ranks, all_unreadable, grad_norm = torch.cat([sums, norm.detach().double()[None]]).tolist()
-    guard.raise_if_stopped(stopped_ranks > 0)
+    bad = (guard.first_bad_step >= 0).double()
+    unreadable = torch.full_like(bad, len(batches.unreadable))
+    sums = distributed.sum_over_ranks(torch.stack([interval.loss_sum, interval.losses.double(), bad, unreadable]))
+    loss_sum, losses, bad_ranks, all_unreadable, grad_norm = torch.cat([sums, norm.detach().double()[None]]).tolist()
+    guard.look(bad_ranks > 0)
     batches.require_readable(int(all_unreadable))
     lr = training.optimizer.param_groups[0]["lr"]
     elapsed = time.perf_counter() - interval.start
-    world_size = distributed.world_size()
-    images = config.DATA.BATCH_SIZE * training.accumulation_steps * world_size * interval.steps
     values = {
-        "loss": loss_sum / (interval.steps * world_size),
+        "loss": loss_sum * training.accumulation_steps / max(losses, 1),
         "lr": lr,
         "grad_norm": grad_norm,
-        "data_time": interval.data_time / interval.steps,
-        "step_time": elapsed / interval.steps,
-        "images_per_s": images / elapsed,
+        "data_time": interval.data_time / interval.timed_steps,
+        "step_time": elapsed / interval.timed_steps,
+        "images_per_s": training.global_batch * interval.timed_steps / elapsed,
         "memory_mb": memory_mb(training.device),
     }
     metrics.write("train", epoch, step + 1, **values)
@@ -234,21 +337,29 @@ def _log_interval(
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: Batches, device: torch.device, amp_dtype: torch.dtype | None = None
+    model: nn.Module,
+    batches: Batches,
+    device: torch.device,
+    amp_dtype: torch.dtype | None = None,
+    after_batch: Callable[[], None] | None = None,
 ) -> Accuracy:
     """Top-1, top-5 and loss over every image exactly once, reduced over all processes.
 
-    float32 with TF32 off, unless `amp_dtype` asks for autocast. The model is left in evaluation mode.
+    float32 with TF32 off, unless `amp_dtype` asks for autocast. The model is left in evaluation mode. `after_batch` is
+    called equally often on every process, and may raise.
     """
     model.eval()
+    in_step = batches.common_batches if after_batch else 0
     counter = AccuracyCounter(device)
     normalise = Normalise(device, next(model.parameters()).dtype)
     with exact_float32():
-        for images, labels in progress(batches, len(batches), "evaluation", distributed.rank()):
+        for i, (images, labels) in enumerate(progress(batches, len(batches), "evaluation", distributed.rank())):
             images = normalise(images.to(device, non_blocking=True))
             with autocast(device, amp_dtype):
                 logits = model(images)
             counter.update(logits, labels.to(device, non_blocking=True))
+            if after_batch and i < in_step:
+                after_batch()
     return counter.result(batches.num_images)
 
 

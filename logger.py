@@ -50,25 +50,33 @@ def setup_logger(rank: int, log_file: Path | None = None) -> logging.Logger:
     return logger
 
 
-def progress(steps: Iterable[T], total: int, description: str, rank: int) -> Iterator[T]:
-    """`steps` with a bar, rate and remaining time on rank 0's terminal; elsewhere unchanged."""
+def progress(steps: Iterable[T], total: int, description: str, rank: int, done: int = 0) -> Iterator[T]:
+    """`steps` with a bar, rate and remaining time on rank 0's terminal; elsewhere unchanged.
+
+    `done` of the `total` are finished already.
+    """
     enabled = rank == 0 and sys.stderr.isatty()
-    return iter(tqdm(steps, total=total, desc=description, disable=not enabled, leave=False, dynamic_ncols=True))
+    bar = tqdm(steps, total=total, initial=done, desc=description, disable=not enabled, leave=False, dynamic_ncols=True)
+    return iter(bar)
 
 
 class MetricsWriter:
     """Appends one JSON object per line to metrics.jsonl, and scalars to TensorBoard, in rank 0's run folder.
 
     Every record has `kind` (train, val or ema), `epoch` and `step`; times are seconds per step, memory MiB, and what is
-    not finite is null. A run continues at `epoch` and `step`: records from there on, which it will write again, are
-    forgotten. A folder of None writes nothing.
+    not finite is null. A run continues at `epoch` after `step` optimizer steps: records from there on, which it will
+    write again, are forgotten. A folder of None writes nothing.
     """
 
     def __init__(self, folder: Path | None, tensorboard: bool = False, *, epoch: int = 0, step: int = 0) -> None:
         self.path = folder / "metrics.jsonl" if folder else None
         self.tensorboard = None
         if self.path and self.path.exists():
-            kept = [record for record in read_metrics(self.path) if record["epoch"] < epoch]
+            kept = [
+                record
+                for record in read_metrics(self.path)
+                if record["epoch"] < epoch or (record["kind"] == "train" and record["step"] <= step)
+            ]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
             os.replace(temporary, self.path)

@@ -23,6 +23,10 @@ if __name__ == "__main__":
 import os
 import shlex
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +37,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from config import KEYS, run_folder, value_of
+from config import KEYS, batch_plan, run_folder, value_of
 from data import DataError, Loaders, build_loaders
 from data.transforms import TrainBatch, mixup_enabled
-from engine import NonFiniteError, Training, evaluate, throughput, train_one_epoch
+from engine import Interval, NonFiniteError, Training, evaluate, throughput, train_one_epoch
 from logger import MetricsWriter, get_logger, setup_logger
 from lr_scheduler import build_scheduler
 from models import build_model
@@ -46,33 +50,48 @@ from models.ops.polarity_attention import choose_backend
 from optimizer import build_optimizer, load_optimizer_state
 from utils import distributed
 from utils.checkpoint import (
-    BEST_FILE,
     CheckpointError,
     differing_function_keys,
-    epoch_file,
     file_digest,
     load_checkpoint,
-    newest_checkpoint,
     num_classes_of,
-    remove_old_checkpoints,
-    save_checkpoint,
-    set_aside,
     stored_config,
+)
+from utils.checkpoint_store import (
+    BEST_FILE,
+    CheckpointWriter,
+    Found,
+    Position,
+    newest_checkpoint,
+    remove_temporary_files,
+    run_checkpoints,
+    run_file,
+    set_aside,
+    stored_position,
 )
 from utils.curves import draw_curves
 from utils.metrics import Accuracy
 from utils.precision import autocast_dtype
-from utils.randomness import generator_states, restore_generators, seed_everything
+from utils.preemption import Agreement, Decision, PeersLostError, Preempted, StopRequest, leave_marker, remove_marker
+from utils.randomness import deterministic, generator_states, restore_generators, seed_everything
+from utils.run_lock import RunFolderBusyError, RunLock
+from utils.watchdog import Watchdog
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 REFERENCE_BATCH = 512  # images per step that BASE_LR, WARMUP_LR and MIN_LR are given for
 
 
 class Progress(NamedTuple):
-    """Where a run stands: the number of finished epochs, and the best validation top-1 so far in percent."""
+    """Where a run stands: finished epochs, the best validation top-1 so far in percent, and optimizer steps done in the
+    epoch after the finished ones (all of them: only its validation is missing)."""
 
     epoch: int = 0
     best: float = 0.0
+    done: int = 0
+
+    @property
+    def position(self) -> Position:
+        return Position(self.epoch, self.done)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,14 +102,17 @@ class Progress(NamedTuple):
 def setup(config: CfgNode) -> torch.device:
     """Join the other processes, open the run folder and its log, seed every generator; returns the device."""
     setup_logger(int(os.environ.get("RANK", 0)))
-    device = distributed.init(config.LOCAL_RANK)
+    device = distributed.init(config.LOCAL_RANK, config.DIST.TIMEOUT)
     folder = run_folder(config)
     if not config.THROUGHPUT_MODE:
         problem = _open_folder(folder) if distributed.rank() == 0 else None
         if problem := distributed.broadcast_object(problem):  # every rank ends with the reason, not with a lost peer
             raise ConfigError(str(problem))
         setup_logger(distributed.rank(), folder / "log.txt")
-    torch.backends.cudnn.benchmark = not config.EVAL_MODE  # sizes are fixed, so the search for fast kernels pays
+    # sizes are fixed, so the search for fast kernels pays
+    torch.backends.cudnn.benchmark = not config.EVAL_MODE and not config.DETERMINISTIC
+    if config.DETERMINISTIC:
+        deterministic()
     seed_everything(config.SEED)  # the same on every rank: all build the same model
     try:
         backend = choose_backend(config.MODEL.LA.BACKEND, device)
@@ -201,15 +223,17 @@ def run_throughput(config: CfgNode, device: torch.device) -> None:
 def build_training(config: CfgNode, model: Classifier, loaders: Loaders, device: torch.device) -> Training:
     """Optimizer, schedule, scaler, average and loss around a bare model that is already on its device."""
     assert loaders.train is not None
-    accumulation = config.TRAIN.ACCUMULATION_STEPS
-    global_batch = config.DATA.BATCH_SIZE * accumulation * distributed.world_size()
-    lr_scale = global_batch / REFERENCE_BATCH
-    steps_per_epoch = len(loaders.train) // accumulation
+    plan = batch_plan(config, distributed.world_size())
+    lr_scale = plan.global_batch / REFERENCE_BATCH
+    steps_per_epoch = len(loaders.train) // plan.accumulation
     optimizer = build_optimizer(config, model, lr_scale)
     amp_dtype = autocast_dtype(config, device) if config.AMP else None
     get_logger().info(
-        "global batch %d, learning rate %.3e (%g × %.3e), %d steps an epoch, %s",
-        global_batch,
+        "global batch %d = %d processes × %d passes × %d images, learning rate %.3e (%g × %.3e), %d steps an epoch, %s",
+        plan.global_batch,
+        plan.world_size,
+        plan.accumulation,
+        plan.per_process,
         config.TRAIN.BASE_LR * lr_scale,
         lr_scale,
         config.TRAIN.BASE_LR,
@@ -226,11 +250,13 @@ def build_training(config: CfgNode, model: Classifier, loaders: Loaders, device:
         prepare=TrainBatch(config, loaders.num_classes, device, next(model.parameters()).dtype),
         device=device,
         steps_per_epoch=steps_per_epoch,
-        accumulation_steps=accumulation,
+        global_batch=plan.global_batch,
+        accumulation_steps=plan.accumulation,
         clip_grad=config.TRAIN.CLIP_GRAD,
         amp_dtype=amp_dtype,
         scaler=torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None,
         ema=ModelEmaV3(model, decay=config.EMA.DECAY) if config.EMA.ENABLE else None,
+        max_skipped=config.TRAIN.MAX_SKIPPED if config.TRAIN.NON_FINITE == "skip" else None,
     )
 
 
@@ -247,18 +273,24 @@ def wrap(config: CfgNode, training: Training) -> None:
         )
 
 
-def resume(config: CfgNode, training: Training, loaders: Loaders) -> Progress:
-    """Continue the run folder's newest readable checkpoint, else --resume, else start from --pretrained or scratch."""
+def resume(config: CfgNode, training: Training, loaders: Loaders) -> tuple[Progress, Interval, Found]:
+    """Continue the run folder's newest verified checkpoint, else --resume, else start from --pretrained or scratch.
+
+    Returns where the run stands, the sums since its last log line, and what was found in the run folder.
+    """
     logger, folder = get_logger(), run_folder(config)
-    progress = Progress(epoch=config.TRAIN.START_EPOCH)
-    newest = None
+    progress, interval = Progress(epoch=config.TRAIN.START_EPOCH), Interval(training.device)
+    found = Found(None)
     if config.TRAIN.AUTO_RESUME:
-        newest = newest_checkpoint(folder) if distributed.rank() == 0 else None
-        newest = distributed.broadcast_object(newest)
-    source = str(newest or config.MODEL.RESUME)
+        found = newest_checkpoint(folder) if distributed.rank() == 0 else found
+        found = distributed.broadcast_object(found)
+    source = str(found.path or config.MODEL.RESUME)
     if source:
-        progress = restore(config, training, loaders, load_checkpoint(source), source)
-        logger.info("continues from %s: %d epochs finished, best top-1 %.3f %%", source, progress.epoch, progress.best)
+        progress, interval = restore(config, training, loaders, load_checkpoint(source), source)
+        inside = f" and {progress.done} of {training.steps_per_epoch} steps" if progress.done else ""
+        logger.info(
+            "continues from %s: %d epochs%s finished, best top-1 %.3f %%", source, progress.epoch, inside, progress.best
+        )
     elif config.MODEL.PRETRAINED:
         source = config.MODEL.PRETRAINED
         checkpoint = load_checkpoint(source)
@@ -269,17 +301,20 @@ def resume(config: CfgNode, training: Training, loaders: Loaders) -> Progress:
             training.ema.set(training.bare_model)
         logger.info("starts from the weights of %s", source)
     distributed.barrier()  # every rank has read its file
-    if not newest and distributed.rank() == 0 and (aside := set_aside(folder, Path(config.MODEL.RESUME))):
+    if not found.path and distributed.rank() == 0 and (aside := set_aside(folder, Path(config.MODEL.RESUME))):
         logger.warning("the run folder held checkpoints of an earlier run; they are now in %s", aside)
-    if progress.epoch > 0:
-        training.scheduler.step_update(progress.epoch * training.steps_per_epoch - 1)
-    return progress
+    if (steps := progress.epoch * training.steps_per_epoch + progress.done) > 0:
+        training.scheduler.step_update(steps - 1)
+    return progress, interval, found
 
 
-def restore(config: CfgNode, training: Training, loaders: Loaders, checkpoint: dict[str, Any], source: str) -> Progress:
+def restore(
+    config: CfgNode, training: Training, loaders: Loaders, checkpoint: dict[str, Any], source: str
+) -> tuple[Progress, Interval]:
     """Put everything a checkpoint holds back, the configuration's schedule and hyperparameters staying in force.
 
-    Raises CheckpointError where it belongs to another model, data set, function or optimizer.
+    Raises CheckpointError where it belongs to another model, data set, function or optimizer, or was written after a
+    part of an epoch that this configuration divides into other steps.
     """
     if differing := differing_function_keys(checkpoint, config, source):
         raise CheckpointError("; ".join(differing))
@@ -287,20 +322,51 @@ def restore(config: CfgNode, training: Training, loaders: Loaders, checkpoint: d
     if not isinstance(checkpoint.get("epoch"), int):
         raise CheckpointError(f"{source} has no epoch to continue from; --pretrained starts from its weights")
     _log_changed_keys(checkpoint, config, source)
+    continuation = checkpoint.get("continuation") or {}
+    _check_plan(config, training, continuation, source)
     load_weights(training.bare_model, checkpoint["model"], source)
     load_optimizer_state(training.optimizer, training.bare_model, checkpoint.get("optimizer"), source)
     if training.ema:
         load_weights(training.ema.module, checkpoint.get("model_ema") or checkpoint["model"], source)
     if training.scaler and checkpoint.get("scaler"):
         training.scaler.load_state_dict(checkpoint["scaler"])
-    states = checkpoint.get("rng")
-    epoch = checkpoint["epoch"]
+    training.skipped = continuation.get("skipped", 0)
+    states, position = checkpoint.get("rng"), stored_position(checkpoint)
+    interval = Interval(training.device)
     if states and len(states) == distributed.world_size():
         restore_generators(states[distributed.rank()])
+        if sums := continuation.get("intervals"):
+            interval.load_state(sums[distributed.rank()])
     else:  # another number of processes, or a file that stores none
-        seed_everything(config.SEED, distributed.rank(), epoch)
-        get_logger().info("random generators start from SEED, rank and epoch: the file has no state for each process")
-    return Progress(epoch, checkpoint.get("max_accuracy", 0.0))
+        seed_everything(config.SEED, distributed.rank(), *position)
+        get_logger().info("random generators start from SEED, rank and position: the file has none for each process")
+    return Progress(position.epoch, checkpoint.get("max_accuracy", 0.0), position.done), interval
+
+
+def _check_plan(config: CfgNode, training: Training, continuation: dict[str, Any], source: str) -> None:
+    """Refuse a change of the global batch that nobody asked for, or that a part of an epoch does not survive."""
+    stored = continuation.get("global_batch", training.global_batch)
+    if stored == training.global_batch:
+        if continuation.get("world_size", distributed.world_size()) != distributed.world_size():
+            get_logger().warning(
+                "%s was written by %d processes, this run has %d: the global batch stays %d, and so does the schedule",
+                source,
+                continuation["world_size"],
+                distributed.world_size(),
+                stored,
+            )
+        return
+    if config.TRAIN.GLOBAL_BATCH is None:
+        raise CheckpointError(
+            f"{source} was trained with {stored} images per step ({continuation['world_size']} processes), this run"
+            f" would use {training.global_batch}: --opts TRAIN.GLOBAL_BATCH {stored} keeps them and the schedule,"
+            f" TRAIN.GLOBAL_BATCH {training.global_batch} changes them on purpose"
+        )
+    if continuation["done"]:
+        raise CheckpointError(
+            f"{source} lies inside an epoch of {stored} images per step, which does not continue with"
+            f" TRAIN.GLOBAL_BATCH {training.global_batch}; finish the epoch with {stored} first"
+        )
 
 
 def _log_changed_keys(checkpoint: dict[str, Any], config: CfgNode, source: str) -> None:
@@ -322,7 +388,9 @@ def _log_changed_keys(checkpoint: dict[str, Any], config: CfgNode, source: str) 
         get_logger().warning("changed since %s, the new values apply: %s", source, "; ".join(changed))
 
 
-def checkpoint_state(config: CfgNode, training: Training, loaders: Loaders, progress: Progress) -> dict[str, Any]:
+def checkpoint_state(
+    config: CfgNode, training: Training, loaders: Loaders, progress: Progress, interval: Interval
+) -> dict[str, Any]:
     """Everything a run continues from, as tensors and plain values; collective, because every rank has generators."""
     return {
         "model": training.bare_model.state_dict(),
@@ -335,7 +403,14 @@ def checkpoint_state(config: CfgNode, training: Training, loaders: Loaders, prog
         "scaler": training.scaler.state_dict() if training.scaler else None,
         "model_ema": training.ema.module.state_dict() if training.ema else None,
         "epoch": progress.epoch,
-        "step": progress.epoch * training.steps_per_epoch,
+        "step": progress.epoch * training.steps_per_epoch + progress.done,
+        "continuation": {
+            "done": progress.done,
+            "intervals": distributed.gather_objects(interval.state()),
+            "skipped": training.skipped,
+            "global_batch": training.global_batch,
+            "world_size": distributed.world_size(),
+        },
         "max_accuracy": progress.best,
         "rng": distributed.gather_objects(generator_states()),
         "classes": list(loaders.classes) if loaders.classes else None,
@@ -344,8 +419,88 @@ def checkpoint_state(config: CfgNode, training: Training, loaders: Loaders, prog
     }
 
 
+class CheckpointKeeper:
+    """When and what a run saves, apart from the end of an epoch: every so many steps or minutes, and told to stop.
+
+    A write that fails does not end the run while older checkpoints are there to continue from: it is logged, and the
+    next one tries again. Only the last one of a run has to succeed.
+    """
+
+    def __init__(
+        self, config: CfgNode, training: Training, loaders: Loaders, writer: CheckpointWriter | None, best: float
+    ) -> None:
+        self.config, self.training, self.loaders = config, training, loaders
+        self.writer = writer  # rank 0's
+        self.best = best
+        self.request = StopRequest()
+        self.agreement = Agreement(self.request, timedelta(seconds=config.DIST.TIMEOUT))
+        self.saved_at = time.monotonic()
+
+    def decide(self, epoch: int, done: int) -> Decision:
+        minutes, steps = self.config.CHECKPOINT.EVERY_MINUTES, self.config.CHECKPOINT.EVERY_STEPS
+        due = minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
+        decision = self.agreement.decide(due)
+        at_end = done == self.training.steps_per_epoch  # the checkpoint of the epoch follows
+        scheduled = steps > 0 and done % steps == 0
+        return Decision(decision.stop, (decision.save or scheduled) and not at_end)
+
+    def save(self, epoch: int, done: int, interval: Interval, stop: bool) -> None:
+        self.write(Progress(epoch, self.best, done), interval, last=stop)
+        if stop:
+            folder, reason = run_folder(self.config), self.request.signal
+            why = f"told to stop by {reason.name if reason else 'another rank'}"
+            where = f"after {epoch} epochs and {done} of {self.training.steps_per_epoch} steps"
+            if distributed.rank() == 0:
+                leave_marker(folder, f"{why}, saved {where}")
+            raise Preempted(f"{why}: saved {where}; the same command continues")
+
+    def write(
+        self,
+        progress: Progress,
+        interval: Interval,
+        *,
+        best: bool = False,
+        own: bool = True,
+        last: bool = False,
+    ) -> None:
+        """Save a position, collectively; returns while rank 0 still writes unless this is the `last` one.
+
+        Raises OSError on every rank when the last one cannot be written.
+        """
+        state = checkpoint_state(self.config, self.training, self.loaders, progress, interval)
+        problem = None
+        if self.writer:
+            self._report(self.writer.wait)
+            self.writer.save(state, progress.position, best=best, own=own)
+            if last:
+                try:
+                    self.writer.wait()
+                except Exception as error:  # whatever it is, every rank has to hear of it
+                    problem = str(error)
+        if last and (problem := distributed.broadcast_object(problem)):
+            raise OSError(problem)
+        self.saved_at = time.monotonic()
+
+    def _report(self, check: Callable[[], None]) -> None:
+        try:
+            check()
+        except Exception as error:
+            newest = newest_name(run_folder(self.config))
+            get_logger().error("%s. The run goes on; it could continue from %s", error, newest or "nothing yet")
+
+
+def newest_name(folder: Path) -> str | None:
+    """The newest checkpoint's name, unverified."""
+    return next((path.name for _, path in run_checkpoints(folder)), None)
+
+
 def validate_epoch(
-    config: CfgNode, training: Training, loaders: Loaders, epoch: int, metrics: MetricsWriter
+    config: CfgNode,
+    training: Training,
+    loaders: Loaders,
+    epoch: int,
+    metrics: MetricsWriter,
+    after_batch: Callable[[], None] | None = None,
 ) -> Accuracy:
     """Evaluate the model after `epoch` epochs, and its average where there is one; returns the model's accuracy."""
     amp_dtype = autocast_dtype(config, training.device) if config.TEST.AMP else None
@@ -354,7 +509,7 @@ def validate_epoch(
     for kind, model in (("val", training.bare_model), ("ema", averaged)):
         if model is None:
             continue
-        result = evaluate(model, loaders.val, training.device, amp_dtype)
+        result = evaluate(model, loaders.val, training.device, amp_dtype, after_batch)
         metrics.write(
             kind, epoch - 1, epoch * training.steps_per_epoch, loss=result.loss, top1=result.top1, top5=result.top5
         )
@@ -364,7 +519,10 @@ def validate_epoch(
 
 
 def run_training(config: CfgNode, device: torch.device) -> Progress:
-    """Train from where the run stands to its last epoch, saving and evaluating on the way."""
+    """Train from where the run stands to its last epoch, saving and evaluating on the way.
+
+    Raises Preempted when the run was told to stop and has saved.
+    """
     logger, folder, is_main = get_logger(), run_folder(config), distributed.rank() == 0
     # data
     loaders = build_loaders(config)
@@ -381,13 +539,14 @@ def run_training(config: CfgNode, device: torch.device) -> Progress:
     training = build_training(config, model, loaders, device)
     # resume
     seed_everything(config.SEED, distributed.rank())  # from here each rank draws its own
-    progress = resume(config, training, loaders)
+    progress, interval, found = resume(config, training, loaders)
     metrics = MetricsWriter(
         folder if is_main else None,
         config.TENSORBOARD,
         epoch=progress.epoch,
-        step=progress.epoch * training.steps_per_epoch,
+        step=progress.epoch * training.steps_per_epoch + progress.done,
     )
+    writer = CheckpointWriter(folder, config.CHECKPOINT.KEEP, found.skipped) if is_main else None
     if is_main:
         (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
     wrap(config, training)
@@ -398,20 +557,13 @@ def run_training(config: CfgNode, device: torch.device) -> Progress:
         logger.info("this run is finished: all %d epochs are done; evaluating it", progress.epoch)
         validate_epoch(config, training, loaders, progress.epoch, MetricsWriter(None))
     # loop
-    for epoch in range(progress.epoch, last_epoch):
-        train_one_epoch(config, training, loaders.train, epoch, metrics)
-        top1 = validate_epoch(config, training, loaders, epoch + 1, metrics).top1
-        is_best = top1 > progress.best or epoch == 0
-        progress = Progress(epoch + 1, max(top1, progress.best))
-        saves = (epoch + 1) % config.SAVE_FREQ == 0 or epoch + 1 == last_epoch
-        if saves or is_best:
-            state = checkpoint_state(config, training, loaders, progress)
-            if is_main:
-                if is_best:
-                    save_checkpoint(state, folder / BEST_FILE)
-                if saves:
-                    save_checkpoint(state, epoch_file(folder, epoch + 1))
-                    remove_old_checkpoints(folder, config.CHECKPOINT.KEEP, newest=epoch + 1)
+    keeper = CheckpointKeeper(config, training, loaders, writer, progress.best)
+    watchdog = Watchdog(config.DIST.TIMEOUT)
+    training.beat = watchdog.beat
+    with keeper.request.listening(), watchdog.watching():
+        while progress.epoch < last_epoch:
+            progress = run_epoch(config, training, loaders, progress, interval, metrics, keeper)
+            interval = Interval(device)
     metrics.close()
     if is_main:
         summarise(config, progress)
@@ -419,11 +571,52 @@ def run_training(config: CfgNode, device: torch.device) -> Progress:
     return progress
 
 
+def run_epoch(
+    config: CfgNode,
+    training: Training,
+    loaders: Loaders,
+    progress: Progress,
+    interval: Interval,
+    metrics: MetricsWriter,
+    keeper: CheckpointKeeper,
+) -> Progress:
+    """Finish the epoch that the run is in: the rest of its steps, its validation, its checkpoint."""
+    assert loaders.train is not None
+    epoch, last_epoch = progress.epoch, config.TRAIN.EPOCHS + config.TRAIN.COOLDOWN_EPOCHS
+    if progress.done < training.steps_per_epoch:
+        train_one_epoch(
+            config,
+            training,
+            loaders.train,
+            epoch,
+            metrics,
+            start=progress.done,
+            interval=interval,
+            keeper=keeper,
+        )
+
+    def after_batch() -> None:
+        done = training.steps_per_epoch
+        training.beat((epoch + 1) * done, "validation")
+        if keeper.decide(epoch, done).stop:
+            keeper.save(epoch, done, Interval(training.device), stop=True)
+
+    top1 = validate_epoch(config, training, loaders, epoch + 1, metrics, after_batch).top1
+    is_best = top1 > progress.best or epoch == 0
+    progress = Progress(epoch + 1, max(top1, progress.best))
+    keeper.best = progress.best
+    last = epoch + 1 == last_epoch
+    saves = (epoch + 1) % config.SAVE_FREQ == 0 or last
+    if saves or is_best:
+        keeper.write(progress, Interval(training.device), best=is_best, own=saves, last=last)
+    return progress
+
+
 def summarise(config: CfgNode, progress: Progress) -> None:
     """Say where the run lies, how good it is, and how to evaluate it again."""
     logger, folder = get_logger(), run_folder(config)
     curves = draw_curves(folder)
-    candidates = [folder / BEST_FILE, epoch_file(folder, progress.epoch), Path(config.MODEL.RESUME)]
+    candidates = [folder / BEST_FILE, run_file(folder, progress.position), Path(config.MODEL.RESUME)]
     checkpoint = next((path for path in candidates if path.is_file()), candidates[0])
     remark = "" if checkpoint == candidates[0] else " (of the run it continued from; not exceeded here)"
     python, script = (
@@ -438,7 +631,16 @@ def summarise(config: CfgNode, progress: Progress) -> None:
     logger.info("evaluate it with: %s", shlex.join(words))
 
 
-EXPECTED = (ConfigError, DataError, CheckpointError, distributed.LaunchError, NonFiniteError, OSError)
+EXPECTED = (
+    ConfigError,
+    DataError,
+    CheckpointError,
+    distributed.LaunchError,
+    NonFiniteError,
+    RunFolderBusyError,
+    PeersLostError,
+    OSError,
+)
 
 
 @record
@@ -446,6 +648,8 @@ def reported(config: CfgNode) -> None:
     """`main`, so that torchrun repeats the reason of an expected failure, without its traceback, in its own report."""
     try:
         main(config)
+    except Preempted as preempted:
+        get_logger().warning("%s", preempted)
     except EXPECTED as problem:
         raise type(problem)(str(problem)) from None
 
@@ -458,8 +662,30 @@ def main(config: CfgNode) -> None:
     elif config.EVAL_MODE:
         run_evaluation(config, device)
     else:
-        run_training(config, device)
+        with own_folder(run_folder(config)):
+            run_training(config, device)
     distributed.cleanup()
+
+
+@contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the run folder. Raises RunFolderBusyError, on every rank, where one is in it."""
+    lock, problem = None, None
+    if distributed.rank() == 0:
+        try:
+            lock = RunLock(folder)
+        except RunFolderBusyError as error:
+            problem = str(error)
+    if problem := distributed.broadcast_object(problem):
+        raise RunFolderBusyError(problem)
+    if lock:
+        remove_temporary_files(folder)
+        remove_marker(folder)
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Data: `build_loaders` turns a configuration into training and validation batches of uint8 images."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from config import image_size
+from config import batch_plan, image_size
 from data.datasets import (
     DataError,
     DigitsSource,
@@ -48,6 +49,12 @@ class Batches:
     def num_images(self) -> int:
         """Images of the whole data set, over all processes."""
         return len(self.loader.dataset)  # type: ignore[arg-type]
+
+    @property
+    def common_batches(self) -> int:
+        """Batches that every process has, where the shards' lengths differ by one image."""
+        assert self.loader.batch_size is not None
+        return self.num_images // distributed.world_size() // self.loader.batch_size
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Iterate over `epoch`, continuing after this process's first `start` batches of it."""
@@ -96,6 +103,12 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
     return images, labels, [name for sample in samples for name in sample.unreadable]
 
 
+def _outlive_stop_signals(worker: int) -> None:
+    """A loader process that was told to stop with the whole run goes on for a minute, so that the run can save."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+
+
 def _build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> Source:
     if config.DATA.DATASET == "digits":
         return DigitsSource(split, image_size(config))
@@ -122,6 +135,7 @@ def _build_val(config: CfgNode, source: Source) -> Batches:
         num_workers=config.DATA.NUM_WORKERS,
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         collate_fn=_collate,
+        worker_init_fn=_outlive_stop_signals,
         generator=torch.Generator(),  # of its own, so that iterating draws nothing from the run's generator
     )
     return Batches(loader)
@@ -129,22 +143,24 @@ def _build_val(config: CfgNode, source: Source) -> Batches:
 
 def _build_train(config: CfgNode, source: Source) -> Batches:
     size, world_size = len(source.labels), distributed.world_size()
-    if size // world_size < config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS:
+    plan = batch_plan(config, world_size)
+    if size < plan.global_batch:
         raise DataError(
             f"{size} training images on {world_size} processes are less than one step of"
-            f" {config.TRAIN.ACCUMULATION_STEPS} × {config.DATA.BATCH_SIZE} images; lower DATA.BATCH_SIZE"
+            f" {plan.accumulation} × {plan.per_process} images; lower DATA.BATCH_SIZE or TRAIN.GLOBAL_BATCH"
         )
     share = config.DATA.MAX_UNREADABLE
     max_unreadable = max(1, int(share * size)) if share > 0 else 0  # a small data set may have one
     loader = DataLoader(
         TrainDataset(source, training_transform(config), seed=config.SEED, max_unreadable=max_unreadable),
-        batch_size=config.DATA.BATCH_SIZE,
+        batch_size=plan.per_process,
         sampler=TrainSampler(size, rank=distributed.rank(), world_size=world_size, seed=config.SEED),
         num_workers=config.DATA.NUM_WORKERS,
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         persistent_workers=config.DATA.NUM_WORKERS > 0,
         drop_last=True,
         collate_fn=_collate,
+        worker_init_fn=_outlive_stop_signals,
         generator=torch.Generator(),
     )
     return Batches(loader, max_unreadable)

@@ -20,10 +20,10 @@ torch.set_flush_denormal(True)
 def stop_at_epoch_1() -> None:
     train = main.train_one_epoch
 
-    def stopping(config, training, batches, epoch, metrics):
+    def stopping(config, training, batches, epoch, metrics, **where):
         if epoch == 1:
             raise KeyboardInterrupt
-        train(config, training, batches, epoch, metrics)
+        train(config, training, batches, epoch, metrics, **where)
 
     main.train_one_epoch = stopping
 

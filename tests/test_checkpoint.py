@@ -1,4 +1,4 @@
-"""Checkpoint files: nothing in them is executed, nothing incomplete is ever left, and what does not fit is named.
+"""Reading checkpoints: nothing in them is executed, and what is damaged or does not fit is named.
 
 pytest tests/test_checkpoint.py
 """
@@ -7,8 +7,6 @@ import collections
 import hashlib
 import os
 import pickle
-import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +19,11 @@ from main import place
 from models import build_model
 from models.loading import load_weights
 from optimizer import build_optimizer, load_optimizer_state, parameter_groups
-from utils import checkpoint as checkpoint_module
 from utils.checkpoint import (
     CheckpointError,
     differing_function_keys,
-    epoch_checkpoints,
-    epoch_file,
     file_digest,
     load_checkpoint,
-    newest_checkpoint,
-    remove_old_checkpoints,
-    save_checkpoint,
     stored_config,
 )
 
@@ -287,97 +279,6 @@ def test_optimizer_state_of_another_kind_is_refused(config):
     deeper = load_config(config_file("pola_swin_t"), [*DESCRIBED["opts"], "MODEL.SWIN.DEPTHS", "[1,1,3,1]"])
     with pytest.raises(CheckpointError, match="its optimizer has groups of"):
         load_optimizer_state(build_optimizer(deeper, build_model(deeper)), build_model(deeper), stored, "file.pth")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _state(epoch: int) -> dict:
-    return {"model": {"weight": torch.full((10,), float(epoch))}, "epoch": epoch}
-
-
-def test_a_written_file_is_complete_and_leaves_nothing_else(tmp_path):
-    save_checkpoint(_state(1), tmp_path / "file.pth")
-    assert load_checkpoint(tmp_path / "file.pth")["epoch"] == 1
-    assert os.listdir(tmp_path) == ["file.pth"]
-
-
-@pytest.mark.parametrize("failing", ["torch.save", "os.fsync", "os.replace"])
-def test_a_failed_write_keeps_the_file_before(failing, tmp_path, monkeypatch):
-    path = tmp_path / "file.pth"
-    save_checkpoint(_state(1), path)
-
-    def fail(*arguments):
-        if failing == "torch.save":  # what torch makes of a full disk
-            raise RuntimeError("[enforce fail] No space left on device")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint_module, "torch" if failing == "torch.save" else "os", _Patched(failing, fail))
-    with pytest.raises(OSError, match=r"file\.pth could not be written: .*No space left"):
-        save_checkpoint(_state(2), path)
-    monkeypatch.undo()
-    assert load_checkpoint(path)["epoch"] == 1
-    assert os.listdir(tmp_path) == ["file.pth"]
-
-
-class _Patched:
-    """A module with one function replaced."""
-
-    def __init__(self, name, function):
-        module, attribute = name.split(".")
-        self._module = {"torch": torch, "os": os}[module]
-        setattr(self, attribute, function)
-
-    def __getattr__(self, name):
-        return getattr(self._module, name)
-
-
-def test_a_file_that_does_not_read_back_is_not_put_in_place(tmp_path, monkeypatch):
-    path = tmp_path / "file.pth"
-    save_checkpoint(_state(1), path)
-    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda archive: "data.pkl")
-    with pytest.raises(OSError, match="could not be written: .*does not read back"):
-        save_checkpoint(_state(2), path)
-    monkeypatch.undo()
-    assert load_checkpoint(path)["epoch"] == 1
-
-
-def test_newest_files_and_the_best_are_kept(tmp_path):
-    for epoch in (1, 2, 9, 10, 11):
-        save_checkpoint(_state(epoch), epoch_file(tmp_path, epoch))
-    save_checkpoint(_state(2), tmp_path / "max_acc.pth")
-    remove_old_checkpoints(tmp_path, keep=2, newest=11)
-    assert sorted(os.listdir(tmp_path)) == ["ckpt_epoch_10.pth", "ckpt_epoch_11.pth", "max_acc.pth"]
-    epoch_file(tmp_path, 12).write_bytes(b"cut short")  # skipped on resume, so epoch 11 was written again
-    remove_old_checkpoints(tmp_path, keep=1, newest=11)
-    assert sorted(os.listdir(tmp_path)) == ["ckpt_epoch_11.pth", "ckpt_epoch_12.pth", "max_acc.pth"]
-
-
-def test_newest_readable_checkpoint_goes_by_epoch_not_by_time(tmp_path, caplog):
-    assert newest_checkpoint(tmp_path) is None
-    for age, epoch in enumerate((11, 10, 9, 2)):
-        save_checkpoint(_state(epoch), epoch_file(tmp_path, epoch))
-        os.utime(epoch_file(tmp_path, epoch), (1e9 + age, 1e9 + age))  # the older epoch has the newer time
-    assert [path.name for path in epoch_checkpoints(tmp_path)][:2] == ["ckpt_epoch_11.pth", "ckpt_epoch_10.pth"]
-    assert newest_checkpoint(tmp_path) == epoch_file(tmp_path, 11)
-    epoch_file(tmp_path, 11).write_bytes(b"")
-    shutil.copyfile(RELEASED, epoch_file(tmp_path, 10))
-    os.truncate(epoch_file(tmp_path, 10), 5000)
-    assert newest_checkpoint(tmp_path) == epoch_file(tmp_path, 9)
-    assert "ckpt_epoch_11.pth is empty" in caplog.text and "ckpt_epoch_10.pth is" in caplog.text
-
-
-def test_the_best_file_counts_by_its_epoch_too(tmp_path):
-    best = tmp_path / "max_acc.pth"
-    save_checkpoint(_state(2), best)
-    epoch_file(tmp_path, 3).write_bytes(b"")
-    assert newest_checkpoint(tmp_path) == best
-    save_checkpoint(_state(3), epoch_file(tmp_path, 3))
-    assert newest_checkpoint(tmp_path) == epoch_file(tmp_path, 3)
-    save_checkpoint(_state(9), best)  # SAVE_FREQ left epoch 9 without a file of its own
-    assert newest_checkpoint(tmp_path) == best
 
 
 def test_files_of_the_same_shape_but_another_rectangle_are_named():

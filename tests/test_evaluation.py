@@ -25,7 +25,8 @@ import main
 from config import load_config
 from logger import read_metrics
 from models import build_model
-from utils.checkpoint import CheckpointError, epoch_file, load_checkpoint, save_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint
+from utils.checkpoint_store import epoch_file, save_checkpoint
 
 RESULT = re.compile(r"(\d+) images, top-1 ([\d.]+) %, top-5 ([\d.]+) %, loss ([\d.]+)")
 LAUNCHERS = {

@@ -6,6 +6,7 @@ pytest tests/test_resume.py
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +25,13 @@ from conftest import (
 )
 from PIL import Image
 
+import engine
 import main
 from config import load_config
 from logger import read_metrics
-from utils.checkpoint import CheckpointError, epoch_file, load_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint
+from utils.checkpoint_store import epoch_file, newest_checkpoint
+from utils.preemption import Preempted
 
 # Everything random and everything stateful at once.
 EVERYTHING = "EMA.ENABLE True EMA.DECAY 0.9 TRAIN.ACCUMULATION_STEPS 2 DATA.BATCH_SIZE 32 MODEL.DROP_RATE 0.1"
@@ -46,7 +50,18 @@ def _same(first: object, second: object) -> bool:
 def assert_same_run(first: Path, second: Path, epoch: int) -> None:
     """Weights, optimizer, average, generators, best accuracy and every logged loss are equal bit for bit."""
     a, b = (load_checkpoint(epoch_file(folder, epoch)) for folder in (first, second))
-    for key in ("model", "optimizer", "lr_scheduler", "model_ema", "scaler", "epoch", "step", "max_accuracy", "rng"):
+    for key in (
+        "model",
+        "optimizer",
+        "lr_scheduler",
+        "model_ema",
+        "scaler",
+        "epoch",
+        "step",
+        "max_accuracy",
+        "rng",
+        "continuation",
+    ):
         assert _same(a[key], b[key]), key
     logs = [read_metrics(folder / "metrics.jsonl") for folder in (first, second)]
     timings = {"data_time", "step_time", "images_per_s", "memory_mb"}
@@ -69,11 +84,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny, options, monkeypatch
     run(tiny, f"{options} TAG whole")
     real = main.train_one_epoch
 
-    def stopping(config, training, batches, epoch, metrics):
-        if epoch == 1:
-            real(config, training, batches, epoch, metrics)  # an epoch that is lost, its log lines with it
+    def stopping(config, training, batches, epoch, metrics, **where):
+        real(config, training, batches, epoch, metrics, **where)
+        if epoch == 1:  # an epoch that is lost, its log lines with it
             raise KeyboardInterrupt
-        real(config, training, batches, epoch, metrics)
 
     monkeypatch.setattr(main, "train_one_epoch", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -82,6 +96,60 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny, options, monkeypatch
     run(tiny, f"{options} TAG parts")
     root = folder_of(tiny).parent
     assert_same_run(root / "whole", root / "parts", 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        f"{EVERYTHING} DATA.NUM_WORKERS 2",
+        "AMP True DATA.NUM_WORKERS 4 AUG.REPROB 0.5",
+        "AMP True AMP_DTYPE float16 PRINT_FREQ 7",
+    ],
+)
+def test_stopped_anywhere_any_number_of_times_equals_uninterrupted(tiny, options, monkeypatch):
+    """SIGTERM inside an epoch, at the last step, in the validation; every part continues from what it saved."""
+    options += " TRAIN.EPOCHS 2"
+    run(tiny, f"{options} TAG whole")
+    step, forward, count = engine._optimizer_step, engine.AccuracyCounter.update, 0
+
+    def signalled_after(moment, function):
+        def counted(*arguments):
+            nonlocal count
+            result = function(*arguments)
+            count += 1
+            if count == moment:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return result
+
+        return counted
+
+    # optimizer steps: 3 into the epoch, 1 further, to its last one; then the validation's second batch; then epoch 1
+    steps = len(read_metrics_steps(folder_of(tiny).parent / "whole"))
+    positions = []
+    for name, moment in (("step", 3), ("step", 1), ("step", steps - 4), ("batch", 2), ("step", 5), ("step", 9)):
+        count = 0
+        with monkeypatch.context() as patched:
+            if name == "step":
+                patched.setattr(engine, "_optimizer_step", signalled_after(moment, step))
+            else:
+                patched.setattr(engine.AccuracyCounter, "update", signalled_after(moment, forward))
+            with pytest.raises(Preempted, match="told to stop by SIGTERM: saved"):
+                run(tiny, f"{options} TAG parts")
+        positions.append(newest_checkpoint(folder_of(tiny).parent / "parts").path.name)
+    assert positions == [
+        f"ckpt_epoch_{epoch}_step_{done}.pth"
+        for epoch, done in ((0, 3), (0, 4), (0, steps), (0, steps), (1, 5), (1, 14))
+    ]
+    assert (folder_of(tiny).parent / "parts" / "PREEMPTED").exists()
+    run(tiny, f"{options} TAG parts")
+    assert not (folder_of(tiny).parent / "parts" / "PREEMPTED").exists()
+    root = folder_of(tiny).parent
+    assert_same_run(root / "whole", root / "parts", 2)
+
+
+def read_metrics_steps(folder: Path) -> range:
+    """The optimizer steps of an epoch."""
+    return range(max(r["step"] for r in read_metrics(folder / "metrics.jsonl") if r["epoch"] == 0))
 
 
 def test_two_processes_interrupted_and_resumed_equal_uninterrupted(tiny):
@@ -103,8 +171,9 @@ def test_two_processes_interrupted_and_resumed_equal_uninterrupted(tiny):
 
 def test_a_finished_run_says_so_evaluates_and_exits_0(tiny):
     run_main("--cfg", tiny, "--opts", "TRAIN.EPOCHS", "1")
-    files = sorted(path.name for path in folder_of(tiny).iterdir())
-    assert files == ["ckpt_epoch_1.pth", "config.yaml", "curves.png", "log.txt", "max_acc.pth", "metrics.jsonl"]
+    files = {path.name for path in folder_of(tiny).iterdir()}
+    checkpoints = {"ckpt_epoch_1.pth", "ckpt_epoch_1.pth.json", "max_acc.pth", "max_acc.pth.json"}
+    assert files == checkpoints | {".lock", "config.yaml", "curves.png", "log.txt", "metrics.jsonl"}
     weights = epoch_file(folder_of(tiny), 1).read_bytes()
     again = run_main("--cfg", tiny, "--opts", "TRAIN.EPOCHS", "1")
     assert "this run is finished: all 1 epochs are done" in again.stdout
@@ -226,10 +295,12 @@ def test_training_continues_from_a_released_checkpoint(tiny, log):
 
 def test_checkpoints_are_rotated_and_hold_only_plain_values(tiny):
     run(tiny, "TRAIN.EPOCHS 4 CHECKPOINT.KEEP 2 SAVE_FREQ 1 EMA.ENABLE True TENSORBOARD True")
-    names = {path.name for path in folder_of(tiny).glob("*.pth")}
-    assert names == {"ckpt_epoch_3.pth", "ckpt_epoch_4.pth", "max_acc.pth"}
+    names = {path.name for path in folder_of(tiny).glob("*.pth*")}
+    kept = {"ckpt_epoch_3.pth", "ckpt_epoch_4.pth", "max_acc.pth"}
+    assert names == kept | {name + ".json" for name in kept}
     checkpoint = torch.load(epoch_file(folder_of(tiny), 4), weights_only=True)
-    keys = "model optimizer lr_scheduler scaler model_ema epoch step max_accuracy rng classes config version".split()
+    keys = "model optimizer lr_scheduler scaler model_ema epoch step continuation max_accuracy rng classes".split()
+    keys += ["config", "version"]
     assert set(checkpoint) == set(keys)
     assert checkpoint["classes"] == [str(digit) for digit in range(10)]
     records = read_metrics(folder_of(tiny) / "metrics.jsonl")
@@ -241,7 +312,7 @@ def test_checkpoints_are_rotated_and_hold_only_plain_values(tiny):
 
 def test_save_frequency_always_saves_the_last_epoch(tiny):
     run(tiny, "TRAIN.EPOCHS 3 SAVE_FREQ 2")
-    assert {path.name for path in folder_of(tiny).glob("ckpt*")} == {"ckpt_epoch_2.pth", "ckpt_epoch_3.pth"}
+    assert {path.name for path in folder_of(tiny).glob("ckpt*.pth")} == {"ckpt_epoch_2.pth", "ckpt_epoch_3.pth"}
 
 
 def test_the_stored_configuration_reproduces_the_run(tiny):

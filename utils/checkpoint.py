@@ -1,16 +1,16 @@
-"""Checkpoint files: safe reading, atomic verified writing, retention, and the search for the newest readable one.
+"""Checkpoint files: safe reading, and what one says about the model, classes and configuration it was written with.
 
 A file of ours holds tensors and plain values only. Released files of this family also pickle a yacs CfgNode under
-`config`; it is read as a dictionary. No other class is ever looked up, so a file cannot execute code.
+`config`; it is read as a dictionary. No other class is ever looked up, so a file cannot execute code. Beside a file of
+ours lies a sidecar, FILE.json, with its size and SHA-256 (utils/checkpoint_store.py writes both).
 """
 
 import collections
 import hashlib
-import os
+import json
 import pickle
 import pickletools
 import re
-import time
 import zipfile
 from math import prod
 from pathlib import Path
@@ -24,19 +24,12 @@ from yacs.config import CfgNode
 from config import config_from_tree, image_size, value_of
 from logger import get_logger
 
-EPOCH_FILE = re.compile(r"ckpt_epoch_(\d+)\.pth")
-BEST_FILE = "max_acc.pth"
 # Keys that change what a model computes without changing any shape: a file must have been written with the same.
 FUNCTION_KEYS = ("MODEL.LA.ALPHA", "MODEL.SWIN.QK_SCALE")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: the message names the file and what is wrong with it."""
-
-
-def epoch_file(folder: Path, epoch: int) -> Path:
-    """The checkpoint after `epoch` finished epochs."""
-    return folder / f"ckpt_epoch_{epoch}.pth"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,16 +40,17 @@ def epoch_file(folder: Path, epoch: int) -> Path:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of ours, a released one, or a bare state dict (returned as {"model": …}), on the CPU.
 
-    Raises CheckpointError for a missing, empty, truncated or damaged file, for one that asks for any class or function
-    beyond tensors and plain values (naming it), and for one that holds no weights.
+    Raises CheckpointError for a missing, empty, truncated or damaged file, for one that differs from its sidecar, for
+    one that asks for any class or function beyond tensors and plain values (naming it), and for one without weights.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     if path.stat().st_size == 0:
         raise CheckpointError(f"checkpoint {path} is empty")
+    verified = verify_by_sidecar(path)
     try:
-        if zipfile.is_zipfile(path):
+        if not verified and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged:
@@ -132,6 +126,47 @@ def file_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def sidecar_of(path: Path) -> Path:
+    """The file beside a checkpoint that holds its size and SHA-256."""
+    return path.with_name(path.name + ".json")
+
+
+def read_sidecar(path: Path) -> list[dict[str, Any]]:
+    """What the sidecar of the checkpoint `path` says about it; empty where there is no sidecar, or a damaged one.
+
+    While a file is being replaced there are two entries, the old file's and the new one's.
+    """
+    try:
+        entries = json.loads(sidecar_of(path).read_text(encoding="utf-8"))["files"]
+        return [{"size": int(entry["size"]), "sha256": str(entry["sha256"])} for entry in entries]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError):
+        get_logger().warning("the sidecar %s is damaged; the checkpoint is checked without it", sidecar_of(path))
+        return []
+
+
+def verify_by_sidecar(path: Path) -> bool:
+    """True where the file is what its sidecar says, False without a sidecar.
+
+    Raises CheckpointError where they differ.
+    """
+    entries = read_sidecar(path)
+    if not entries:
+        return False
+    size = path.stat().st_size
+    if not any(entry["size"] == size for entry in entries):
+        raise CheckpointError(
+            f"checkpoint {path} is truncated or damaged: {size} bytes, written were {entries[0]['size']}"
+        )
+    if not any(entry["sha256"] == file_digest(path) for entry in entries if entry["size"] == size):
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: it does not match the SHA-256 in {sidecar_of(path).name} (delete that file"
+            " if you replaced the checkpoint on purpose)"
+        )
+    return True
+
+
 def stored_config(checkpoint: dict[str, Any], source: str) -> CfgNode | None:
     """The configuration a checkpoint was written with, or None. Keys without effect are dropped with one log line.
 
@@ -176,88 +211,3 @@ def num_classes_of(checkpoint: dict[str, Any], source: str) -> int:
         if name in checkpoint["model"]:
             return len(checkpoint["model"][name])
     raise CheckpointError(f"{source} holds no classifier head (head.bias)")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint so that `path` always holds a complete one: temporary file, flush, fsync, verify, rename.
-
-    Raises OSError naming the file when the disk refuses; whatever was at `path` before is then still there.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        with zipfile.ZipFile(temporary) as archive:
-            if archive.testzip():
-                raise OSError(f"{temporary} does not read back as it was written")
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise OSError(f"checkpoint {path} could not be written: {reason}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _epoch_of(path: Path) -> int:
-    match = EPOCH_FILE.fullmatch(path.name)
-    return int(match[1]) if match else -1
-
-
-def epoch_checkpoints(folder: Path) -> list[Path]:
-    """The epoch checkpoints of a run folder, newest epoch first (file times play no part)."""
-    return sorted((path for path in folder.glob("*.pth") if _epoch_of(path) >= 0), key=_epoch_of, reverse=True)
-
-
-def remove_old_checkpoints(folder: Path, keep: int, newest: int) -> None:
-    """Keep the newest `keep` epoch checkpoints up to epoch `newest`, the one just written.
-
-    Files of later epochs, left unreadable by an accident, neither count nor go; the best one has its own name.
-    """
-    older = [path for path in epoch_checkpoints(folder) if _epoch_of(path) <= newest]
-    for path in older[keep:]:
-        path.unlink(missing_ok=True)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The readable checkpoint of a run folder with the most finished epochs, the best one included; warns of others."""
-    best = folder / BEST_FILE
-    found: list[tuple[int, Path]] = []
-    for path in [*epoch_checkpoints(folder), *([best] if best.is_file() else [])]:
-        if found and path != best:
-            continue  # older than one that is readable
-        try:
-            found.append((load_checkpoint(path).get("epoch", 0), path))
-        except CheckpointError as error:
-            get_logger().warning("skipped: %s", error)
-    return max(found, key=lambda pair: pair[0])[1] if found else None
-
-
-def set_aside(folder: Path, named: Path) -> Path | None:
-    """Move an earlier run's checkpoints and records out of the way of a new one, except the file `named` by the user.
-
-    Returns where to, None if there are no checkpoints.
-    """
-    best = folder / BEST_FILE
-    files = [
-        path for path in (*epoch_checkpoints(folder), best) if path.is_file() and path.resolve() != named.resolve()
-    ]
-    if not files:
-        return None
-    target = folder / time.strftime("earlier-%Y%m%d-%H%M%S")
-    target.mkdir()
-    records = (folder / name for name in ("metrics.jsonl", "config.yaml", "curves.png", "tensorboard"))
-    for path in (*files, *(record for record in records if record.exists())):
-        path.rename(target / path.name)
-    return target

@@ -1,14 +1,21 @@
 """Processes: the environment of torchrun, or one process without it. On one process everything here is a no-op."""
 
 import os
+import socket
+import time
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from logger import get_logger
+
 T = TypeVar("T")
+
+
+WAITING_NOTICE = 30.0  # seconds of waiting for a process before a log line says so, and between two such lines
 
 
 class LaunchError(ValueError):
@@ -39,11 +46,12 @@ def local_world_size() -> int:
     return _environment("LOCAL_WORLD_SIZE", 1)
 
 
-def init(single_process_gpu: int = 0) -> torch.device:
+def init(single_process_gpu: int = 0, timeout: float = 1800.0) -> torch.device:
     """Join the process group that the environment describes and return this process's device.
 
     Without WORLD_SIZE in the environment this is one process on GPU `single_process_gpu`, or on the CPU.
-    Raises LaunchError when the node has fewer GPUs than processes.
+    Raises LaunchError when the node has fewer GPUs than processes, and when a process does not come within `timeout`
+    seconds; from WAITING_NOTICE on, a log line says which are missing.
     """
     launched = "WORLD_SIZE" in os.environ and "RANK" in os.environ
     index = local_rank() if launched else single_process_gpu
@@ -59,8 +67,30 @@ def init(single_process_gpu: int = 0) -> torch.device:
     else:
         device, backend = torch.device("cpu"), "gloo"
     if launched and not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        _await_processes(store, rank, world_size, timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+        )
     return device
+
+
+def _await_processes(store: Any, rank: int, world_size: int, timeout: float) -> None:
+    """Return when every process has come; say for whom this one waits."""
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    keys = [f"polaformer/arrived/{restart}/{each}" for each in range(world_size)]
+    store.set(keys[rank], socket.gethostname())
+    began, noticed = time.monotonic(), 0.0
+    while missing := [each for each in range(world_size) if not store.check([keys[each]])]:
+        waited = time.monotonic() - began
+        who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {world_size}"
+        if waited > timeout:
+            raise LaunchError(f"{who} did not come within {timeout:g} s (DIST.TIMEOUT)")
+        if waited - noticed > WAITING_NOTICE:
+            noticed = waited
+            present = sorted({store.get(key).decode() for key in keys if store.check([key])})
+            get_logger().warning("waiting for %s since %.0f s; present: %s", who, waited, ", ".join(present))
+        time.sleep(0.05)
 
 
 def cleanup() -> None:

@@ -1,5 +1,6 @@
 """Seeding, and the state of every generator as plain values and tensors that a checkpoint can hold."""
 
+import os
 import random
 from typing import Any
 
@@ -13,6 +14,12 @@ def seed_everything(seed: int, *more: int) -> None:
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     torch.manual_seed(int(words[2]))
+
+
+def deterministic() -> None:
+    """Only algorithms that give the same bits every time; one that has no such form warns and runs as it is."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def generator_states() -> dict[str, Any]:

@@ -1,0 +1,292 @@
+"""The checkpoints of a run folder: nothing incomplete is ever left, nothing good is lost, the newest good one is found.
+
+pytest tests/test_checkpoint_store.py
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REFERENCE
+
+from utils import checkpoint_store as store
+from utils.checkpoint import CheckpointError, load_checkpoint, sidecar_of
+from utils.checkpoint_store import (
+    CheckpointWriter,
+    Position,
+    epoch_file,
+    newest_checkpoint,
+    position_of,
+    run_checkpoints,
+    run_file,
+    save_checkpoint,
+)
+
+RELEASED = REFERENCE / "checkpoint_official_tiny.pth"
+
+
+def _state(epoch: int, done: int = 0) -> dict:
+    return {
+        "model": {"weight": torch.full((1000,), float(100 * epoch + done))},
+        "epoch": epoch,
+        "step": 100 * epoch + done,
+        "continuation": {"done": done},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_written_file_is_complete_and_described_by_its_sidecar(tmp_path):
+    path = tmp_path / "file.pth"
+    save_checkpoint(_state(1), path)
+    assert load_checkpoint(path)["epoch"] == 1
+    assert sorted(os.listdir(tmp_path)) == ["file.pth", "file.pth.json"]
+    content = path.read_bytes()
+    (entry,) = json.loads(sidecar_of(path).read_text())["files"]
+    assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert json.loads(sidecar_of(path).read_text())["step"] == 100
+
+
+class _Patched:
+    """A module with one function replaced."""
+
+    def __init__(self, name, function):
+        module, attribute = name.split(".")
+        self._module = {"torch": torch, "os": os}[module]
+        setattr(self, attribute, function)
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+
+@pytest.mark.parametrize("failing", ["torch.save", "os.fsync", "os.replace"])
+def test_a_failed_write_keeps_the_file_before(failing, tmp_path, monkeypatch):
+    path = tmp_path / "file.pth"
+    save_checkpoint(_state(1), path)
+
+    def fail(*arguments):
+        if failing == "torch.save":  # what torch makes of a full disk
+            raise RuntimeError("[enforce fail] No space left on device")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "torch" if failing == "torch.save" else "os", _Patched(failing, fail))
+    with pytest.raises(OSError, match=r"file\.pth could not be written: .*No space left"):
+        save_checkpoint(_state(2), path)
+    monkeypatch.undo()
+    assert load_checkpoint(path)["epoch"] == 1
+    assert sorted(os.listdir(tmp_path)) == ["file.pth", "file.pth.json"]
+
+
+class _Killed(BaseException):
+    """Stands for SIGKILL: no handler of the code under test runs, as far as Python allows."""
+
+
+@pytest.mark.parametrize("calls", range(1, 9))
+def test_killed_at_any_step_of_a_write_one_good_file_remains(calls, tmp_path, monkeypatch):
+    """Each flush and each rename is a point where a write can end."""
+    path = tmp_path / "file.pth"
+    save_checkpoint(_state(1), path)
+    count = 0
+
+    def killed_at(name):
+        real = getattr(os, name)
+
+        def function(*arguments):
+            nonlocal count
+            count += 1
+            if count == calls:
+                raise _Killed
+            return real(*arguments)
+
+        return function
+
+    with monkeypatch.context() as patched:
+        for name in ("fsync", "replace"):
+            patched.setattr(os, name, killed_at(name))
+        patched.setattr(Path, "unlink", lambda *arguments, **keywords: None)
+        try:
+            save_checkpoint(_state(2), path)
+            finished = True
+        except _Killed:
+            finished = False
+    assert load_checkpoint(path)["epoch"] in ((2,) if finished else (1, 2))
+    assert finished == (calls > 7)
+    save_checkpoint(_state(3), path)
+    assert load_checkpoint(path)["epoch"] == 3 and len(json.loads(sidecar_of(path).read_text())["files"]) == 1
+
+
+def test_a_file_that_does_not_read_back_is_not_put_in_place(tmp_path, monkeypatch):
+    path = tmp_path / "file.pth"
+    save_checkpoint(_state(1), path)
+    monkeypatch.setattr(store, "file_digest", lambda path: "0" * 64)
+    with pytest.raises(OSError, match="could not be written: .*does not read back"):
+        save_checkpoint(_state(2), path)
+    monkeypatch.undo()
+    assert load_checkpoint(path)["epoch"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the background
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_changes_after_save_does_not_reach_the_file(tmp_path, monkeypatch):
+    writer, go = CheckpointWriter(tmp_path, keep=3), threading.Event()
+    real = store.save_checkpoint
+
+    def late(state, path):
+        go.wait()
+        real(state, path)
+
+    monkeypatch.setattr(store, "save_checkpoint", late)
+    state = {**_state(1), "nested": [{"list": [torch.ones(3)]}, 5]}
+    writer.save(state, Position(1))
+    assert not epoch_file(tmp_path, 1).exists()  # save has returned before anything is written
+    state["model"]["weight"].zero_()
+    state["nested"][0]["list"][0].zero_()
+    go.set()
+    writer.wait()
+    written = load_checkpoint(epoch_file(tmp_path, 1))
+    assert (written["model"]["weight"] == 100).all() and (written["nested"][0]["list"][0] == 1).all()
+
+
+def test_only_one_write_is_in_flight(tmp_path, monkeypatch):
+    running, most, lock = 0, 0, threading.Lock()
+    real = store.save_checkpoint
+
+    def counted(state, path):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        real(state, path)
+        with lock:
+            running -= 1
+
+    monkeypatch.setattr(store, "save_checkpoint", counted)
+    writer = CheckpointWriter(tmp_path, keep=9)
+    for epoch in range(1, 5):
+        writer.save(_state(epoch), Position(epoch))
+    writer.wait()
+    assert most == 1 and len(run_checkpoints(tmp_path)) == 4
+
+
+def test_an_error_of_the_writer_reaches_the_caller_once_and_nothing_old_is_deleted(tmp_path, monkeypatch):
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(_state(1), Position(1))
+    writer.wait()
+
+    def full(state, path):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "save_checkpoint", full)
+        writer.save(_state(2), Position(2), best=True)
+        with pytest.raises(OSError, match="No space left"):
+            writer.wait()
+    writer.wait()
+    assert [path.name for _, path in run_checkpoints(tmp_path)] == ["ckpt_epoch_1.pth"]
+    writer.save(_state(3), Position(3), best=True)
+    writer.wait()
+    names = {"ckpt_epoch_3.pth", "max_acc.pth"}
+    assert set(os.listdir(tmp_path)) == names | {name + ".json" for name in names}
+
+
+def test_newest_files_and_the_best_are_kept(tmp_path):
+    writer = CheckpointWriter(tmp_path, keep=2)
+    for position in (Position(1), Position(2), Position(9), Position(9, 5), Position(9, 40), Position(10)):
+        writer.save(_state(*position), position, best=position == Position(2))
+    writer.wait()
+    names = ["ckpt_epoch_10.pth", "ckpt_epoch_9_step_40.pth", "max_acc.pth"]
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, *(name + ".json" for name in names)])
+    epoch_file(tmp_path, 12).write_bytes(b"cut short")  # skipped on resume, so epoch 11 was written again
+    writer.save(_state(11), Position(11))
+    writer.wait()
+    assert [path.name for _, path in run_checkpoints(tmp_path)][:2] == ["ckpt_epoch_12.pth", "ckpt_epoch_11.pth"]
+
+
+def test_files_that_were_found_damaged_do_not_count_as_kept(tmp_path):
+    for epoch in (1, 2, 3):
+        save_checkpoint(_state(epoch), epoch_file(tmp_path, epoch))
+    os.truncate(epoch_file(tmp_path, 3), 10)
+    found = newest_checkpoint(tmp_path)
+    assert found.path == epoch_file(tmp_path, 2)
+    writer = CheckpointWriter(tmp_path, 2, found.skipped)
+    writer.save(_state(4), Position(4))
+    writer.wait()
+    assert epoch_file(tmp_path, 2).exists() and not epoch_file(tmp_path, 1).exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_names_and_positions_belong_together(tmp_path):
+    for position in (Position(0, 3), Position(7), Position(12, 500)):
+        assert position_of(run_file(tmp_path, position)) == position
+    assert position_of(tmp_path / "max_acc.pth") is None and position_of(tmp_path / "ckpt_epoch_1.pth.json") is None
+    assert Position(1) < Position(1, 3) < Position(2)
+
+
+def test_newest_checkpoint_goes_by_position_not_by_time(tmp_path, caplog):
+    assert newest_checkpoint(tmp_path).path is None
+    for age, epoch in enumerate((11, 10, 9, 2)):
+        save_checkpoint(_state(epoch), epoch_file(tmp_path, epoch))
+        os.utime(epoch_file(tmp_path, epoch), (1e9 + age, 1e9 + age))  # a clock that went backwards
+    assert newest_checkpoint(tmp_path).path == epoch_file(tmp_path, 11)
+    save_checkpoint(_state(11, 7), run_file(tmp_path, Position(11, 7)))
+    assert newest_checkpoint(tmp_path).path == run_file(tmp_path, Position(11, 7))
+    run_file(tmp_path, Position(11, 7)).unlink()
+    epoch_file(tmp_path, 11).write_bytes(b"")
+    shutil.copyfile(RELEASED, epoch_file(tmp_path, 10))
+    os.truncate(epoch_file(tmp_path, 10), 5000)
+    found = newest_checkpoint(tmp_path)
+    assert found.path == epoch_file(tmp_path, 9)
+    assert found.skipped == {epoch_file(tmp_path, 11), epoch_file(tmp_path, 10)}
+    assert "ckpt_epoch_11.pth is empty" in caplog.text and "ckpt_epoch_10.pth is" in caplog.text
+
+
+@pytest.mark.parametrize("offset", [0, 500, -1, "every hundredth"])
+def test_one_flipped_bit_is_noticed(offset, tmp_path):
+    path = tmp_path / "file.pth"
+    save_checkpoint(_state(1), path)
+    content = path.read_bytes()
+    for place in range(0, len(content), 100) if isinstance(offset, str) else [offset % len(content)]:
+        flipped = bytearray(content)
+        flipped[place] ^= 4
+        path.write_bytes(flipped)
+        with pytest.raises(CheckpointError, match="does not match the SHA-256"):
+            load_checkpoint(path)
+    path.write_bytes(content)
+    assert load_checkpoint(path)["epoch"] == 1
+
+
+def test_a_damaged_sidecar_does_not_cost_the_checkpoint(tmp_path, caplog):
+    path = tmp_path / "file.pth"
+    save_checkpoint(_state(1), path)
+    for text in ("", "{", "[]", '{"files": [{"size": "x"}]}'):
+        sidecar_of(path).write_text(text)
+        assert load_checkpoint(path)["epoch"] == 1
+    assert "the sidecar" in caplog.text and "is damaged" in caplog.text
+    sidecar_of(path).unlink()
+    assert load_checkpoint(path)["epoch"] == 1
+
+
+def test_the_best_file_counts_by_its_position_too(tmp_path):
+    best = tmp_path / "max_acc.pth"
+    save_checkpoint(_state(2), best)
+    epoch_file(tmp_path, 3).write_bytes(b"")
+    assert newest_checkpoint(tmp_path).path == best
+    save_checkpoint(_state(3), epoch_file(tmp_path, 3))
+    assert newest_checkpoint(tmp_path).path == epoch_file(tmp_path, 3)
+    save_checkpoint(_state(9), best)  # SAVE_FREQ left epoch 9 without a file of its own
+    assert newest_checkpoint(tmp_path).path == best

@@ -1,0 +1,280 @@
+"""The checkpoints of a run folder: atomic verified writing in the background, retention, and the search for the newest.
+
+A checkpoint is named after what is finished: `ckpt_epoch_3.pth` after three epochs, `ckpt_epoch_3_step_250.pth` 250
+optimizer steps later. File times play no part. The best one so far is `max_acc.pth`.
+
+Writing: sidecar and checkpoint go to temporary files in the same folder, are flushed, read back and compared, and then
+renamed, the sidecar first, so that a file without sidecar is never a crash of ours. Old ones go last.
+"""
+
+import copy
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from logger import get_logger
+from utils.checkpoint import CheckpointError, file_digest, load_checkpoint, read_sidecar, sidecar_of
+
+BEST_FILE = "max_acc.pth"
+RUN_FILE = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
+
+
+class Position(NamedTuple):
+    """Where a run stands: finished epochs, and optimizer steps of the epoch after them. Later positions are larger."""
+
+    epoch: int = 0
+    done: int = 0
+
+
+def run_file(folder: Path, position: Position) -> Path:
+    """The checkpoint at a position."""
+    inside = f"_step_{position.done}" if position.done else ""
+    return folder / f"ckpt_epoch_{position.epoch}{inside}.pth"
+
+
+def epoch_file(folder: Path, epoch: int) -> Path:
+    """The checkpoint after `epoch` finished epochs."""
+    return run_file(folder, Position(epoch))
+
+
+def position_of(path: Path) -> Position | None:
+    """The position a file is named after, None for other names."""
+    match = RUN_FILE.fullmatch(path.name)
+    return Position(int(match[1]), int(match[2] or 0)) if match else None
+
+
+def run_checkpoints(folder: Path) -> list[tuple[Position, Path]]:
+    """The checkpoints of a run folder, the best one apart, newest position first."""
+    found = [(position, path) for path in folder.glob("*.pth") if (position := position_of(path)) is not None]
+    return sorted(found, reverse=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Hashing(io.RawIOBase):
+    """A binary file that digests what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.file.write(data)
+        return len(data)
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint and its sidecar so that `path` always holds a complete, verified one.
+
+    Raises OSError naming the file when the disk refuses; whatever was at `path` before is then still there, and still
+    what its sidecar says.
+    """
+    temporary, sidecar = path.with_name(f".{path.name}.tmp"), sidecar_of(path)
+    try:
+        with temporary.open("wb") as file:
+            hashing = _Hashing(file)
+            torch.save(state, hashing)  # type: ignore[arg-type]  # asks for IO[bytes], needs `write`
+            file.flush()
+            os.fsync(file.fileno())
+        written = {"size": temporary.stat().st_size, "sha256": hashing.digest.hexdigest()}
+        if file_digest(temporary) != written["sha256"]:
+            raise OSError(f"{temporary} does not read back as it was written")
+        about = {"epoch": state.get("epoch"), "step": state.get("step")}
+        before = read_sidecar(path) if path.exists() else []
+        if before or not path.exists():
+            _write_json(sidecar, {**about, "files": [written, *before]})
+        os.replace(temporary, path)
+        _write_json(sidecar, {**about, "files": [written]})
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise OSError(f"checkpoint {path} could not be written: {_reason(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    cause: BaseException | None = error
+    while cause is not None:  # below torch.save's RuntimeError lies the disk's own
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return str(error).splitlines()[0]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def snapshot(value: Any) -> Any:
+    """A deep copy in host memory, which training does not change any more."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return type(value)((key, snapshot(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(item) for item in value)
+    return copy.deepcopy(value)
+
+
+class CheckpointWriter:
+    """Writes checkpoints of a run folder in a thread, one at a time, and keeps the newest `keep` and the best.
+
+    `save` copies the state to host memory and returns; a later `save` or `wait` reports what went wrong. Older files go
+    only after the new one is complete and verified.
+    """
+
+    def __init__(self, folder: Path, keep: int, unusable: frozenset[Path] = frozenset()) -> None:
+        """`unusable` files, left by an accident, do not count as kept."""
+        self.folder, self.keep, self.unusable = folder, keep, unusable
+        self._thread: threading.Thread | None = None
+        self._problem: Exception | None = None
+
+    def save(self, state: dict[str, Any], position: Position, *, best: bool = False, own: bool = True) -> None:
+        """Begin to write `state`: as the best one, as the position's own file, or both.
+
+        Raises OSError when the write before it failed.
+        """
+        self.wait()
+        copied = snapshot(state)
+        self._thread = threading.Thread(target=self._write, args=(copied, position, best, own), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more. Raises OSError when the last write failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.raise_problem()
+
+    def raise_problem(self) -> None:
+        """Raise, once, what went wrong in a write that has ended; does not wait."""
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise problem
+
+    def _write(self, state: dict[str, Any], position: Position, best: bool, own: bool) -> None:
+        try:
+            if own:
+                save_checkpoint(state, run_file(self.folder, position))
+            if best:
+                save_checkpoint(state, self.folder / BEST_FILE)
+            if own:
+                self._remove_old(position)
+        except Exception as error:  # whatever it is, the training loop has to know
+            self._problem = error
+
+    def _remove_old(self, newest: Position) -> None:
+        """Files of later positions, left unreadable by an accident, neither count nor go."""
+        older = [
+            path for position, path in run_checkpoints(self.folder) if position <= newest and path not in self.unusable
+        ]
+        for path in older[self.keep :]:
+            path.unlink(missing_ok=True)
+            sidecar_of(path).unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """The newest usable checkpoint of a run folder, or None, and those that were skipped on the way to it."""
+
+    path: Path | None
+    skipped: frozenset[Path] = frozenset()
+
+
+def newest_checkpoint(folder: Path) -> Found:
+    """Walk back from the newest checkpoint to the first that is verified; warns of each one skipped, with the reason.
+
+    The best one counts too, by the position it holds.
+    """
+    best = folder / BEST_FILE
+    candidates: list[tuple[Position, Path]] = []
+    skipped: set[Path] = set()
+
+    def usable(path: Path) -> dict[str, Any] | None:
+        try:
+            return load_checkpoint(path)
+        except (CheckpointError, OSError) as error:
+            get_logger().warning("skipped: %s", error)
+            skipped.add(path)
+            return None
+
+    for position, path in run_checkpoints(folder):
+        if usable(path) is not None:
+            candidates.append((position, path))
+            break
+    if best.is_file() and (content := usable(best)) is not None:
+        candidates.append((stored_position(content), best))
+    newest = max(candidates, key=lambda pair: pair[0])[1] if candidates else None
+    return Found(newest, frozenset(skipped))
+
+
+def stored_position(checkpoint: dict[str, Any]) -> Position:
+    """The position a checkpoint was written at; of a released file, the number of its epochs."""
+    epoch = checkpoint.get("epoch", 0)
+    done = (checkpoint.get("continuation") or {}).get("done", 0)
+    return Position(epoch if isinstance(epoch, int) else 0, done)
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what writes that were killed left behind."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def set_aside(folder: Path, named: Path) -> Path | None:
+    """Move an earlier run's checkpoints and records out of the way of a new one, except the file `named` by the user.
+
+    Returns where to, None if there are no checkpoints.
+    """
+    best = folder / BEST_FILE
+    files = [
+        path
+        for path in (*(path for _, path in run_checkpoints(folder)), best)
+        if path.is_file() and path.resolve() != named.resolve()
+    ]
+    if not files:
+        return None
+    target = folder / time.strftime("earlier-%Y%m%d-%H%M%S")
+    target.mkdir()
+    records = [folder / name for name in ("metrics.jsonl", "config.yaml", "curves.png", "tensorboard")]
+    records += [sidecar_of(path) for path in files]
+    for path in (*files, *(record for record in records if record.exists())):
+        shutil.move(path, target / path.name)
+    return target

@@ -1,0 +1,190 @@
+"""A thread of every process of a distributed run that ends the process when the run cannot go on.
+
+Each process publishes once a second, in the store by which the processes found each other, how far it is. From this a
+process that makes no progress for the configured time, or that is told to stop while a peer is gone, can say which rank
+on which host was last seen at which step, and end: the launcher then ends, or restarts, the rest.
+"""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from logger import get_logger
+from utils import distributed
+from utils.preemption import STOP_SIGNALS
+
+INTERVAL = 1.0  # seconds between two publications
+SILENCE = 5.0  # seconds without one after which a process counts as gone
+ENDED = -1  # tick of a process that has left on purpose
+LAUNCHER = "POLAFORMER_LAUNCHER"  # environment variable with the process id of the script that started torchrun
+
+
+class RunStuckError(RuntimeError):
+    """The run made no progress for too long, or lost a process."""
+
+
+class Sign(NamedTuple):
+    """What a process says of itself: how many beats it has done and where the last one was."""
+
+    beats: int
+    step: int
+    phase: str
+    host: str
+    pid: int
+    tick: int  # publications so far: a process that hangs in Python still publishes, one that is gone does not; ENDED
+
+
+class Watchdog:
+    """Watches over `beat`s. Does nothing on one process."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self._beats, self._step, self._phase = 0, 0, "start"
+        self._changed = time.monotonic()
+
+    def beat(self, step: int, phase: str) -> None:
+        """This process begins `phase` of optimizer step `step`."""
+        self._beats, self._step, self._phase = self._beats + 1, step, phase
+        self._changed = time.monotonic()
+
+    @contextmanager
+    def watching(self) -> Iterator["Watchdog"]:
+        """Watch while the run goes on."""
+        if not dist.is_initialized():
+            yield self
+            return
+        reader, writer = socket.socketpair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        ended = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(ended, reader), name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            ended.set()
+            thread.join()
+            _Peers(dist.distributed_c10d._get_default_store()).publish(self._sign(ENDED))
+            signal.set_wakeup_fd(before)
+            reader.close()
+            writer.close()
+
+    def _watch(self, ended: threading.Event, signals: socket.socket) -> None:
+        # a connection of its own: that of the main thread may be waiting
+        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        peers = _Peers(store)
+        parent, launcher = os.getppid(), int(os.environ.get(LAUNCHER, 0))
+        told_to_stop, orphan, tick = False, False, 0
+        while not ended.wait(INTERVAL):
+            tick += 1
+            if not orphan and (os.getppid() != parent or (launcher and not _exists(launcher))):
+                orphan = True
+                get_logger().warning("the launcher of this run is gone: saving and stopping")
+                os.kill(os.getpid(), signal.SIGTERM)
+            with suppress(BlockingIOError):  # the main thread may be blocked, and Python's own handler with it
+                told_to_stop = told_to_stop or any(number in STOP_SIGNALS for number in signals.recv(64))
+            try:
+                peers.publish(self._sign(tick))
+                stuck = time.monotonic() - self._changed > self.timeout
+                if stuck or told_to_stop:
+                    peers.look()
+                if told_to_stop and not stuck and peers.silent():
+                    self._end(peers, f"told to stop, and {peers.describe(peers.silent())} does not answer")
+                if stuck:
+                    slowest = peers.silent() or peers.slowest()
+                    self._end(peers, f"no progress for {self.timeout:g} s, waiting for {peers.describe(slowest)}")
+            except (RuntimeError, dist.DistError) as error:  # the store is gone, and with it the first node's launcher
+                if told_to_stop or time.monotonic() - self._changed > self.timeout:
+                    self._end(peers, f"no contact with the other processes ({str(error).splitlines()[0]})")
+
+    def _sign(self, tick: int) -> Sign:
+        return Sign(self._beats, self._step, self._phase, socket.gethostname(), os.getpid(), tick)
+
+    def _end(self, peers: "_Peers", reason: str) -> None:
+        """Say why, end what hangs on this host too, and end this process at once: its main thread may be blocked."""
+        message = (
+            f"{reason}. This is rank {distributed.rank()} on host {socket.gethostname()}, in {self._phase} of step"
+            f" {self._step}. The last checkpoint is intact; the same command continues from it"
+        )
+        get_logger().error("error: %s", message)
+        get_error_handler().record_exception(RunStuckError(message))
+        for rank in peers.silent():
+            sign = peers.signs.get(rank)
+            if sign is not None and sign.host == socket.gethostname():
+                with suppress(ProcessLookupError):
+                    os.kill(sign.pid, signal.SIGKILL)
+        os._exit(1)
+
+
+class _Peers:
+    """The signs of all processes, and since when each has not changed."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.signs: dict[int, Sign] = {}
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._began: float | None = None
+
+    def publish(self, sign: Sign) -> None:
+        self.store.set(_key(distributed.rank()), json.dumps(sign))
+
+    def look(self) -> None:
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now
+        for rank in range(distributed.world_size()):
+            if not self.store.check([_key(rank)]):
+                continue
+            sign = Sign(*json.loads(self.store.get(_key(rank))))
+            self.signs[rank] = sign
+            if rank not in self._seen or self._seen[rank][0] != sign.tick:
+                self._seen[rank] = sign.tick, now
+
+    def silent(self) -> list[int]:
+        """Ranks that have published nothing for SILENCE, as far as this process has looked."""
+        now = time.monotonic()
+        return [
+            rank
+            for rank in range(distributed.world_size())
+            if now - self._seen.get(rank, (0, self._began or now))[1] > SILENCE
+            and (rank not in self.signs or self.signs[rank].tick != ENDED)
+        ]
+
+    def slowest(self) -> list[int]:
+        """Ranks with the fewest beats: those that the others wait for."""
+        fewest = min(sign.beats for sign in self.signs.values())
+        return [rank for rank, sign in self.signs.items() if sign.beats == fewest]
+
+    def describe(self, ranks: list[int]) -> str:
+        return ", ".join(_described(rank, self.signs) for rank in ranks)
+
+
+def _described(rank: int, signs: Mapping[int, Sign]) -> str:
+    sign = signs.get(rank)
+    if sign is None:
+        return f"rank {rank} (never seen)"
+    return f"rank {rank} on host {sign.host}, last seen in {sign.phase} of step {sign.step}"
+
+
+def _key(rank: int) -> str:
+    return f"polaformer/sign/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
