@@ -17,12 +17,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
-from config import image_size
+from config import image_size, run_folder
 from data import Batches
 from data.transforms import Normalise, TrainBatch
 from logger import MetricsWriter, get_logger, progress
 from models.classifier import Classifier
 from utils import distributed
+from utils.diagnosis import write_report
 from utils.metrics import Accuracy, AccuracyCounter
 from utils.precision import autocast, exact_float32
 from utils.preemption import Decision
@@ -235,16 +236,22 @@ def train_one_epoch(
     guard, interval = FiniteGuard(training), interval or Interval(training.device)
     stream = iter(batches)
     steps = range(start, training.steps_per_epoch)
-    for index in progress(steps, training.steps_per_epoch, f"epoch {epoch}", distributed.rank(), done=start):
-        step, done = epoch * training.steps_per_epoch + index, index + 1
-        norm = _optimizer_step(training, stream, guard, interval, step)
-        if done % config.PRINT_FREQ == 0 or done == training.steps_per_epoch:
-            _log_interval(training, guard, interval, norm, epoch, step, metrics, batches)
-            interval = Interval(training.device)
-        training.scheduler.step_update(step)
-        if keeper and any(decision := keeper.decide(epoch, done)):
-            guard.look_everywhere()
-            keeper.save(epoch, done, interval, decision.stop)
+    try:
+        for index in progress(steps, training.steps_per_epoch, f"epoch {epoch}", distributed.rank(), done=start):
+            step, done = epoch * training.steps_per_epoch + index, index + 1
+            norm = _optimizer_step(training, stream, guard, interval, step)
+            if done % config.PRINT_FREQ == 0 or done == training.steps_per_epoch:
+                _log_interval(training, guard, interval, norm, epoch, step, metrics, batches)
+                interval = Interval(training.device)
+            training.scheduler.step_update(step)
+            if keeper and any(decision := keeper.decide(epoch, done)):
+                guard.look_everywhere()
+                keeper.save(epoch, done, interval, decision.stop)
+    except NonFiniteError as error:
+        if error.step < 0:
+            raise
+        report = write_report(training, batches, error.step, run_folder(config))
+        raise NonFiniteError(f"{error}. {report} says where it began", error.step) from None
 
 
 def _optimizer_step(

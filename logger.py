@@ -90,8 +90,11 @@ class MetricsWriter:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         record: dict[str, Any] = {"kind": kind, "epoch": epoch, "step": step, **finite}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk costs the record, not the run
+            get_logger().error("%s could not be written: %s", self.path, error.strerror)
         if self.tensorboard:
             for name, value in values.items():
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, step)

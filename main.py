@@ -561,9 +561,14 @@ def run_training(config: CfgNode, device: torch.device) -> Progress:
     watchdog = Watchdog(config.DIST.TIMEOUT)
     training.beat = watchdog.beat
     with keeper.request.listening(), watchdog.watching():
-        while progress.epoch < last_epoch:
-            progress = run_epoch(config, training, loaders, progress, interval, metrics, keeper)
-            interval = Interval(device)
+        try:
+            while progress.epoch < last_epoch:
+                progress = run_epoch(config, training, loaders, progress, interval, metrics, keeper)
+                interval = Interval(device)
+        except RuntimeError as error:
+            if not isinstance(error, EXPECTED):
+                watchdog.explain(error)
+            raise
     metrics.close()
     if is_main:
         summarise(config, progress)

@@ -10,7 +10,12 @@
 # OUTPUT, TAG  run folder OUTPUT/NAME/TAG           those of the configuration
 # NPROC        processes on this node               its GPUs; 2 on a CPU
 # NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT       1, 0, 127.0.0.1, 29500 (one node picks a free port)
+# MAX_RESTARTS restarts after a process died         3 (each continues from the newest checkpoint)
+# SHUTDOWN_TIMEOUT  seconds that processes have to save and end when the run is told to stop    120
 # PYTHON       interpreter                          .venv/bin/python if it exists, else python3
+#
+# SIGTERM, SIGUSR1 (save, then end) and SIGINT (end) reach every process. Exit codes: 0 finished; 75 told to stop and
+# saved, the same command continues; anything else is a failure.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -28,7 +33,8 @@ arguments=(--cfg "$CONFIG")
 [[ -n "${TAG:-}" ]] && arguments+=(--tag "$TAG")
 arguments+=("$@")
 # A mistake in the configuration is answered here, once, before any process starts.
-"$PYTHON" "$here/config.py" "${arguments[@]}" > /dev/null
+folder=$("$PYTHON" -c 'import sys; sys.path.insert(0, sys.argv.pop(1))
+from config import parse_command_line, run_folder; print(run_folder(parse_command_line()))' "$here" "${arguments[@]}")
 
 gpus=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")
 if (( gpus > 0 )); then
@@ -42,9 +48,39 @@ else
 fi
 
 if (( NNODES > 1 )); then
-  rendezvous=(--nnodes "$NNODES" --node_rank "${NODE_RANK:-0}"
-    --master_addr "${MASTER_ADDR:?MASTER_ADDR names the first node when NNODES > 1}" --master_port "${MASTER_PORT:-29500}")
+  node="${NODE_RANK:-0}" port="${MASTER_PORT:-29500}"
+  : "${MASTER_ADDR:?MASTER_ADDR names the first node when NNODES > 1}"
+  is_first=$(( node == 0 ))
+  rendezvous=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_id polaformer --rdzv_endpoint "$MASTER_ADDR:$port"
+    --rdzv_conf "is_host=$is_first,join_timeout=${JOIN_TIMEOUT:-1800}")
 else
   rendezvous=(--standalone)
 fi
-exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$NPROC" "$here/main.py" "${arguments[@]}"
+
+# torchrun's own options, by environment, so that a version without them starts all the same
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${SHUTDOWN_TIMEOUT:-120}"
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a new store after every restart: the old one's addresses are stale
+export POLAFORMER_LAUNCHER=$$  # processes that lose this script save and end
+set -m  # torchrun in a process group of its own: Ctrl-C reaches it once, through the trap below
+"$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --max_restarts "${MAX_RESTARTS:-3}" --nproc_per_node "$NPROC" \
+  "$here/main.py" "${arguments[@]}" &
+launcher=$!
+for name in TERM INT USR1; do
+  trap "kill -$name $launcher 2> /dev/null || true" "$name"
+done
+watcher=
+if (( NNODES > 1 )); then
+  "$PYTHON" "$here/utils/rendezvous.py" "$MASTER_ADDR" "$port" "$node" "$NNODES" &
+  watcher=$!
+fi
+
+status=0
+wait "$launcher" || status=$?
+while kill -0 "$launcher" 2> /dev/null; do  # a trap ends a wait early
+  status=0
+  wait "$launcher" || status=$?
+done
+[[ -z "$watcher" ]] || kill "$watcher" 2> /dev/null || true
+[[ -e "$folder/PREEMPTED" ]] && exit 75
+exit "$status"

@@ -1,5 +1,6 @@
 """Data: `build_loaders` turns a configuration into training and validation batches of uint8 images."""
 
+import itertools
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,15 @@ class Batches:
         """Batches that every process has, where the shards' lengths differ by one image."""
         assert self.loader.batch_size is not None
         return self.num_images // distributed.world_size() // self.loader.batch_size
+
+    def sample_names(self, epoch: int, start: int, batches: int) -> list[str]:
+        """The files of this process's training batches `start` to `start + batches` of an epoch."""
+        size, dataset, sampler = self.loader.batch_size, self.loader.dataset, self.loader.sampler
+        assert isinstance(dataset, TrainDataset)
+        assert isinstance(sampler, TrainSampler)
+        assert size is not None
+        sampler.set_epoch(epoch, start * size)
+        return [dataset.source.name(draw.position) for draw in itertools.islice(sampler, batches * size)]
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Iterate over `epoch`, continuing after this process's first `start` batches of it."""

@@ -87,6 +87,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """
     temporary, sidecar = path.with_name(f".{path.name}.tmp"), sidecar_of(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it under the run
         with temporary.open("wb") as file:
             hashing = _Hashing(file)
             torch.save(state, hashing)  # type: ignore[arg-type]  # asks for IO[bytes], needs `write`

@@ -68,6 +68,8 @@ def init(single_process_gpu: int = 0, timeout: float = 1800.0) -> torch.device:
         device, backend = torch.device("cpu"), "gloo"
     if launched and not dist.is_initialized():
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives a restart, and so do its addresses
+            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         _await_processes(store, rank, world_size, timeout)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
@@ -77,8 +79,7 @@ def init(single_process_gpu: int = 0, timeout: float = 1800.0) -> torch.device:
 
 def _await_processes(store: Any, rank: int, world_size: int, timeout: float) -> None:
     """Return when every process has come; say for whom this one waits."""
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    keys = [f"polaformer/arrived/{restart}/{each}" for each in range(world_size)]
+    keys = [f"polaformer/arrived/{each}" for each in range(world_size)]
     store.set(keys[rank], socket.gethostname())
     began, noticed = time.monotonic(), 0.0
     while missing := [each for each in range(world_size) if not store.check([keys[each]])]:

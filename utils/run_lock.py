@@ -7,7 +7,10 @@ import time
 from pathlib import Path
 from typing import IO
 
+from logger import get_logger
+
 LOCK_FILE = ".lock"
+PATIENCE = 20.0  # seconds that a run waits for an earlier one that may just be saving
 
 
 class RunFolderBusyError(ValueError):
@@ -21,17 +24,21 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Take the lock. Raises RunFolderBusyError naming its holder."""
+        """Take the lock, waiting up to PATIENCE. Raises RunFolderBusyError naming its holder."""
         self._file: IO[str] | None = (folder / LOCK_FILE).open("a+", encoding="utf-8")
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        began, told = time.monotonic(), False
+        while not _taken(self._file):
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise RunFolderBusyError(
-                f"the run folder {folder} is in use by {holder}: end that run first, or give this one another --tag"
-            ) from None
+            if not told:
+                told = True
+                get_logger().warning("the run folder is in use by %s: waiting %g s for its end", holder, PATIENCE)
+            if time.monotonic() - began > PATIENCE:
+                self._file.close()
+                raise RunFolderBusyError(
+                    f"the run folder {folder} is in use by {holder}: end that run first, or give this one another --tag"
+                )
+            time.sleep(0.1)
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         self._file.flush()
@@ -40,3 +47,11 @@ class RunLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _taken(file: IO[str]) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -50,11 +50,18 @@ class Watchdog:
         self.timeout = timeout
         self._beats, self._step, self._phase = 0, 0, "start"
         self._changed = time.monotonic()
+        self._peer_error: str | None = None
 
     def beat(self, step: int, phase: str) -> None:
         """This process begins `phase` of optimizer step `step`."""
         self._beats, self._step, self._phase = self._beats + 1, step, phase
         self._changed = time.monotonic()
+
+    def explain(self, error: RuntimeError) -> None:
+        """An exchange with other processes failed: end this process, saying who is gone; return if nobody is."""
+        if dist.is_initialized():
+            self._peer_error = str(error).splitlines()[0]
+            time.sleep(2 * SILENCE)
 
     @contextmanager
     def watching(self) -> Iterator["Watchdog"]:
@@ -96,16 +103,20 @@ class Watchdog:
             try:
                 peers.publish(self._sign(tick))
                 stuck = time.monotonic() - self._changed > self.timeout
-                if stuck or told_to_stop:
+                if stuck or told_to_stop or self._peer_error:
                     peers.look()
-                if told_to_stop and not stuck and peers.silent():
-                    self._end(peers, f"told to stop, and {peers.describe(peers.silent())} does not answer")
-                if stuck:
+                else:
+                    peers.remember_first()
+                if stuck and peers.watched() > SILENCE + INTERVAL:
                     slowest = peers.silent() or peers.slowest()
                     self._end(peers, f"no progress for {self.timeout:g} s, waiting for {peers.describe(slowest)}")
-            except (RuntimeError, dist.DistError) as error:  # the store is gone, and with it the first node's launcher
-                if told_to_stop or time.monotonic() - self._changed > self.timeout:
-                    self._end(peers, f"no contact with the other processes ({str(error).splitlines()[0]})")
+                if not stuck and peers.silent():
+                    why = self._peer_error or "told to stop"
+                    self._end(peers, f"{peers.describe(peers.silent())}, does not answer any more ({why})")
+            except (RuntimeError, dist.DistError) as error:  # the store is gone, and with it rank 0 or its launcher
+                if told_to_stop or self._peer_error or time.monotonic() - self._changed > self.timeout:
+                    why = self._peer_error or str(error).splitlines()[0]
+                    self._end(peers, f"{peers.describe([0])}, does not answer any more ({why})")
 
     def _sign(self, tick: int) -> Sign:
         return Sign(self._beats, self._step, self._phase, socket.gethostname(), os.getpid(), tick)
@@ -117,7 +128,10 @@ class Watchdog:
             f" {self._step}. The last checkpoint is intact; the same command continues from it"
         )
         get_logger().error("error: %s", message)
-        get_error_handler().record_exception(RunStuckError(message))
+        try:
+            raise RunStuckError(message)
+        except RunStuckError as error:
+            get_error_handler().record_exception(error)
         for rank in peers.silent():
             sign = peers.signs.get(rank)
             if sign is not None and sign.host == socket.gethostname():
@@ -138,6 +152,11 @@ class _Peers:
     def publish(self, sign: Sign) -> None:
         self.store.set(_key(distributed.rank()), json.dumps(sign))
 
+    def remember_first(self) -> None:
+        """Rank 0 may hold the store: what it said last could not be read after its end."""
+        if self.store.check([_key(0)]):
+            self.signs[0] = Sign(*json.loads(self.store.get(_key(0))))
+
     def look(self) -> None:
         now = time.monotonic()
         if self._began is None:
@@ -149,6 +168,10 @@ class _Peers:
             self.signs[rank] = sign
             if rank not in self._seen or self._seen[rank][0] != sign.tick:
                 self._seen[rank] = sign.tick, now
+
+    def watched(self) -> float:
+        """Seconds since the first look."""
+        return 0.0 if self._began is None else time.monotonic() - self._began
 
     def silent(self) -> list[int]:
         """Ranks that have published nothing for SILENCE, as far as this process has looked."""
@@ -177,7 +200,7 @@ def _described(rank: int, signs: Mapping[int, Sign]) -> str:
 
 
 def _key(rank: int) -> str:
-    return f"polaformer/sign/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+    return f"polaformer/sign/{rank}"
 
 
 def _exists(pid: int) -> bool:
