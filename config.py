@@ -213,6 +213,7 @@ KEYS: dict[str, Key] = {
     "TAG": Key("default", text(), "last part of the run folder OUTPUT/NAME/TAG (--tag)"),
     "SAVE_FREQ": Key(1, integer(1), "epochs between checkpoints; the last epoch is always saved"),
     "PRINT_FREQ": Key(100, integer(1), "optimizer steps between log lines"),
+    "PROFILE": Key(0, integer(0), "training steps to trace with torch.profiler, into the run folder (--profile)"),
     "SEED": Key(0, integer(0), "seed of every random generator"),
     "DETERMINISTIC": Key(
         False,
@@ -546,6 +547,7 @@ VALUE_FLAGS = {
     "--pretrained": "MODEL.PRETRAINED",
     "--output": "OUTPUT",
     "--tag": "TAG",
+    "--profile": "PROFILE",
     "--local-rank": "LOCAL_RANK",
 }
 SWITCHES = {

@@ -23,6 +23,7 @@ from data.transforms import Normalise, TrainBatch
 from logger import MetricsWriter, get_logger, progress
 from models.classifier import Classifier
 from utils import distributed
+from utils.bottleneck import Times, verdict
 from utils.diagnosis import write_report
 from utils.metrics import Accuracy, AccuracyCounter
 from utils.precision import autocast, exact_float32
@@ -66,6 +67,7 @@ class Training:
     max_skipped: int | None = None  # None: the first step that is not finite ends the run
     skipped: int = 0
     beat: Callable[[int, str], None] = field(default=_no_beat)
+    profiler: torch.profiler.profile | None = None
 
 
 class Interval:
@@ -233,7 +235,7 @@ def train_one_epoch(
     """
     training.model.train()
     batches.set_epoch(epoch, start * training.accumulation_steps)
-    guard, interval = FiniteGuard(training), interval or Interval(training.device)
+    guard, interval, times = FiniteGuard(training), interval or Interval(training.device), Times()
     stream = iter(batches)
     steps = range(start, training.steps_per_epoch)
     try:
@@ -241,9 +243,11 @@ def train_one_epoch(
             step, done = epoch * training.steps_per_epoch + index, index + 1
             norm = _optimizer_step(training, stream, guard, interval, step)
             if done % config.PRINT_FREQ == 0 or done == training.steps_per_epoch:
-                _log_interval(training, guard, interval, norm, epoch, step, metrics, batches)
+                times.add(_log_interval(training, guard, interval, norm, epoch, step, metrics, batches))
                 interval = Interval(training.device)
             training.scheduler.step_update(step)
+            if training.profiler:
+                training.profiler.step()
             if keeper and any(decision := keeper.decide(epoch, done)):
                 guard.look_everywhere()
                 keeper.save(epoch, done, interval, decision.stop)
@@ -252,6 +256,9 @@ def train_one_epoch(
             raise
         report = write_report(training, batches, error.step, run_folder(config))
         raise NonFiniteError(f"{error}. {report} says where it began", error.step) from None
+    if times.step > 0:
+        why = verdict(times, workers=config.DATA.NUM_WORKERS, processes=distributed.world_size())
+        get_logger().info("epoch %d %s", epoch, why)
 
 
 def _optimizer_step(
@@ -307,34 +314,57 @@ def _log_interval(
     step: int,
     metrics: MetricsWriter,
     batches: Batches,
-) -> None:
-    """One reduction and one look at the device: mean loss of all ranks, gradient norm, and whether to stop."""
+) -> Times:
+    """One reduction and one look at the device: mean loss of all ranks, gradient norm, times, and whether to stop."""
     bad = (guard.first_bad_step >= 0).double()
-    unreadable = torch.full_like(bad, len(batches.unreadable))
-    sums = distributed.sum_over_ranks(torch.stack([interval.loss_sum, interval.losses.double(), bad, unreadable]))
-    loss_sum, losses, bad_ranks, all_unreadable, grad_norm = torch.cat([sums, norm.detach().double()[None]]).tolist()
+    mine = [len(batches.unreadable), interval.data_time / interval.timed_steps, exposed_communication(training.model)]
+    numbers = torch.tensor(mine, dtype=torch.float64).to(bad.device, non_blocking=True)
+    sums = distributed.sum_over_ranks(
+        torch.cat([torch.stack([interval.loss_sum, interval.losses.double(), bad]), numbers])
+    )
+    loss_sum, losses, bad_ranks, unreadable, data, communication, grad_norm = torch.cat(
+        [sums, norm.detach().double()[None]]
+    ).tolist()
     guard.look(bad_ranks > 0)
-    batches.require_readable(int(all_unreadable))
-    lr = training.optimizer.param_groups[0]["lr"]
+    batches.require_readable(int(unreadable))
     elapsed = time.perf_counter() - interval.start
+    world_size = distributed.world_size()
     values = {
         "loss": loss_sum * training.accumulation_steps / max(losses, 1),
-        "lr": lr,
+        "lr": training.optimizer.param_groups[0]["lr"],
         "grad_norm": grad_norm,
-        "data_time": interval.data_time / interval.timed_steps,
+        "data_time": data / world_size,
+        "communication_time": communication / world_size,
         "step_time": elapsed / interval.timed_steps,
         "images_per_s": training.global_batch * interval.timed_steps / elapsed,
         "memory_mb": memory_mb(training.device),
     }
     metrics.write("train", epoch, step + 1, **values)
     done = (step % training.steps_per_epoch) + 1
+    shown = ["loss", "lr", "grad_norm", "step_time", "data_time", "communication_time", "images_per_s", "memory_mb"]
     get_logger().info(
-        "epoch %d [%d/%d] loss %.4f  lr %.3e  grad norm %.3f  step %.3f s (data %.3f)  %.0f images/s  memory %.0f MiB",
+        "epoch %d [%d/%d] loss %.4f  lr %.3e  grad norm %.3f  step %.3f s (data %.3f, communication %.3f)"
+        "  %.0f images/s  memory %.0f MiB",
         epoch,
         done,
         training.steps_per_epoch,
-        *(values[name] for name in ("loss", "lr", "grad_norm", "step_time", "data_time", "images_per_s", "memory_mb")),
+        *(values[name] for name in shown),
     )
+    steps = interval.timed_steps
+    waiting = (values["data_time"] * steps, values["communication_time"] * steps)
+    return Times(elapsed, *waiting, training.global_batch * steps)
+
+
+def exposed_communication(model: nn.Module) -> float:
+    """Seconds by which the exchange of gradients outlasted the backward pass, in the last step that DDP looked at.
+
+    DDP times a step now and then (`wrap` in main.py says how often) with events of its own, without waiting for any.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return 0.0
+    seen = model._get_ddp_logging_data()
+    exchange, hidden = seen.get("backward_comm_time", 0), seen.get("backward_compute_comm_overlap_time", 0)
+    return max(0, exchange - hidden) / 1e9
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -271,6 +271,7 @@ def wrap(config: CfgNode, training: Training) -> None:
             broadcast_buffers=False,  # masks and indices: every rank derives the same
             find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS,
         )
+        training.model._set_ddp_runtime_logging_sample_rate(min(10, config.PRINT_FREQ))  # steps between two timed ones
 
 
 def resume(config: CfgNode, training: Training, loaders: Loaders) -> tuple[Progress, Interval, Found]:
@@ -560,7 +561,8 @@ def run_training(config: CfgNode, device: torch.device) -> Progress:
     keeper = CheckpointKeeper(config, training, loaders, writer, progress.best)
     watchdog = Watchdog(config.DIST.TIMEOUT)
     training.beat = watchdog.beat
-    with keeper.request.listening(), watchdog.watching():
+    training.profiler = step_profiler(config, folder)
+    with keeper.request.listening(), watchdog.watching(), training.profiler or nullcontext():
         try:
             while progress.epoch < last_epoch:
                 progress = run_epoch(config, training, loaders, progress, interval, metrics, keeper)
@@ -574,6 +576,21 @@ def run_training(config: CfgNode, device: torch.device) -> Progress:
         summarise(config, progress)
     distributed.barrier()
     return progress
+
+
+def step_profiler(config: CfgNode, folder: Path) -> torch.profiler.profile | None:
+    """Traces PROFILE steps, after 5 others, to `trace_rank_<rank>.json` (chrome://tracing, ui.perfetto.dev)."""
+    if not config.PROFILE:
+        return None
+    path = folder / f"trace_rank_{distributed.rank()}.json"
+
+    def write(profiler: torch.profiler.profile) -> None:
+        profiler.export_chrome_trace(str(path))
+        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=50)
+        get_logger().info("profile of %d steps: %s\n%s", config.PROFILE, path, table)
+
+    steps = torch.profiler.schedule(skip_first=4, wait=0, warmup=1, active=config.PROFILE, repeat=1)
+    return torch.profiler.profile(schedule=steps, on_trace_ready=write, acc_events=True)
 
 
 def run_epoch(
@@ -655,6 +672,7 @@ def reported(config: CfgNode) -> None:
         main(config)
     except Preempted as preempted:
         get_logger().warning("%s", preempted)
+        distributed.cleanup()
     except EXPECTED as problem:
         raise type(problem)(str(problem)) from None
 

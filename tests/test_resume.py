@@ -64,7 +64,7 @@ def assert_same_run(first: Path, second: Path, epoch: int) -> None:
     ):
         assert _same(a[key], b[key]), key
     logs = [read_metrics(folder / "metrics.jsonl") for folder in (first, second)]
-    timings = {"data_time", "step_time", "images_per_s", "memory_mb"}
+    timings = {"data_time", "communication_time", "step_time", "images_per_s", "memory_mb"}
     values = [[{k: v for k, v in record.items() if k not in timings} for record in records] for records in logs]
     assert values[0] == values[1] and len(values[0]) > 3
 

@@ -423,11 +423,11 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_up_to_the_limit(tiny,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def kill_repeatedly(folder: Path, tiny: Path, kills: int) -> None:
+def kill_repeatedly(tiny: Path, kills: int) -> None:
     result = subprocess.run(
         [sys.executable, "tests/kill_loop.py", str(tiny), str(kills)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -435,14 +435,15 @@ def kill_repeatedly(folder: Path, tiny: Path, kills: int) -> None:
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["kills"] == kills and report["inside_a_save"] >= kills // 3
-    assert report["most_steps_lost"] <= 3, report  # CHECKPOINT.EVERY_STEPS of the loop
+    # CHECKPOINT.EVERY_STEPS of the loop, and what is trained while a checkpoint is still being written
+    assert report["most_steps_lost"] <= 3 + 2, report
 
 
 def test_killed_ten_times_at_random_moments(tiny):
-    kill_repeatedly(folder_of(tiny), tiny, 10)
+    kill_repeatedly(tiny, 10)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_a_hundred_times_at_random_moments(tiny):
-    kill_repeatedly(folder_of(tiny), tiny, 100)
+    kill_repeatedly(tiny, 100)

@@ -1,0 +1,238 @@
+"""What the training loop costs beside the model: python -m benchmarks.training_loop
+
+Two questions. How many milliseconds a step of `train_one_epoch` takes longer than a bare loop around the same model,
+optimizer and batches, on a model whose step takes about 5 ms. And by how much a checkpoint every 50 steps slows a run
+whose steps take 100 ms or more. A gate comes first: both loops leave the same weights, bit for bit.
+"""
+
+import argparse
+import copy
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from yacs.config import CfgNode
+
+from benchmarks.common import (
+    RESULTS,
+    ROOT,
+    Bar,
+    Spread,
+    WrongResultError,
+    environment,
+    interleaved,
+    prepare_process,
+    print_bars,
+    print_table,
+    result_path,
+    timed,
+    write_json,
+)
+from config import load_config
+from data import Batches, Loaders
+from engine import Training, train_one_epoch
+from logger import MetricsWriter
+from main import CheckpointKeeper, build_training
+from models import build_model
+from utils.checkpoint_store import CheckpointWriter
+
+SMALL = "MODEL.SWIN.EMBED_DIM 8 MODEL.SWIN.DEPTHS [1,1,1,1] MODEL.SWIN.NUM_HEADS [1,2,2,4] DATA.IMG_SIZE 32"
+COMMON = "AUG.MIXUP 0.0 AUG.CUTMIX 0.0 AUG.REPROB 0.0 MODEL.DROP_PATH_RATE 0.0 TRAIN.WARMUP_EPOCHS 0 PRINT_FREQ 50"
+CHECKPOINT_EVERY = 50
+OVERHEAD_BAR_MS = 2.0
+CHECKPOINT_BAR = 2.0  # per cent
+
+
+class FixedBatches(Batches):
+    """The same synthetic batch again and again: what loading costs is another benchmark's question."""
+
+    def __init__(self, batch: tuple[Tensor, Tensor], steps: int) -> None:
+        self.batch, self.steps = batch, steps
+        self.unreadable: set[str] = set()
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        pass
+
+    def require_readable(self, unreadable: int) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter([self.batch] * self.steps)
+
+
+def configuration(name: str, options: str, folder: Path) -> CfgNode:
+    return load_config(
+        str(ROOT / "configs" / f"{name}.yaml"), [*COMMON.split(), *options.split(), "OUTPUT", str(folder)]
+    )
+
+
+def make_training(config: CfgNode, batch_size: int, steps: int) -> tuple[Training, Loaders]:
+    """A run of our loop on one batch, `steps` steps an epoch."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    batches = FixedBatches((images, torch.arange(batch_size) % config.MODEL.NUM_CLASSES), steps)
+    loaders = Loaders(batches, batches, None, config.MODEL.NUM_CLASSES)
+    torch.manual_seed(0)
+    return build_training(config, build_model(config), loaders, torch.device("cpu")), loaders
+
+
+def bare_loop(training: Training, batches: FixedBatches) -> None:
+    """What anybody would write: forward, loss, backward, clipping, update, schedule."""
+    training.model.train()
+    parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
+    assert training.clip_grad is not None
+    for step, (images, labels) in enumerate(batches):
+        images, targets = training.prepare(images, labels)
+        loss = training.criterion(training.model(images), targets)
+        training.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        clip_grad_norm_(parameters, training.clip_grad)
+        training.optimizer.step()
+        training.scheduler.step_update(step)
+
+
+def measure_overhead(folder: Path, steps: int, repeats: int) -> dict[str, Any]:
+    """Seconds per step of both loops.
+
+    Raises:
+        WrongResultError: they leave other weights.
+    """
+    config = configuration("pola_swin_t", SMALL, folder)
+    ours, loaders = make_training(config, 2, steps)
+    bare, _ = make_training(config, 2, steps)
+    assert isinstance(loaders.train, FixedBatches)
+    batches, silent = loaders.train, MetricsWriter(None)
+    first = copy.deepcopy(ours.bare_model.state_dict())
+    train_one_epoch(config, ours, batches, 0, silent)
+    bare_loop(bare, batches)
+    states = ours.bare_model.state_dict(), bare.bare_model.state_dict()
+    if not all(torch.equal(states[0][name], states[1][name]) for name in first):
+        raise WrongResultError("our loop and the bare one leave other weights")
+    if all(torch.equal(states[0][name], first[name]) for name in first):
+        raise WrongResultError("neither loop changed a weight")
+    device = torch.device("cpu")
+    samples = interleaved(
+        {
+            "bare": lambda: timed(device, lambda: bare_loop(bare, batches))[0],
+            "ours": lambda: timed(device, lambda: train_one_epoch(config, ours, batches, 0, silent))[0],
+        },
+        repeats,
+    )
+    milliseconds = {name: [1e3 * each / steps for each in seconds] for name, seconds in samples.items()}
+    overhead = [ours - bare for ours, bare in zip(milliseconds["ours"], milliseconds["bare"], strict=True)]
+    return {
+        "steps": steps,
+        "step_ms": {name: asdict(Spread.of(values)) for name, values in milliseconds.items()},
+        "overhead_ms": asdict(Spread.of(overhead)),
+    }
+
+
+def measure_checkpoints(folder: Path, batch_size: int, repeats: int) -> dict[str, Any]:
+    """Seconds of 120 steps of Pola-PVT-T with checkpoints after 50 and 100, and without; the last write is waited for.
+
+    The cost of a checkpoint is set against 50 steps.
+    """
+    steps, contenders = 2 * CHECKPOINT_EVERY + 20, {}
+    for name, every in (("without", 0), ("with", CHECKPOINT_EVERY)):
+        config = configuration("pola_pvt_t", f"CHECKPOINT.EVERY_STEPS {every} CHECKPOINT.KEEP 1", folder / name)
+        training, loaders = make_training(config, batch_size, steps)
+        writer = CheckpointWriter(folder / name, 1)
+        keeper = CheckpointKeeper(config, training, loaders, writer, 0.0)
+        assert loaders.train is not None
+
+        def epoch(
+            config: CfgNode = config,
+            training: Training = training,
+            batches: Batches = loaders.train,
+            keeper: CheckpointKeeper = keeper,
+            writer: CheckpointWriter = writer,
+        ) -> float:
+            def train() -> None:
+                train_one_epoch(config, training, batches, 0, MetricsWriter(None), keeper=keeper)
+                writer.wait()
+
+            return timed(torch.device("cpu"), train)[0]
+
+        contenders[name] = epoch
+    samples = interleaved(contenders, repeats, warmup=1)
+    written = list((folder / "with").glob("*.pth"))
+    size = sum(path.stat().st_size for path in written) / 2**20
+    if len(written) != 1 or list((folder / "without").glob("*.pth")):
+        raise WrongResultError(f"expected one checkpoint, found {written}")
+    added = [
+        (saving - plain) / 2 / (plain / steps * CHECKPOINT_EVERY)
+        for saving, plain in zip(samples["with"], samples["without"], strict=True)
+    ]
+    return {
+        "batch_size": batch_size,
+        "steps": steps,
+        "checkpoint_mib": size,
+        "step_ms": {name: asdict(Spread.of(1e3 * each / steps for each in values)) for name, values in samples.items()},
+        "added_share": asdict(Spread.of(added)),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Gate, measure, print, write. Exits with the reason, before anything is timed, when the gate finds an error."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_loop", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--steps", type=int, default=100, help="steps of a timed loop of the small model")
+    parser.add_argument("--repeats", type=int, default=9, help="timed rounds of the small model")
+    parser.add_argument(
+        "--checkpoint-repeats", type=int, default=5, help="timed rounds of 100 steps; 0 leaves them out"
+    )
+    parser.add_argument("--batch-size", type=int, default=2, help="of Pola-PVT-T")
+    parser.add_argument("--threads", type=int, help="default: what PyTorch chooses")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    prepare_process(options.threads)
+    folder = Path(tempfile.mkdtemp())
+    try:
+        overhead = measure_overhead(folder, options.steps, options.repeats)
+        checkpoints = None
+        if options.checkpoint_repeats:
+            checkpoints = measure_checkpoints(folder, options.batch_size, options.checkpoint_repeats)
+    except WrongResultError as error:
+        raise SystemExit(f"nothing is timed that is wrong: {error}") from error
+    finally:
+        shutil.rmtree(folder)
+    rows = [(f"{name} loop", Spread(**each).text(digits=2)) for name, each in overhead["step_ms"].items()]
+    rows.append(("difference", Spread(**overhead["overhead_ms"]).text(digits=2)))
+    print_table("a small Pola-Swin: median (smallest to largest)", ("", "ms per step"), rows)
+    bars = [
+        Bar("ms per step of our loop beyond a bare one", overhead["overhead_ms"]["median"], OVERHEAD_BAR_MS, "at most")
+    ]
+    if checkpoints:
+        rows = [(f"{name} a checkpoint", Spread(**each).text()) for name, each in checkpoints["step_ms"].items()]
+        rows.append(("ratio", Spread(**checkpoints["with_over_without"]).text(digits=3)))
+        title = (
+            f"Pola-PVT-T, batch {checkpoints['batch_size']}, {checkpoints['checkpoint_mib']:.0f} MiB every 100 steps"
+        )
+        print_table(f"{title}: median (smallest to largest)", ("", "ms per step"), rows)
+        added = 100 * checkpoints["added_share"]["median"]
+        bars.append(Bar("% that a checkpoint every 50 steps adds", added, CHECKPOINT_BAR, "at most"))
+    print_bars(bars)
+    device = torch.device("cpu")
+    path = result_path(options.output, "training_loop", device, "json")
+    content = {
+        "program": "benchmarks.training_loop",
+        "environment": environment(device),
+        "overhead": overhead,
+        "checkpoints": checkpoints,
+        "bars": [bar.as_json() for bar in bars],
+    }
+    write_json(path, content)
+    print(f"\nwrote {path.name} to {options.output}")
+
+
+if __name__ == "__main__":
+    main()

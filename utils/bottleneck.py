@@ -1,0 +1,46 @@
+"""What bounds a run: the shares of a step that wait for data and for other processes, and what to change about it."""
+
+import os
+from dataclasses import dataclass
+
+NOTICED = 0.15  # share of the time from which waiting is called a bound
+
+
+@dataclass
+class Times:
+    """Seconds, summed over steps: whole steps, waiting for data, waiting for other processes beyond the backward pass.
+
+    The means over all processes, each of which waits for its own data; `images` of all processes together.
+    """
+
+    step: float = 0.0
+    data: float = 0.0
+    communication: float = 0.0
+    images: int = 0
+
+    def add(self, other: "Times") -> None:
+        self.step += other.step
+        self.data += other.data
+        self.communication += other.communication
+        self.images += other.images
+
+
+def verdict(times: Times, *, workers: int, processes: int) -> str:
+    """One sentence: what bounds the run and what to change; `workers` loader processes for each of `processes`."""
+    data, communication = times.data / times.step, times.communication / times.step
+    rate = f"{times.images / times.step:,.0f} images/s"
+    if data >= NOTICED and data >= communication:
+        loaders = f"{workers} workers" if workers else "loading in the main process"
+        cores = (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        more = f"more DATA.NUM_WORKERS (this process has {cores} cores), " if workers < cores else ""
+        return (
+            f"data-bound: {data:.0%} waiting; {loaders} give {rate}: {more}DATA.DECODER simplejpeg, or a data set"
+            " prepared with a short side of 256 pixels (tools/prepare_imagenet.py)"
+        )
+    if communication >= NOTICED:
+        return (
+            f"communication-bound: {communication:.0%} waiting for the other {processes - 1} processes, {rate}:"
+            " a larger DATA.BATCH_SIZE or TRAIN.ACCUMULATION_STEPS exchanges gradients less often; one slow process or"
+            " link makes all others wait"
+        )
+    return f"compute-bound: {1 - data - communication:.0%} computing, {rate}: the input pipeline and network keep up"
