@@ -138,7 +138,7 @@ def test_denormals_are_flushed_in_every_thread(tmp_path):
         "import sys, types\n"
         "engine = types.ModuleType('engine')\n"
         "class NonFiniteError(Exception): pass\n"
-        "engine.NonFiniteError, engine.Training = NonFiniteError, object\n"
+        "engine.NonFiniteError, engine.Training, engine.Interval = NonFiniteError, object, object\n"
         "engine.evaluate = engine.train_one_epoch = None\n"
         "def throughput(config, model, device, amp_dtype):\n"
         "    import torch\n"
