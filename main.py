@@ -35,6 +35,7 @@ from yacs.config import CfgNode
 
 from config import KEYS, run_folder, value_of
 from data import DataError, Loaders, build_loaders
+from data.check import run_check
 from data.transforms import TrainBatch, mixup_enabled
 from engine import NonFiniteError, Training, evaluate, throughput, train_one_epoch
 from logger import MetricsWriter, get_logger, setup_logger
@@ -451,7 +452,9 @@ def reported(config: CfgNode) -> None:
 
 
 def main(config: CfgNode) -> None:
-    """Run what the configuration asks for: throughput, evaluation, or training."""
+    """Run what the configuration asks for: a check of the data, throughput, evaluation, or training."""
+    if config.CHECK_DATA_MODE:  # needs no device, no run folder and no other process
+        sys.exit(run_check(config))
     device = setup(config)
     if config.THROUGHPUT_MODE:
         run_throughput(config, device)
