@@ -1,5 +1,6 @@
 """Data: `build_loaders` turns a configuration into training and validation batches of uint8 images."""
 
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -69,6 +70,7 @@ class Batches:
             except (
                 DataError
             ) as error:  # a loader process sends its traceback as the message: its last line is the error
+                traceback.clear_frames(error.__traceback__)  # or a cycle keeps the loader's processes waiting
                 lines = str(error).strip().splitlines()
                 raise type(error)(lines[-1].partition(": ")[2] if len(lines) > 1 else lines[0]) from None
             self.unreadable.update(unreadable)
