@@ -20,6 +20,7 @@ import torch
 from conftest import TINY, config_file, folder_of, run, run_main
 from PIL import Image
 
+import main
 from config import ConfigError, load_config
 from data import Batches, DataError, Loaders, build_loaders
 from data.datasets import UnreadableImage
@@ -266,7 +267,7 @@ def test_streams_hold_what_a_loader_takes_in_turn(images, batch_size, streams):
 def test_memory_does_not_grow_with_the_data_set(tmp_path, continued):
     """Ten times the images, in as many shards or ten times larger ones, need the same memory."""
     peaks = {}
-    for name, counts in {"small": [100], "many shards": [100] * 10, "large shard": [1000]}.items():
+    for name, counts in {"small": [60], "many shards": [60] * 10, "large shard": [600]}.items():
         root = write_shards(tmp_path / name, counts)
         dataset = ShardTrainDataset(
             ShardSplit(root, "train"),
@@ -275,7 +276,7 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path, continued):
             rank=0,
             world_size=1,
             seed=0,
-            buffer=30,
+            buffer=15,
             max_unreadable=0,
         )
         dataset.set_epoch(0, len(dataset) // 2 if continued else 0)
@@ -532,13 +533,26 @@ def tiny_shards(folder: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_training_from_shards_resumes_and_evaluates_as_from_the_folder(tiny_shards, folder, log):
+def test_training_from_shards_resumes_and_evaluates_as_from_the_folder(tiny_shards, folder, log, monkeypatch):
     run(tiny_shards, "TAG whole")
-    run(tiny_shards, "TRAIN.EPOCHS 1 TAG parts TRAIN.WARMUP_EPOCHS 1")
-    root = folder_of(tiny_shards).parent
+    real = main.train_one_epoch
+
+    def stopping(config, training, batches, epoch, *others):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return real(config, training, batches, epoch, *others)
+
+    monkeypatch.setattr(main, "train_one_epoch", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_shards, "TAG parts")
+    monkeypatch.undo()
+    run(tiny_shards, "TAG parts")
     assert "30 training and 15 validation images of 3 classes" in log.text
-    checkpoint = root / "whole" / "ckpt_epoch_2.pth"
-    assert load_checkpoint(checkpoint)["classes"] == list(CLASSES) and load_checkpoint(checkpoint)["step"] == 14
+    checkpoint, resumed = (folder_of(tiny_shards).parent / tag / "ckpt_epoch_2.pth" for tag in ("whole", "parts"))
+    state = load_checkpoint(checkpoint)
+    assert state["classes"] == list(CLASSES) and state["step"] == 14
+    weights = load_checkpoint(resumed)["model"]
+    assert all(torch.equal(value, weights[name]) for name, value in state["model"].items())
     log.clear()
     run(tiny_shards, f"EVAL_MODE True MODEL.RESUME {checkpoint}")
     run(tiny_shards, f"EVAL_MODE True MODEL.RESUME {checkpoint} DATA.DATA_PATH {folder}")
