@@ -226,7 +226,7 @@ def shuffled(
             fed += 1
             yield slot
 
-    draws = filters._shuffle(feed(), bufsize=buffer, initial=buffer // 4, rng=generator)
+    draws = filters.shuffle(buffer, initial=buffer // 4, rng=generator)(feed())
     for _ in range(skip):
         del empty[next(draws).position]
     first = min(empty, default=fed)

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 IN_FLIGHT = 4  # tasks handed out per process: enough to keep all busy, few enough to hold in memory
 
 
-class WorkerLost(RuntimeError):
+class WorkerLost(ChildProcessError):
     """A worker process ended without an answer, as one that the system kills for its memory does."""
 
 
