@@ -67,6 +67,15 @@ KEYS: dict[str, Key] = {
         " patch 4 and four stages)",
     ),
     "DATA.INTERPOLATION": Key("bicubic", choice(*INTERPOLATIONS), "resampling filter of every resize"),
+    "DATA.FORMAT": Key(
+        "auto",
+        choice("auto", "folder", "zip", "shards"),
+        "how DATA_PATH holds the images: folder, train/ and val/ with a folder per class; zip, as ZIP_MODE; shards, tar"
+        " files listed in shards.json; auto: shards where that file is, zip with ZIP_MODE, else folder",
+    ),
+    "DATA.SHUFFLE_BUFFER": Key(
+        2000, integer(1), "encoded images that each loader process draws from when it streams shards; 1: no shuffling"
+    ),
     "DATA.ZIP_MODE": Key(
         False, boolean(), "read train.zip, val.zip with train_map.txt, val_map.txt (`path<TAB>label`) (--zip)"
     ),
@@ -226,6 +235,11 @@ KEYS: dict[str, Key] = {
     ),
     "EVAL_MODE": Key(False, boolean(), "evaluate the --resume file and stop (--eval)"),
     "THROUGHPUT_MODE": Key(False, boolean(), "measure images/s on synthetic input and stop (--throughput)"),
+    "CHECK_DATA_MODE": Key(
+        False,
+        boolean(),
+        "examine every file of the data set, print a report and stop; exit code 1 on findings (--check-data)",
+    ),
     "LOCAL_RANK": Key(0, integer(0), "GPU of a single process; torchrun's LOCAL_RANK takes precedence (--local-rank)"),
 }
 
@@ -528,8 +542,14 @@ def validate(config: CfgNode) -> None:
     minmax = config.AUG.CUTMIX_MINMAX
     if minmax is not None and not minmax[0] < minmax[1]:
         raise ConfigError(f"AUG.CUTMIX_MINMAX {minmax}: expected the smaller fraction first")
-    if config.EVAL_MODE and config.THROUGHPUT_MODE:
-        raise ConfigError("--eval and --throughput exclude each other")
+    modes = {"--eval": config.EVAL_MODE, "--throughput": config.THROUGHPUT_MODE, "--check-data": config.CHECK_DATA_MODE}
+    given = [flag for flag, chosen in modes.items() if chosen]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} exclude each other")
+    if config.DATA.ZIP_MODE and config.DATA.FORMAT not in ("auto", "zip"):
+        raise ConfigError(
+            f"DATA.FORMAT {config.DATA.FORMAT} contradicts DATA.ZIP_MODE True (--zip); leave one of them out"
+        )
     if config.EVAL_MODE and not config.MODEL.RESUME:
         raise ConfigError("--eval needs --resume FILE: the checkpoint to evaluate")
 
@@ -556,6 +576,7 @@ SWITCHES = {
     "--amp": "AMP",
     "--eval": "EVAL_MODE",
     "--throughput": "THROUGHPUT_MODE",
+    "--check-data": "CHECK_DATA_MODE",
     "--find-unused-params": "TRAIN.FIND_UNUSED_PARAMS",
 }
 

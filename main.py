@@ -39,6 +39,7 @@ from yacs.config import CfgNode
 
 from config import KEYS, batch_plan, run_folder, value_of
 from data import DataError, Loaders, build_loaders
+from data.check import run_check
 from data.transforms import TrainBatch, mixup_enabled
 from engine import Interval, NonFiniteError, Training, evaluate, throughput, train_one_epoch
 from logger import MetricsWriter, get_logger, setup_logger
@@ -341,6 +342,11 @@ def restore(
     else:  # another number of processes, or a file that stores none
         seed_everything(config.SEED, distributed.rank(), *position)
         get_logger().info("random generators start from SEED, rank and position: the file has none for each process")
+    if position.done and loaders.train and loaders.train.is_stream:
+        get_logger().info(
+            "inside an epoch of shards: it continues exactly with the batch size, processes, DATA.NUM_WORKERS and"
+            " DATA.SHUFFLE_BUFFER it began with; with others its rest is another draw of the images"
+        )
     return Progress(position.epoch, checkpoint.get("max_accuracy", 0.0), position.done), interval
 
 
@@ -678,7 +684,9 @@ def reported(config: CfgNode) -> None:
 
 
 def main(config: CfgNode) -> None:
-    """Run what the configuration asks for: throughput, evaluation, or training."""
+    """Run what the configuration asks for: a check of the data, throughput, evaluation, or training."""
+    if config.CHECK_DATA_MODE:  # needs no device, no run folder and no other process
+        sys.exit(run_check(config))
     device = setup(config)
     if config.THROUGHPUT_MODE:
         run_throughput(config, device)

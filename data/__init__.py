@@ -2,13 +2,14 @@
 
 import itertools
 import signal
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from yacs.config import CfgNode
 
 from config import batch_plan, image_size
@@ -26,6 +27,7 @@ from data.datasets import (
     warm_page_cache,
 )
 from data.samplers import EvalSampler, TrainSampler
+from data.shards import INDEX_FILE, ShardDataset, ShardEvalDataset, ShardSplit, ShardTrainDataset
 from data.transforms import evaluation_transform, training_transform
 from logger import get_logger
 from utils import distributed
@@ -49,7 +51,13 @@ class Batches:
     @property
     def num_images(self) -> int:
         """Images of the whole data set, over all processes."""
-        return len(self.loader.dataset)  # type: ignore[arg-type]
+        dataset = self.loader.dataset
+        return dataset.split.num_images if isinstance(dataset, ShardDataset) else len(dataset)  # type: ignore[arg-type]
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the order of an epoch depends on the number of processes and workers, as that of shards does."""
+        return isinstance(self.loader.dataset, IterableDataset)
 
     @property
     def common_batches(self) -> int:
@@ -58,9 +66,10 @@ class Batches:
         return self.num_images // distributed.world_size() // self.loader.batch_size
 
     def sample_names(self, epoch: int, start: int, batches: int) -> list[str]:
-        """The files of this process's training batches `start` to `start + batches` of an epoch."""
+        """The files of this process's training batches `start` to `start + batches` of an epoch; none for streams."""
         size, dataset, sampler = self.loader.batch_size, self.loader.dataset, self.loader.sampler
-        assert isinstance(dataset, TrainDataset)
+        if not isinstance(dataset, TrainDataset):
+            return []
         assert isinstance(sampler, TrainSampler)
         assert size is not None
         sampler.set_epoch(epoch, start * size)
@@ -70,7 +79,9 @@ class Batches:
         """Iterate over `epoch`, continuing after this process's first `start` batches of it."""
         self.unreadable.clear()
         assert self.loader.batch_size is not None
-        self.loader.sampler.set_epoch(epoch, start * self.loader.batch_size)  # type: ignore[attr-defined]
+        streams = isinstance(self.loader.dataset, IterableDataset)
+        order = self.loader.dataset if streams else self.loader.sampler
+        order.set_epoch(epoch, start * self.loader.batch_size)  # type: ignore[union-attr]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = iter(self.loader)
@@ -82,6 +93,7 @@ class Batches:
             except (
                 DataError
             ) as error:  # a loader process sends its traceback as the message: its last line is the error
+                traceback.clear_frames(error.__traceback__)  # or a cycle keeps the loader's processes waiting
                 lines = str(error).strip().splitlines()
                 raise type(error)(lines[-1].partition(": ")[2] if len(lines) > 1 else lines[0]) from None
             self.unreadable.update(unreadable)
@@ -119,14 +131,33 @@ def _outlive_stop_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
 
 
-def _build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> Source:
+def data_format(config: CfgNode, root: Path) -> str:
+    """folder, zip or shards: what DATA.FORMAT says, or for auto what DATA.ZIP_MODE and the data set's folder say.
+
+    Raises DataError where they contradict each other.
+    """
+    indexed = (root / INDEX_FILE).is_file()
+    if config.DATA.FORMAT == "auto":
+        if indexed and config.DATA.ZIP_MODE:
+            raise DataError(
+                f"{root} holds {INDEX_FILE}, and DATA.ZIP_MODE (--zip) asks for zip files; DATA.FORMAT zip or shards"
+                " decides"
+            )
+        return "shards" if indexed else "zip" if config.DATA.ZIP_MODE else "folder"
+    return config.DATA.FORMAT
+
+
+def _build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> Source | ShardSplit:
     if config.DATA.DATASET == "digits":
         return DigitsSource(split, image_size(config))
     if not config.DATA.DATA_PATH:
         raise DataError("no data set: --data-path names the folder that holds train/ and val/")
     root = Path(config.DATA.DATA_PATH)
     require_folder(root)
-    if not config.DATA.ZIP_MODE:
+    format = data_format(config, root)
+    if format == "shards":
+        return ShardSplit(root, split)
+    if format == "folder":
         return FolderSource(root / split, classes)
     source = ZipSource(root / f"{split}.zip", root / f"{split}_map.txt")
     local_rank, local_size = distributed.local_rank(), distributed.local_world_size()
@@ -137,11 +168,22 @@ def _build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None =
     return source
 
 
-def _build_val(config: CfgNode, source: Source) -> Batches:
+def _build_val(config: CfgNode, source: Source | ShardSplit) -> Batches:
+    rank, world_size = distributed.rank(), distributed.world_size()
+    dataset: Dataset[Sample]
+    sampler: Sampler | None = None
+    if isinstance(source, ShardSplit):
+        batch_size = config.DATA.BATCH_SIZE
+        dataset = ShardEvalDataset(
+            source, evaluation_transform(config), batch_size=batch_size, rank=rank, world_size=world_size
+        )
+    else:
+        dataset = EvalDataset(source, evaluation_transform(config))
+        sampler = EvalSampler(len(source.labels), rank=rank, world_size=world_size)
     loader = DataLoader(
-        EvalDataset(source, evaluation_transform(config)),
+        dataset,
         batch_size=config.DATA.BATCH_SIZE,
-        sampler=EvalSampler(len(source.labels), rank=distributed.rank(), world_size=distributed.world_size()),
+        sampler=sampler,
         num_workers=config.DATA.NUM_WORKERS,
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         collate_fn=_collate,
@@ -151,8 +193,9 @@ def _build_val(config: CfgNode, source: Source) -> Batches:
     return Batches(loader)
 
 
-def _build_train(config: CfgNode, source: Source) -> Batches:
-    size, world_size = len(source.labels), distributed.world_size()
+def _build_train(config: CfgNode, source: Source | ShardSplit) -> Batches:
+    rank, world_size = distributed.rank(), distributed.world_size()
+    size = source.num_images if isinstance(source, ShardSplit) else len(source.labels)
     plan = batch_plan(config, world_size)
     if size < plan.global_batch:
         raise DataError(
@@ -161,10 +204,26 @@ def _build_train(config: CfgNode, source: Source) -> Batches:
         )
     share = config.DATA.MAX_UNREADABLE
     max_unreadable = max(1, int(share * size)) if share > 0 else 0  # a small data set may have one
+    dataset: Dataset[Sample]
+    sampler: Sampler | None = None
+    if isinstance(source, ShardSplit):
+        dataset = ShardTrainDataset(
+            source,
+            training_transform(config),
+            batch_size=plan.per_process,
+            rank=rank,
+            world_size=world_size,
+            seed=config.SEED,
+            buffer=config.DATA.SHUFFLE_BUFFER,
+            max_unreadable=max_unreadable,
+        )
+    else:
+        dataset = TrainDataset(source, training_transform(config), seed=config.SEED, max_unreadable=max_unreadable)
+        sampler = TrainSampler(size, rank=rank, world_size=world_size, seed=config.SEED)
     loader = DataLoader(
-        TrainDataset(source, training_transform(config), seed=config.SEED, max_unreadable=max_unreadable),
+        dataset,
         batch_size=plan.per_process,
-        sampler=TrainSampler(size, rank=distributed.rank(), world_size=world_size, seed=config.SEED),
+        sampler=sampler,
         num_workers=config.DATA.NUM_WORKERS,
         pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
         persistent_workers=config.DATA.NUM_WORKERS > 0,

@@ -88,7 +88,7 @@ class FolderSource:
             if loose:
                 raise DataError(
                     f"{root} holds {loose} images but no class folders; expected {root}/<class>/<image>: move every"
-                    " image into a folder named after its class"
+                    " image into a folder named after its class (tools.prepare_imagenet does that for ImageNet's val/)"
                 )
             raise DataError(f"{root} is empty; expected {root}/<class>/<image>")
         if classes is not None and (strange := sorted(set(folders) - set(classes))):
