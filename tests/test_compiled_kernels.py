@@ -17,7 +17,9 @@ from models.ops.polarity_attention.triton_op import SHARED_MEMORY
 # Bytes of shared memory a program may take, and registers a thread may hold.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 REGISTER_LIMIT = 255
-# Bytes of stack, known and named in the op's README; nothing else spills at 32 and 64 channels.
+# Bytes of stack, known and named in the op's README; nothing else spills at 32 and 64 channels, and other numbers up to
+# 64, whose masks take registers too, spill this much at most, only in query_backward_kernel in float16 and float32.
+PADDED_SPILL = 96
 SPILLS = {(80, "float16", 64, "query_backward_kernel"): 72, (80, "float32", 64, "query_backward_kernel"): 8}
 
 
@@ -38,6 +40,8 @@ def _check(record: dict) -> None:
     assert 0 < record["registers"] <= REGISTER_LIMIT
     if channels <= 64:
         allowed = SPILLS.get((architecture, dtype, channels, kernel), 0)
+        if channels not in (32, 64) and kernel == "query_backward_kernel" and dtype != "bfloat16":
+            allowed = PADDED_SPILL
         assert record["stack"] <= allowed and record["local"] == 0, f"{record}"
         assert allowed or record["local_accesses"] == 0, f"{record}"
     if dtype == "bfloat16":

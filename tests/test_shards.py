@@ -7,8 +7,10 @@ import builtins
 import io
 import itertools
 import json
+import os
 import random
 import shutil
+import signal
 import sys
 import tarfile
 import tracemalloc
@@ -20,7 +22,7 @@ import torch
 from conftest import TINY, config_file, folder_of, run, run_main
 from PIL import Image
 
-import main
+import engine
 from config import ConfigError, load_config
 from data import Batches, DataError, Loaders, build_loaders
 from data.datasets import UnreadableImage
@@ -29,6 +31,7 @@ from data.transforms import training_transform
 from tools.prepare_imagenet import Options, prepare
 from utils import distributed
 from utils.checkpoint import load_checkpoint
+from utils.preemption import Preempted
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -542,17 +545,20 @@ def tiny_shards(folder: Path, tmp_path: Path) -> Path:
 
 def test_training_from_shards_resumes_and_evaluates_as_from_the_folder(tiny_shards, folder, log, monkeypatch):
     run(tiny_shards, "TAG whole")
-    real = main.train_one_epoch
+    step, count = engine._optimizer_step, 0
 
-    def stopping(config, training, batches, epoch, *others):
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return real(config, training, batches, epoch, *others)
+    def told_to_stop(*arguments):
+        nonlocal count
+        result, count = step(*arguments), count + 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result
 
-    monkeypatch.setattr(main, "train_one_epoch", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny_shards, "TAG parts")
+    monkeypatch.setattr(engine, "_optimizer_step", told_to_stop)
+    for _ in range(3):  # each run makes one step
+        with pytest.raises(Preempted):
+            run(tiny_shards, "TAG parts")
     monkeypatch.undo()
+    assert count == 3
     run(tiny_shards, "TAG parts")
     assert "30 training and 15 validation images of 3 classes" in log.text
     checkpoint, resumed = (folder_of(tiny_shards).parent / tag / "ckpt_epoch_2.pth" for tag in ("whole", "parts"))
