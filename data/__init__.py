@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from yacs.config import CfgNode
 
 from config import image_size
@@ -19,8 +19,10 @@ from data.datasets import (
     Source,
     TrainDataset,
     ZipSource,
+    decode,
     require_folder,
     too_many_unreadable,
+    training_decoder,
     warm_page_cache,
 )
 from data.samplers import EvalSampler, TrainSampler
@@ -91,7 +93,8 @@ class Loaders(NamedTuple):
 
 
 def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
-    images = torch.stack([sample.image for sample in samples])
+    # straight into one tensor, in a worker one in shared memory, so that nothing is copied on its way to the main process
+    images = default_collate([sample.image for sample in samples])
     labels = torch.tensor([sample.label for sample in samples])
     return images, labels, [name for sample in samples for name in sample.unreadable]
 
@@ -103,9 +106,10 @@ def _build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None =
         raise DataError("no data set: --data-path names the folder that holds train/ and val/")
     root = Path(config.DATA.DATA_PATH)
     require_folder(root)
+    decoder = training_decoder(config.DATA.DECODER) if split == "train" else decode  # evaluation is exact
     if not config.DATA.ZIP_MODE:
-        return FolderSource(root / split, classes)
-    source = ZipSource(root / f"{split}.zip", root / f"{split}_map.txt")
+        return FolderSource(root / split, classes, decoder)
+    source = ZipSource(root / f"{split}.zip", root / f"{split}_map.txt", decoder)
     local_rank, local_size = distributed.local_rank(), distributed.local_world_size()
     if config.DATA.CACHE_MODE == "full" and local_rank == 0:
         warm_page_cache(source.path)
@@ -114,15 +118,26 @@ def _build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None =
     return source
 
 
-def _build_val(config: CfgNode, source: Source) -> Batches:
+def _loader_options(config: CfgNode, *, persistent: bool) -> dict[str, Any]:
+    """What training and validation loaders have in common; `persistent` workers survive the end of an epoch."""
+    workers = config.DATA.NUM_WORKERS
+    return {
+        "batch_size": config.DATA.BATCH_SIZE,
+        "num_workers": workers,
+        "prefetch_factor": config.DATA.PREFETCH_FACTOR if workers else None,
+        "persistent_workers": persistent and workers > 0,
+        "pin_memory": config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+        "collate_fn": _collate,
+        "generator": torch.Generator(),  # of its own, so that iterating draws nothing from the run's generator
+    }
+
+
+def _build_val(config: CfgNode, source: Source, *, repeated: bool) -> Batches:
+    """`repeated`: evaluated after every epoch, so that keeping the workers saves starting them each time."""
     loader = DataLoader(
         EvalDataset(source, evaluation_transform(config)),
-        batch_size=config.DATA.BATCH_SIZE,
         sampler=EvalSampler(len(source.labels), rank=distributed.rank(), world_size=distributed.world_size()),
-        num_workers=config.DATA.NUM_WORKERS,
-        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
-        collate_fn=_collate,
-        generator=torch.Generator(),  # of its own, so that iterating draws nothing from the run's generator
+        **_loader_options(config, persistent=repeated),
     )
     return Batches(loader)
 
@@ -138,14 +153,9 @@ def _build_train(config: CfgNode, source: Source) -> Batches:
     max_unreadable = max(1, int(share * size)) if share > 0 else 0  # a small data set may have one
     loader = DataLoader(
         TrainDataset(source, training_transform(config), seed=config.SEED, max_unreadable=max_unreadable),
-        batch_size=config.DATA.BATCH_SIZE,
         sampler=TrainSampler(size, rank=distributed.rank(), world_size=world_size, seed=config.SEED),
-        num_workers=config.DATA.NUM_WORKERS,
-        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
-        persistent_workers=config.DATA.NUM_WORKERS > 0,
         drop_last=True,
-        collate_fn=_collate,
-        generator=torch.Generator(),
+        **_loader_options(config, persistent=True),
     )
     return Batches(loader, max_unreadable)
 
@@ -164,7 +174,7 @@ def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
         raise DataError(f"the image loaders deliver 3 channels, MODEL.SWIN.IN_CHANS is {config.MODEL.SWIN.IN_CHANS}")
     if not train:
         source = _build_source(config, "val")
-        return Loaders(None, _build_val(config, source), source.classes, source.num_classes)
+        return Loaders(None, _build_val(config, source, repeated=False), source.classes, source.num_classes)
     train_source = _build_source(config, "train")
     val_source = _build_source(config, "val", train_source.classes)
     if train_source.classes and val_source.classes and val_source.classes != train_source.classes:
@@ -183,7 +193,7 @@ def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
         )
     return Loaders(
         _build_train(config, train_source),
-        _build_val(config, val_source),
+        _build_val(config, val_source, repeated=True),
         train_source.classes,
         train_source.num_classes,
     )
