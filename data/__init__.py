@@ -93,7 +93,7 @@ class Loaders(NamedTuple):
 
 
 def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
-    # straight into one tensor, in a worker one in shared memory, so that nothing is copied on its way to the main process
+    # straight into one tensor, in a worker one in shared memory: it is not copied on its way to the main process
     images = default_collate([sample.image for sample in samples])
     labels = torch.tensor([sample.label for sample in samples])
     return images, labels, [name for sample in samples for name in sample.unreadable]

@@ -153,11 +153,6 @@ class FolderSource:
     def name(self, index: int) -> str:
         return self._prefix + os.fsdecode(self._names[index])
 
-    @property
-    def index_bytes(self) -> int:
-        """Memory that names and labels of all images take together."""
-        return self._names.nbytes + self.labels.nbytes
-
     def load(self, index: int) -> Picture:
         name = self.name(index)
         try:

@@ -105,9 +105,7 @@ def training_transform(config: CfgNode) -> Callable[[Picture], Tensor]:
     if fast:  # up to here, and for the flip that may follow, tensors will do
         flips = sum(isinstance(step, transforms.RandomHorizontalFlip) for step in steps)
         steps.insert(flips, _to_pillow)
-    for operation in _augment_operations(steps):
-        if operation.name.startswith("Posterize"):
-            operation.aug_fn = _SafePosterize(operation.aug_fn)  # type: ignore[assignment, arg-type]  # inferred too narrowly
+    repair_posterize(steps)
     return transforms.Compose([crop, *steps, _IMAGE_TO_UINT8])
 
 
@@ -141,6 +139,13 @@ def _augment_operations(node: object) -> Iterator[AugmentOp]:
     else:
         for name in ("ops", "policy", "augmentations"):
             yield from _augment_operations(getattr(node, name, ()))
+
+
+def repair_posterize(steps: list[Callable]) -> None:
+    """Make timm's policies survive strengths at which they ask Pillow for something it refuses."""
+    for operation in _augment_operations(steps):
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _SafePosterize(operation.aug_fn)  # type: ignore[assignment, arg-type]  # inferred too narrowly
 
 
 class _SafePosterize:
