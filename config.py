@@ -84,7 +84,7 @@ KEYS: dict[str, Key] = {
         "pillow",
         choice(*DECODERS),
         "of training images: pillow, exact; simplejpeg (pip install simplejpeg), faster, the same pixels from JPEGs and"
-        " resized to within 0.05 grey levels on average; evaluation always uses pillow",
+        " resized to within 0.004 grey levels on average; evaluation always uses pillow",
     ),
     "DATA.MAX_UNREADABLE": Key(
         0.01,

@@ -70,7 +70,7 @@ ALLOWED: dict[str, tuple[float, float] | None] = {
     "ours with pillow against timm's recipe": (0, 0),
     "evaluation with DATA.DECODER simplejpeg": (0, 0),
     "decoding": (0, 0),
-    # not zero: the filters round differently, and Pillow may resize the height first, where overshoots are cut off
+    # rounding: 0.004 and 2 with Pillow 13; others may resize height and width in another order
     "random resized crop": (0.1, 16),
     "flip after it": (0.1, 16),
     "the whole recipe": (0.5, 255),  # solarising, posterising and equalising turn one level into many

@@ -122,7 +122,11 @@ class _TensorCrop:
         top, left, height, width = self.crop.get_params(pixels, self.crop.scale, self.crop.ratio)
         region = pixels[None, :, top : top + height, left : left + width]
         region = region.contiguous(memory_format=torch.channels_last)  # the layout that torch resizes fastest
-        return F.interpolate(region, self.crop.size, mode=self.interpolation, antialias=True)[0]
+        rows, columns = self.crop.size
+        if height - rows > max(0, 2 * (width - columns)):
+            # Pillow 13 then resizes the height first; overshoots are cut off and rounded in between
+            region = F.interpolate(region, (rows, width), mode=self.interpolation, antialias=True)
+        return F.interpolate(region, (rows, columns), mode=self.interpolation, antialias=True)[0]
 
 
 def _to_pillow(image: Picture) -> Image.Image:
