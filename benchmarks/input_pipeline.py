@@ -458,6 +458,7 @@ def memory_bars(memory: Sequence[dict[str, float]]) -> list[Bar]:
     few, many = memory
     index = IMAGENET * many["index_bytes"] / many["entries"] / MEBIBYTE
     kept = (many["bytes_kept_by_reading"] - few["bytes_kept_by_reading"]) / (many["entries"] - few["entries"])
+    kept = max(kept, 0.0)  # a hundred bytes fewer are noise
     return [
         Bar(f"zip index of {IMAGENET:,} images, MiB", index, INDEX_BAR, "at most"),
         Bar("bytes that the zip reader keeps per image read", kept, KEPT_BAR, "at most"),

@@ -317,7 +317,7 @@ def test_a_worker_collates_into_memory_that_is_shared_already(monkeypatch):
     """Otherwise the batch would be copied there when it is sent."""
     samples = [data.Sample(pixels(PHOTOGRAPH), 0)] * 2
     assert not data._collate(samples)[0].is_shared()
-    monkeypatch.setattr(torch.utils.data._utils.collate.torch.utils.data, "get_worker_info", lambda: object())
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: object())
     assert data._collate(samples)[0].is_shared()
 
 
