@@ -46,8 +46,8 @@ from benchmarks.common import (
     write_json,
 )
 from config import image_size, load_config
-from data import Batches, build_loaders
-from data.datasets import FolderSource, SampleRandomness, ZipSource, decode, decode_fast
+from data import Batches, DataError, build_loaders
+from data.datasets import FolderSource, SampleRandomness, ZipSource, decode, decode_fast, training_decoder
 from data.samplers import Draw
 from data.transforms import TrainBatch, repair_posterize, training_transform
 
@@ -85,6 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Gate, measure, print, write. Exits with the reason, before anything is timed, when the gate finds an error."""
     options = parse_arguments(arguments)
     prepare_process(threads=1)
+    try:
+        training_decoder("simplejpeg")
+    except DataError as error:
+        raise SystemExit(str(error)) from error
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = make_images(folder, options.images)
