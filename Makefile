@@ -2,6 +2,7 @@
 # make test          set up, then run every test that does not need minutes of its own
 # make bench         set up, then time the op and two models against the literal formulation (5 minutes on two CPU cores)
 # BENCH=--compile make bench    also the compiled models (10 minutes more); BENCH is passed to benchmarks.model_step
+# make bench-input   set up, then time the input pipeline on one core (2 minutes); needs the optional simplejpeg, which it installs
 # PYTHON=/path/to/python make …   uses that environment as it is and installs nothing
 
 ifdef PYTHON
@@ -14,7 +15,7 @@ else
   SETUP_DEV := .venv/installed-dev
 endif
 
-.PHONY: quickstart test test-slow lint reference bench
+.PHONY: quickstart test test-slow lint reference bench bench-input
 
 quickstart: $(SETUP)
 	PYTHON=$(RUN) TAG=$$(date +%Y%m%d-%H%M%S) bash pretrain.sh
@@ -38,6 +39,9 @@ reference: $(SETUP)
 bench: $(SETUP)
 	$(RUN) -m benchmarks.attention --compile first
 	$(RUN) -m benchmarks.model_step $(BENCH)
+
+bench-input: $(SETUP_DEV)
+	$(RUN) -m benchmarks.input_pipeline
 
 .venv/installed: requirements.txt
 	@echo "setting up .venv (torch is large: this takes minutes on a slow line)"

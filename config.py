@@ -27,6 +27,7 @@ MODEL_TYPES = ("pola_swin", "pola_pvt_tiny", "pola_pvt_small", "pola_pvt_medium"
 DATASETS = ("imagenet", "digits")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULERS = ("cosine", "linear", "step")
+DECODERS = ("pillow", "simplejpeg")
 BACKENDS = ("auto", "eager", "triton", "reference")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")  # those that warping augmentations take too
 AUGMENT_POLICY = re.compile(
@@ -87,6 +88,13 @@ KEYS: dict[str, Key] = {
     ),
     "DATA.PIN_MEMORY": Key(True, boolean(), "page-locked batches for faster copies to a GPU"),
     "DATA.NUM_WORKERS": Key(8, integer(0), "loader processes per process; 0 loads in the main process"),
+    "DATA.PREFETCH_FACTOR": Key(2, integer(1), "batches that each loader process prepares ahead"),
+    "DATA.DECODER": Key(
+        "pillow",
+        choice(*DECODERS),
+        "of training images: pillow, exact; simplejpeg (pip install simplejpeg), faster, the same pixels from JPEGs and"
+        " resized to within 0.004 grey levels on average; evaluation always uses pillow",
+    ),
     "DATA.MAX_UNREADABLE": Key(
         0.01,
         real(0, 1),

@@ -577,6 +577,9 @@ def run_training(config: CfgNode, device: torch.device) -> Progress:
             if not isinstance(error, EXPECTED):
                 watchdog.explain(error)
             raise
+        finally:
+            loaders.train.close()
+            loaders.val.close()
     metrics.close()
     if is_main:
         summarise(config, progress)

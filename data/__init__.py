@@ -5,11 +5,11 @@ import signal
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 from yacs.config import CfgNode
 
 from config import batch_plan, image_size
@@ -22,8 +22,10 @@ from data.datasets import (
     Source,
     TrainDataset,
     ZipSource,
+    decode,
     require_folder,
     too_many_unreadable,
+    training_decoder,
     warm_page_cache,
 )
 from data.samplers import EvalSampler, TrainSampler
@@ -31,6 +33,8 @@ from data.shards import INDEX_FILE, ShardDataset, ShardEvalDataset, ShardSplit, 
 from data.transforms import evaluation_transform, training_transform
 from logger import get_logger
 from utils import distributed
+
+STOP_DELAY = 15  # seconds that a loader process goes on after SIGTERM
 
 
 class Batches:
@@ -104,6 +108,10 @@ class Batches:
             self.require_readable(len(self.unreadable))
             yield images, labels
 
+    def close(self) -> None:
+        """End the loader processes that outlive an epoch: at the end of the program they would be sent SIGTERM."""
+        self.loader._iterator = None
+
     def require_readable(self, unreadable: int) -> None:
         """Raise DataError when `unreadable` training images, of one process or of all, are more than allowed."""
         if unreadable > self.max_unreadable:
@@ -120,15 +128,16 @@ class Loaders(NamedTuple):
 
 
 def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
-    images = torch.stack([sample.image for sample in samples])
+    # straight into one tensor, in a worker one in shared memory: it is not copied on its way to the main process
+    images = default_collate([sample.image for sample in samples])
     labels = torch.tensor([sample.label for sample in samples])
     return images, labels, [name for sample in samples for name in sample.unreadable]
 
 
 def _outlive_stop_signals(worker: int) -> None:
-    """A loader process that was told to stop with the whole run goes on for a minute, so that the run can save."""
+    """A loader process that was told to stop with the whole run goes on for a while, so that the run can save."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(STOP_DELAY))
 
 
 def data_format(config: CfgNode, root: Path) -> str:
@@ -155,11 +164,12 @@ def _build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None =
     root = Path(config.DATA.DATA_PATH)
     require_folder(root)
     format = data_format(config, root)
+    decoder = training_decoder(config.DATA.DECODER) if split == "train" else decode  # evaluation is exact
     if format == "shards":
         return ShardSplit(root, split)
     if format == "folder":
-        return FolderSource(root / split, classes)
-    source = ZipSource(root / f"{split}.zip", root / f"{split}_map.txt")
+        return FolderSource(root / split, classes, decoder)
+    source = ZipSource(root / f"{split}.zip", root / f"{split}_map.txt", decoder)
     local_rank, local_size = distributed.local_rank(), distributed.local_world_size()
     if config.DATA.CACHE_MODE == "full" and local_rank == 0:
         warm_page_cache(source.path)
@@ -168,28 +178,33 @@ def _build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None =
     return source
 
 
-def _build_val(config: CfgNode, source: Source | ShardSplit) -> Batches:
-    rank, world_size = distributed.rank(), distributed.world_size()
+def _loader_options(config: CfgNode, *, persistent: bool) -> dict[str, Any]:
+    """What training and validation loaders have in common; `persistent` workers survive the end of an epoch."""
+    workers = config.DATA.NUM_WORKERS
+    return {
+        "num_workers": workers,
+        "prefetch_factor": config.DATA.PREFETCH_FACTOR if workers else None,
+        "persistent_workers": persistent and workers > 0,
+        "pin_memory": config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+        "collate_fn": _collate,
+        "worker_init_fn": _outlive_stop_signals,
+        "generator": torch.Generator(),  # of its own, so that iterating draws nothing from the run's generator
+    }
+
+
+def _build_val(config: CfgNode, source: Source | ShardSplit, *, repeated: bool) -> Batches:
+    """`repeated`: evaluated after every epoch, so that keeping the workers saves starting them each time."""
+    rank, world_size, batch_size = distributed.rank(), distributed.world_size(), config.DATA.BATCH_SIZE
     dataset: Dataset[Sample]
     sampler: Sampler | None = None
     if isinstance(source, ShardSplit):
-        batch_size = config.DATA.BATCH_SIZE
         dataset = ShardEvalDataset(
             source, evaluation_transform(config), batch_size=batch_size, rank=rank, world_size=world_size
         )
     else:
         dataset = EvalDataset(source, evaluation_transform(config))
         sampler = EvalSampler(len(source.labels), rank=rank, world_size=world_size)
-    loader = DataLoader(
-        dataset,
-        batch_size=config.DATA.BATCH_SIZE,
-        sampler=sampler,
-        num_workers=config.DATA.NUM_WORKERS,
-        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
-        collate_fn=_collate,
-        worker_init_fn=_outlive_stop_signals,
-        generator=torch.Generator(),  # of its own, so that iterating draws nothing from the run's generator
-    )
+    loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, **_loader_options(config, persistent=repeated))
     return Batches(loader)
 
 
@@ -216,6 +231,7 @@ def _build_train(config: CfgNode, source: Source | ShardSplit) -> Batches:
             seed=config.SEED,
             buffer=config.DATA.SHUFFLE_BUFFER,
             max_unreadable=max_unreadable,
+            decoder=training_decoder(config.DATA.DECODER),
         )
     else:
         dataset = TrainDataset(source, training_transform(config), seed=config.SEED, max_unreadable=max_unreadable)
@@ -224,13 +240,8 @@ def _build_train(config: CfgNode, source: Source | ShardSplit) -> Batches:
         dataset,
         batch_size=plan.per_process,
         sampler=sampler,
-        num_workers=config.DATA.NUM_WORKERS,
-        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
-        persistent_workers=config.DATA.NUM_WORKERS > 0,
         drop_last=True,
-        collate_fn=_collate,
-        worker_init_fn=_outlive_stop_signals,
-        generator=torch.Generator(),
+        **_loader_options(config, persistent=True),
     )
     return Batches(loader, max_unreadable)
 
@@ -249,7 +260,7 @@ def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
         raise DataError(f"the image loaders deliver 3 channels, MODEL.SWIN.IN_CHANS is {config.MODEL.SWIN.IN_CHANS}")
     if not train:
         source = _build_source(config, "val")
-        return Loaders(None, _build_val(config, source), source.classes, source.num_classes)
+        return Loaders(None, _build_val(config, source, repeated=False), source.classes, source.num_classes)
     train_source = _build_source(config, "train")
     val_source = _build_source(config, "val", train_source.classes)
     if train_source.classes and val_source.classes and val_source.classes != train_source.classes:
@@ -268,7 +279,7 @@ def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
         )
     return Loaders(
         _build_train(config, train_source),
-        _build_val(config, val_source),
+        _build_val(config, val_source, repeated=True),
         train_source.classes,
         train_source.num_classes,
     )

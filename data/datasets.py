@@ -7,18 +7,21 @@ transform, the reproducible randomness of a sample, and what happens to an unrea
 import io
 import os
 import random
-import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.transforms.functional import pil_to_tensor
 
+from data.index import PackedNames, ZipError, ZipIndex
 from data.samplers import Draw
 
 
@@ -30,11 +33,15 @@ class UnreadableImage(DataError):
     """A file that is no complete image."""
 
 
+Picture = Image.Image | torch.Tensor  # RGB; a tensor is uint8 (3, H, W)
+Decoder = Callable[[bytes, str], Picture]  # of a whole file and its name; raises UnreadableImage
+
+
 class Source(Protocol):
     """Images with labels. `classes` are their names, or None where the format stores none."""
 
     @property
-    def labels(self) -> Sequence[int]: ...
+    def labels(self) -> Sequence[int] | np.ndarray: ...
 
     @property
     def classes(self) -> tuple[str, ...] | None: ...
@@ -44,7 +51,7 @@ class Source(Protocol):
 
     def name(self, index: int) -> str: ...
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int) -> Picture:
         """RGB image; raises UnreadableImage."""
         ...
 
@@ -67,6 +74,34 @@ def decode(data: bytes, name: str) -> Image.Image:
         raise UnreadableImage(f"{name}: {error}") from error
 
 
+def decode_fast(data: bytes, name: str) -> torch.Tensor:
+    """Decode a whole image file to uint8 (3, H, W), a JPEG by simplejpeg: the same pixels as `decode`, sooner.
+
+    What simplejpeg refuses or converts in its own way (other formats, CMYK, damaged files, huge ones) is left to
+    `decode`, which also decides what counts as unreadable.
+    """
+    import simplejpeg  # optional: training_decoder has looked for it
+
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours in ("YCbCr", "RGB", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or height * width):
+            return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
+    except ValueError:
+        pass
+    return pil_to_tensor(decode(data, name))
+
+
+def training_decoder(name: str) -> Decoder:
+    """The decoder that DATA.DECODER names. Raises DataError where it is not installed."""
+    if name == "pillow":
+        return decode
+    if find_spec("simplejpeg") is None:
+        raise DataError(
+            "DATA.DECODER is simplejpeg, which is not installed; `pip install simplejpeg` or set DATA.DECODER pillow"
+        )
+    return decode_fast
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Image folder
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,7 +114,7 @@ class FolderSource:
     Raises DataError where the folder is absent, empty, has no class folders, or folders that are no known class.
     """
 
-    def __init__(self, root: Path, classes: tuple[str, ...] | None = None) -> None:
+    def __init__(self, root: Path, classes: tuple[str, ...] | None = None, decoder: Decoder = decode) -> None:
         require_folder(root)
         # names that start with a dot are tools' folders, such as .ipynb_checkpoints
         folders = tuple(sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")))
@@ -99,22 +134,32 @@ class FolderSource:
         self.num_classes = len(self.classes)
         index = {name: i for i, name in enumerate(self.classes)}
         present = {name: index[name] for name in folders}
-        self._samples = make_dataset(str(root), present, extensions=IMG_EXTENSIONS, allow_empty=True)
-        self.labels = [label for _, label in self._samples]
-        if empty := sorted(set(present.values()) - set(self.labels)):
+        prefix, labels = os.path.join(root, ""), array("i")
+
+        def files() -> Iterator[bytes]:
+            for folder in folders:  # one by one, so that only one folder's names are Python objects at a time
+                one_class = {folder: index[folder]}
+                for path, label in make_dataset(str(root), one_class, extensions=IMG_EXTENSIONS, allow_empty=True):
+                    labels.append(label)
+                    yield os.fsencode(path.removeprefix(prefix))
+
+        self._prefix, self._decoder = prefix, decoder
+        self._names = PackedNames(files())
+        self.labels = np.array(labels)
+        if empty := sorted(set(present.values()).difference(np.unique(self.labels).tolist())):
             names = ", ".join(self.classes[i] for i in empty[:5])
             raise DataError(f"{root}: {len(empty)} class folders hold no image ({names}); fill or remove them")
 
     def name(self, index: int) -> str:
-        return self._samples[index][0]
+        return self._prefix + os.fsdecode(self._names[index])
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int) -> Picture:
         name = self.name(index)
         try:
             data = Path(name).read_bytes()
         except OSError as error:
             raise UnreadableImage(f"{name}: {error.strerror}") from error
-        return decode(data, name)
+        return self._decoder(data, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,55 +174,61 @@ class ZipSource:
     the zip once. Raises DataError for a missing file, a malformed map line, or a member the zip does not have.
     """
 
-    def __init__(self, zip_path: Path, map_path: Path) -> None:
+    def __init__(self, zip_path: Path, map_path: Path, decoder: Decoder = decode) -> None:
         for path in (zip_path, map_path):
             if not path.is_file():
                 raise DataError(f"{path} does not exist; --zip needs train.zip, train_map.txt, val.zip and val_map.txt")
-        self.path = zip_path
-        self._handle: tuple[int, zipfile.ZipFile] | None = None
+        self.path, self._decoder = zip_path, decoder
+        self._handle: tuple[int, BinaryIO] | None = None
         try:
-            with zipfile.ZipFile(zip_path) as archive:
-                members = set(archive.namelist())
-        except (zipfile.BadZipFile, OSError) as error:
+            index = ZipIndex.of(zip_path)
+        except (ZipError, OSError) as error:
             raise DataError(f"{zip_path} is not a readable zip file: {error}") from error
-        self._names: list[str] = []
-        self.labels: list[int] = []
-        for number, line in enumerate(map_path.read_text(encoding="utf-8").splitlines(), start=1):
-            if not line.strip():
-                continue
-            name, tab, label = line.rpartition("\t")
-            if not tab or not label.strip().isdecimal():
-                raise DataError(f"{map_path} line {number}: expected `path<TAB>label`, received {line!r}")
-            if name not in members:
-                raise DataError(f"{map_path} line {number} names {name!r}, which {zip_path} does not contain")
-            self._names.append(name)
-            self.labels.append(int(label))
-        if not self._names:
+        positions, labels = array("q"), array("i")
+        with map_path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                line = line.removesuffix("\n")
+                name, tab, label = line.rpartition("\t")
+                if not tab or not label.strip().isdecimal():
+                    raise DataError(f"{map_path} line {number}: expected `path<TAB>label`, received {line!r}")
+                position = index.find(name.encode())
+                if position is None:
+                    raise DataError(f"{map_path} line {number} names {name!r}, which {zip_path} does not contain")
+                positions.append(position)
+                labels.append(int(label))
+        if not labels:
             raise DataError(f"{map_path} is empty; expected lines `path<TAB>label`")
-        self.num_classes = max(self.labels) + 1
+        self._index = index.take(positions)
+        self.labels = np.array(labels)
+        self.num_classes = int(self.labels.max()) + 1
         self.classes = self._class_names()
 
     def _class_names(self) -> tuple[str, ...] | None:
-        folders: list[set[str]] = [set() for _ in range(self.num_classes)]
-        for name, label in zip(self._names, self.labels, strict=True):
-            folders[label].add(name.rpartition("/")[0].rpartition("/")[2])
-        names = [next(iter(found)) for found in folders if len(found) == 1]
+        folders: list[set[bytes]] = [set() for _ in range(self.num_classes)]
+        for name, label in zip(self._index.names, self.labels, strict=True):
+            folders[label].add(name.rpartition(b"/")[0].rpartition(b"/")[2])
+        names = [next(iter(found)).decode() for found in folders if len(found) == 1]
         unique = len(names) == self.num_classes == len(set(names)) and all(names)
         return tuple(names) if unique else None
 
-    def name(self, index: int) -> str:
-        return f"{self.path}:{self._names[index]}"
+    @property
+    def index_bytes(self) -> int:
+        """Memory that names, labels and places of all images take together."""
+        return self._index.nbytes + self.labels.nbytes
 
-    def load(self, index: int) -> Image.Image:
-        if (
-            self._handle is None or self._handle[0] != os.getpid()
-        ):  # a handle shared by forked workers would seek wildly
-            self._handle = (os.getpid(), zipfile.ZipFile(self.path))
+    def name(self, index: int) -> str:
+        return f"{self.path}:{self._index.names[index].decode()}"
+
+    def load(self, index: int) -> Picture:
+        if self._handle is None or self._handle[0] != os.getpid():  # each forked worker has a handle of its own
+            self._handle = (os.getpid(), self.path.open("rb", buffering=0))
         try:
-            data = self._handle[1].read(self._names[index])
-        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+            data = self._index.read(self._handle[1].fileno(), index)
+        except (OSError, ZipError, zlib.error) as error:
             raise UnreadableImage(f"{self.name(index)}: {error}") from error
-        return decode(data, self.name(index))
+        return self._decoder(data, self.name(index))
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_handle": None}
@@ -245,14 +296,14 @@ class Sample(NamedTuple):
 class EvalDataset(Dataset[Sample]):
     """Every image as it is; an unreadable one raises, because a count over fewer images is not the result."""
 
-    def __init__(self, source: Source, transform: Callable[[Image.Image], torch.Tensor]) -> None:
+    def __init__(self, source: Source, transform: Callable[[Picture], torch.Tensor]) -> None:
         self.source, self.transform = source, transform
 
     def __len__(self) -> int:
         return len(self.source.labels)
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(self.transform(self.source.load(index)), self.source.labels[index])
+        return Sample(self.transform(self.source.load(index)), int(self.source.labels[index]))
 
 
 class TrainDataset(Dataset[Sample]):
@@ -263,7 +314,7 @@ class TrainDataset(Dataset[Sample]):
     """
 
     def __init__(
-        self, source: Source, transform: Callable[[Image.Image], torch.Tensor], *, seed: int, max_unreadable: int
+        self, source: Source, transform: Callable[[Picture], torch.Tensor], *, seed: int, max_unreadable: int
     ) -> None:
         self.source, self.transform, self.seed, self.max_unreadable = source, transform, seed, max_unreadable
 
@@ -271,6 +322,14 @@ class TrainDataset(Dataset[Sample]):
         return len(self.source.labels)
 
     def __getitem__(self, draw: Draw) -> Sample:
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: list[Draw]) -> list[Sample]:
+        """The samples of a batch, as DataLoader asks for them: the main process's generators are kept once for all."""
+        with SampleRandomness(self.seed) as randomness:
+            return [self._sample(draw, randomness) for draw in draws]
+
+    def _sample(self, draw: Draw, randomness: "SampleRandomness") -> Sample:
         unreadable: list[str] = []
         index = draw.position
         while True:
@@ -284,8 +343,8 @@ class TrainDataset(Dataset[Sample]):
                         too_many_unreadable(len(unreadable), len(self), self.max_unreadable, unreadable)
                     ) from error
                 index = (index + 1) % len(self)
-        with SampleRandomness(self.seed, draw):
-            return Sample(self.transform(image), self.source.labels[index], tuple(unreadable))
+        randomness.start(draw)
+        return Sample(self.transform(image), int(self.source.labels[index]), tuple(unreadable))
 
 
 def too_many_unreadable(count: int, size: int, allowed: int, names: Iterable[str]) -> str:
@@ -296,18 +355,28 @@ def too_many_unreadable(count: int, size: int, allowed: int, names: Iterable[str
 
 
 class SampleRandomness:
-    """Seed Python's, NumPy's and torch's generators for one draw; the main process gets its own states back after."""
+    """Python's, NumPy's and torch's generators seeded for one draw after another (or the one that is given).
 
-    def __init__(self, seed: int, draw: Draw) -> None:
-        self.words = np.random.SeedSequence((seed, draw.epoch, draw.position)).generate_state(3)
+    At the end the main process gets its own states back; a worker has no use for them.
+    """
 
-    def __enter__(self) -> None:
+    def __init__(self, seed: int, draw: Draw | None = None) -> None:
+        self.seed, self.draw = seed, draw
+
+    def __enter__(self) -> "SampleRandomness":
         self.states = None
         if get_worker_info() is None:
             self.states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-        random.seed(int(self.words[0]))
-        np.random.seed(int(self.words[1]))
-        torch.default_generator.manual_seed(int(self.words[2]))
+        if self.draw is not None:
+            self.start(self.draw)
+        return self
+
+    def start(self, draw: Draw) -> None:
+        """Seed for `draw`."""
+        words = np.random.SeedSequence((self.seed, draw.epoch, draw.position)).generate_state(3)
+        random.seed(int(words[0]))
+        np.random.seed(int(words[1]))
+        torch.default_generator.manual_seed(int(words[2]))
 
     def __exit__(self, *exception: object) -> None:
         if self.states is not None:

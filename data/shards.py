@@ -17,11 +17,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.datasets import DataError, Sample, SampleRandomness, UnreadableImage, decode, too_many_unreadable
+from data.datasets import (
+    DataError,
+    Decoder,
+    Picture,
+    Sample,
+    SampleRandomness,
+    UnreadableImage,
+    decode,
+    too_many_unreadable,
+)
 from data.samplers import Draw
 
 INDEX_FILE = "shards.json"
@@ -250,7 +258,7 @@ class ShardDataset(IterableDataset[Sample]):
     def __init__(
         self,
         split: ShardSplit,
-        transform: Callable[[Image.Image], torch.Tensor],
+        transform: Callable[[Picture], torch.Tensor],
         *,
         batch_size: int,
         begin: int,
@@ -281,7 +289,7 @@ class ShardEvalDataset(ShardDataset):
     def __init__(
         self,
         split: ShardSplit,
-        transform: Callable[[Image.Image], torch.Tensor],
+        transform: Callable[[Picture], torch.Tensor],
         *,
         batch_size: int,
         rank: int,
@@ -311,7 +319,7 @@ class ShardTrainDataset(ShardDataset):
     def __init__(
         self,
         split: ShardSplit,
-        transform: Callable[[Image.Image], torch.Tensor],
+        transform: Callable[[Picture], torch.Tensor],
         *,
         batch_size: int,
         rank: int,
@@ -319,10 +327,12 @@ class ShardTrainDataset(ShardDataset):
         seed: int,
         buffer: int,
         max_unreadable: int,
+        decoder: Decoder = decode,
     ) -> None:
         share = split.num_images // world_size
         super().__init__(split, transform, batch_size=batch_size, begin=rank * share, end=(rank + 1) * share)
         self.rank, self.seed, self.buffer, self.max_unreadable = rank, seed, buffer, max_unreadable
+        self.decoder = decoder
         # epoch and first sample, in memory that loader processes which outlive an epoch see too
         self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
 
@@ -362,7 +372,7 @@ class ShardTrainDataset(ShardDataset):
                     ahead.append(next(images))
                 encoded = ahead[len(unreadable)]
                 try:
-                    image = decode(encoded.data, encoded.name)
+                    image = self.decoder(encoded.data, encoded.name)
                     break
                 except UnreadableImage as error:
                     unreadable.append(str(error))

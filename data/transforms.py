@@ -12,12 +12,16 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create
 from timm.data.auto_augment import AugmentOp
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import pil_to_tensor
 from yacs.config import CfgNode
 
 from config import image_size
+from data.datasets import Picture
 
 # Up to this IMG_SIZE, images that have it already are taken as they are: no resize in evaluation, a padded random crop
 # in training.
@@ -31,15 +35,16 @@ class _BySize:
     def __init__(self, size: tuple[int, int], same: Callable, other: Callable) -> None:
         self.size, self.same, self.other = size, same, other
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return (self.same if image.size == self.size[::-1] else self.other)(image)
+    def __call__(self, image: Picture) -> Picture:
+        width, height = transforms.functional.get_image_size(image)
+        return (self.same if (height, width) == self.size else self.other)(image)
 
 
-def _keep(image: Image.Image) -> Image.Image:
+def _keep(image: Picture) -> Picture:
     return image
 
 
-def evaluation_transform(config: CfgNode) -> Callable[[Image.Image], Tensor]:
+def evaluation_transform(config: CfgNode) -> Callable[[Picture], Tensor]:
     """PIL image to uint8 (3, H, W).
 
     TEST.CROP: resize to 256/224 of IMG_SIZE and crop its centre, else resize to IMG_SIZE. The released models were
@@ -74,8 +79,12 @@ class _CoverResize:
         return transforms.functional.resize(image, size, self.mode)
 
 
-def training_transform(config: CfgNode) -> Callable[[Image.Image], Tensor]:
-    """PIL image to uint8 (3, H, W): timm's random resized crop, flip and automatic augmentation or colour jitter."""
+def training_transform(config: CfgNode) -> Callable[[Picture], Tensor]:
+    """RGB image to uint8 (3, H, W): timm's random resized crop, flip and automatic augmentation or colour jitter.
+
+    With DATA.DECODER simplejpeg images arrive as tensors and are cropped, resized and flipped as such. Either way every
+    step draws the same random numbers, so that only the rounding of the resize differs.
+    """
     size = image_size(config)
     policy = config.AUG.AUTO_AUGMENT
     recipe = create_transform(
@@ -87,13 +96,41 @@ def training_transform(config: CfgNode) -> Callable[[Image.Image], Tensor]:
         auto_augment=None if policy == "none" else policy,
         interpolation=config.DATA.INTERPOLATION,
     )
-    steps = list(recipe.transforms)[:-1]
+    crop, *steps = list(recipe.transforms)[:-1]
+    fast = config.DATA.DECODER == "simplejpeg"
+    if fast:
+        crop = _TensorCrop(crop, config.DATA.INTERPOLATION)
     if max(size) <= SMALL_IMAGE:
-        steps[0] = _BySize(size, transforms.RandomCrop(size, padding=4), steps[0])
-    for operation in _augment_operations(steps):
-        if operation.name.startswith("Posterize"):
-            operation.aug_fn = _SafePosterize(operation.aug_fn)  # type: ignore[assignment, arg-type]  # inferred too narrowly
-    return transforms.Compose([*steps, _IMAGE_TO_UINT8])
+        crop = _BySize(size, transforms.RandomCrop(size, padding=4), crop)
+    if fast:  # up to here, and for the flip that may follow, tensors will do
+        flips = sum(isinstance(step, transforms.RandomHorizontalFlip) for step in steps)
+        steps.insert(flips, _to_pillow)
+    repair_posterize(steps)
+    return transforms.Compose([crop, *steps, _IMAGE_TO_UINT8])
+
+
+class _TensorCrop:
+    """timm's random resized crop, resized by torch's antialiased filter; a tensor unless the filter is `nearest`."""
+
+    def __init__(self, crop: RandomResizedCropAndInterpolation, interpolation: str) -> None:
+        self.crop, self.interpolation = crop, interpolation
+
+    def __call__(self, image: Picture) -> Picture:
+        if self.interpolation == "nearest":  # torch picks other pixels than Pillow, which takes hardly any time here
+            return self.crop(_to_pillow(image))
+        pixels = image if isinstance(image, Tensor) else pil_to_tensor(image)
+        top, left, height, width = self.crop.get_params(pixels, self.crop.scale, self.crop.ratio)
+        region = pixels[None, :, top : top + height, left : left + width]
+        region = region.contiguous(memory_format=torch.channels_last)  # the layout that torch resizes fastest
+        rows, columns = self.crop.size
+        if height - rows > max(0, 2 * (width - columns)):
+            # Pillow 13 then resizes the height first; overshoots are cut off and rounded in between
+            region = F.interpolate(region, (rows, width), mode=self.interpolation, antialias=True)
+        return F.interpolate(region, (rows, columns), mode=self.interpolation, antialias=True)[0]
+
+
+def _to_pillow(image: Picture) -> Image.Image:
+    return image if isinstance(image, Image.Image) else Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 def _augment_operations(node: object) -> Iterator[AugmentOp]:
@@ -106,6 +143,13 @@ def _augment_operations(node: object) -> Iterator[AugmentOp]:
     else:
         for name in ("ops", "policy", "augmentations"):
             yield from _augment_operations(getattr(node, name, ()))
+
+
+def repair_posterize(steps: list[Callable]) -> None:
+    """Make timm's policies survive strengths at which they ask Pillow for something it refuses."""
+    for operation in _augment_operations(steps):
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _SafePosterize(operation.aug_fn)  # type: ignore[assignment, arg-type]  # inferred too narrowly
 
 
 class _SafePosterize:

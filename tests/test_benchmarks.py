@@ -8,11 +8,14 @@ from functools import partial
 
 import pytest
 import torch
+from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 import models.attention
-from benchmarks import attention, model_step
+from benchmarks import attention, input_pipeline, model_step
 from benchmarks.baseline import literal_polarity_attention, patched_model_attention
 from benchmarks.common import WrongResultError, interleaved, ratios, saved_bytes
+from data.datasets import decode_fast
 from models.ops.polarity_attention import polarity_attention
 
 CPU = torch.device("cpu")
@@ -242,3 +245,104 @@ def test_a_training_step_of_both_sides_saves_less_with_ours():
     full_size = model_step.step_bars({**record, "batch_size": 8, "image_size": 224})
     assert full_size[0].bound == 0.64
     assert 1.25 in [bar.bound for bar in full_size]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The input pipeline
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_input_images_differ_and_the_prepared_ones_have_the_short_side(tmp_path):
+    data = input_pipeline.make_images(tmp_path, 4)
+    plain, prepared = ([path for path in sorted((tmp_path / name).glob("*/*/*"))] for name in ("plain", "prepared"))
+    assert [path.relative_to(tmp_path / "plain") for path in plain] == [
+        path.relative_to(tmp_path / "prepared") for path in prepared
+    ]
+    assert len({path.read_bytes() for path in plain}) == len(plain) == 4 + 8
+    assert {Image.open(path).size for path in plain} == {(500, 375)}
+    assert {Image.open(path).size for path in prepared} == {(341, 256)}
+    assert data["mean_kb"] > data["prepared_mean_kb"] > 10
+
+
+def _brighter(content, name):
+    image = decode_fast(content, name)
+    return torch.where(image < 255, image + 1, image)
+
+
+def _shifted_crop(image, scale, ratio):
+    top, left, height, width = REAL_CROP(image, scale, ratio)
+    return top, max(left - (not isinstance(image, Image.Image)), 0), height, width
+
+
+REAL_CROP = RandomResizedCropAndInterpolation.get_params
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "planted", "message"),
+    [
+        (input_pipeline, "decode_fast", _brighter, "decoding deviates by 0.9"),
+        (RandomResizedCropAndInterpolation, "get_params", staticmethod(_shifted_crop), "random resized crop deviates"),
+        (input_pipeline, "repair_posterize", lambda steps: steps.pop(1), "ours with pillow .* deviates"),
+    ],
+    ids=["pixels", "crop", "no flip"],
+)
+def test_input_gate_rejects_what_is_not_the_same(target, name, planted, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(target, name, planted)
+    monkeypatch.setattr(input_pipeline, "measure_loaders", lambda *_: pytest.fail("timed"))
+    with pytest.raises(SystemExit, match=f"nothing is timed that is wrong: {message}"):
+        input_pipeline.main(["--images", "8", "--batch-size", "4", "--output", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_input_pipeline_writes_its_results(tmp_path, capsys):
+    arguments = ["--images", "4", "--batch-size", "2", "--repeats", "9", "--entries", "50", "100"]
+    input_pipeline.main([*arguments, "--output", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    assert path.name == f"input_pipeline-cpu-1-threads-{results['environment']['date']}.json"
+    assert results["environment"].keys() >= {"pillow", "simplejpeg", "torchvision", "timm", "git_revision"}
+    assert str(tmp_path) not in path.read_text()
+    deviations = results["deviations"]
+    assert deviations["decoding"] == {"mean": 0.0, "max": 0, "share_differing": 0.0}
+    assert 0 < deviations["random resized crop"]["mean"] < 0.1
+    loaders = results["loaders"]
+    assert list(loaders) == [
+        "torchvision + timm",
+        "ours, pillow",
+        "ours, simplejpeg",
+        "ours, simplejpeg, short side 256",
+    ]
+    for entry in loaders.values():
+        rate, milliseconds = entry["images_per_s"], entry["ms_per_image"]
+        assert rate["low"] <= rate["median"] <= rate["high"]
+        assert rate["median"] == pytest.approx(1e3 / milliseconds["median"])
+    assert loaders["torchvision + timm"]["speedup"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert [bar["bound"] for bar in results["bars"]] == [1.4, 1.9, 150.0, 1.0]
+    assert results["bars"][0]["measured"] == loaders["ours, simplejpeg"]["speedup"]["median"]
+    assert results["memory"][1]["index_bytes"] < 100 * 80
+    printed = capsys.readouterr().out
+    assert "Ours leaves normalisation and erasing to the device" in printed and "| what " in printed
+
+
+def test_input_bars_are_judged_by_growth_and_size():
+    memory = [
+        {"entries": 100, "index_bytes": 6000, "bytes_kept_by_reading": 500},
+        {"entries": 1100, "index_bytes": 132_000, "bytes_kept_by_reading": 2500},
+    ]
+    index, kept = input_pipeline.memory_bars(memory)
+    assert index.measured == pytest.approx(120 * 1_281_167 / 2**20) and index.met
+    assert kept.measured == 2.0 and not kept.met
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repeats", "8"], "--repeats 8: expected at least 9"),
+        (["--images", "4", "--batch-size", "5"], "--batch-size 5: expected 1 to --images 4"),
+        (["--entries", "10", "10"], "--entries 10 10: expected the smaller number first"),
+    ],
+)
+def test_wrong_arguments_of_the_input_benchmark_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        input_pipeline.parse_arguments(arguments)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,516 @@
+"""Time the input pipeline on one core against torchvision and timm: python -m benchmarks.input_pipeline.
+
+A gate comes first: how far the fast path is from the exact one, step by step, in grey levels. Then images per second of
+whole loaders, interleaved in one process without workers (what one loader process does), the time of single steps, and
+the memory of the zip reader. README.md beside this file says what is counted.
+
+Images are made from the two photographs that ship with scikit-learn, in a temporary folder that is removed at the end.
+"""
+
+import argparse
+import importlib.metadata
+import io
+import random
+import tempfile
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from timm.data import create_transform
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from yacs.config import CfgNode
+
+from benchmarks.common import (
+    MEBIBYTE,
+    RESULTS,
+    ROOT,
+    Bar,
+    Spread,
+    WrongResultError,
+    environment,
+    interleaved,
+    prepare_process,
+    print_bars,
+    print_table,
+    ratios,
+    result_path,
+    timed,
+    write_json,
+)
+from config import image_size, load_config
+from data import Batches, DataError, build_loaders
+from data.datasets import FolderSource, SampleRandomness, ZipSource, decode, decode_fast, training_decoder
+from data.samplers import Draw
+from data.transforms import TrainBatch, repair_posterize, training_transform
+
+CPU = torch.device("cpu")
+RECIPE = "configs/pola_swin_t.yaml"
+SIZE = (500, 375)  # width, height
+SHORT_SIDE = 256
+QUALITY = 95
+NOISE = 5.0  # standard deviation in grey levels, of every pixel and channel
+
+BASELINE, EXACT, FAST, PREPARED = (
+    "torchvision + timm",
+    "ours, pillow",
+    "ours, simplejpeg",
+    f"ours, simplejpeg, short side {SHORT_SIDE}",
+)
+SPEED_BARS = {FAST: 1.4, PREPARED: 1.9}
+# Largest mean and maximum of a deviation in grey levels that pass the gate; None: stated, not judged.
+ALLOWED: dict[str, tuple[float, float] | None] = {
+    "ours with pillow against timm's recipe": (0, 0),
+    "evaluation with DATA.DECODER simplejpeg": (0, 0),
+    "decoding": (0, 0),
+    # rounding: 0.004 and 2 with Pillow 13; others may resize height and width in another order
+    "random resized crop": (0.1, 16),
+    "flip after it": (0.1, 16),
+    "the whole recipe": (0.5, 255),  # solarising, posterising and equalising turn one level into many
+    f"stored again at short side {SHORT_SIDE}": None,
+}
+IMAGENET = 1_281_167  # training images
+INDEX_BAR = 150.0  # MiB for so many
+KEPT_BAR = 1.0  # bytes
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Gate, measure, print, write. Exits with the reason, before anything is timed, when the gate finds an error."""
+    options = parse_arguments(arguments)
+    prepare_process(threads=1)
+    try:
+        training_decoder("simplejpeg")
+    except DataError as error:
+        raise SystemExit(str(error)) from error
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = make_images(folder, options.images)
+        print(
+            f"{options.images} JPEGs of {SIZE[0]}×{SIZE[1]}, quality {QUALITY}, 4:2:0: {data['mean_kb']:.0f} kB each,"
+            f" {data['prepared_mean_kb']:.0f} kB at short side {SHORT_SIDE}"
+        )
+        try:
+            deviations = require_correct(folder)
+        except WrongResultError as error:
+            raise SystemExit(f"nothing is timed that is wrong: {error}") from error
+        print_deviations(deviations)
+        loaders = measure_loaders(folder, options)
+        print_loaders(loaders)
+        steps = measure_steps(folder, options)
+        print_steps(steps)
+    memory = measure_memory(options.entries)
+    print_memory(memory)
+    bars = speed_bars(loaders) + memory_bars(memory)
+    print_bars(bars)
+    path = result_path(options.output, "input_pipeline", CPU, "json")
+    packages = ("torchvision", "timm", "pillow", "simplejpeg", "numpy")
+    write_json(
+        path,
+        {
+            "program": "benchmarks.input_pipeline",
+            "environment": environment(CPU) | {name: importlib.metadata.version(name) for name in packages},
+            "recipe": RECIPE,
+            "batch_size": options.batch_size,
+            "repeats": options.repeats,
+            "data": data,
+            "deviations": deviations,
+            "loaders": loaders,
+            "steps": steps,
+            "memory": memory,
+            "bars": [bar.as_json() for bar in bars],
+        },
+    )
+    print(f"\nwrote {path.name} to {options.output}")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.input_pipeline", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--images", type=int, default=320, help="that are made and read in each round")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=15, help="timed rounds, at least 9")
+    parser.add_argument(
+        "--entries", nargs=2, type=int, default=(2000, 20000), metavar=("FEW", "MANY"), help="of the zip files"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
+    options = parser.parse_args(arguments)
+    if options.repeats < 9:
+        parser.error(f"--repeats {options.repeats}: expected at least 9")
+    if not 0 < options.batch_size <= options.images:
+        parser.error(f"--batch-size {options.batch_size}: expected 1 to --images {options.images}")
+    if not 0 < options.entries[0] < options.entries[1]:
+        parser.error(f"--entries {' '.join(map(str, options.entries))}: expected the smaller number first")
+    return options
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_images(folder: Path, count: int) -> dict[str, Any]:
+    """Write `folder`/plain and `folder`/prepared, each with train/ and val/; returns what a reader must know of them.
+
+    Each file is a random crop, perhaps mirrored, of one of two photographs, with noise of its own.
+    """
+    generator = np.random.default_rng(0)
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    sizes: dict[str, list[int]] = {"plain": [], "prepared": []}
+    for number in range(count + 8):
+        label = number % 2
+        image = _varied(photographs[label], generator)
+        split = "train" if number < count else "val"
+        for name in sizes:
+            path = folder / name / split / f"class{label}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path, quality=QUALITY)
+            sizes[name].append(path.stat().st_size)
+            scale = SHORT_SIDE / min(image.size)  # the second file is made from the first, as a user would
+            with Image.open(path) as saved:
+                image = saved.resize(
+                    (round(scale * image.width), round(scale * image.height)), Image.Resampling.BICUBIC
+                )
+    means = {name: sum(each) / len(each) / 1e3 for name, each in sizes.items()}
+    return {
+        "images": count,
+        "size": SIZE,
+        "quality": QUALITY,
+        "subsampling": "4:2:0",
+        "short_side": SHORT_SIDE,
+        "mean_kb": means["plain"],
+        "prepared_mean_kb": means["prepared"],
+    }
+
+
+def _varied(photograph: Image.Image, generator: np.random.Generator) -> Image.Image:
+    share = generator.uniform(0.5, 1.0)
+    height = int(share * photograph.height)
+    width = height * SIZE[0] // SIZE[1]
+    left = int(generator.integers(photograph.width - width + 1))
+    top = int(generator.integers(photograph.height - height + 1))
+    image = photograph.resize(SIZE, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    if generator.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    noisy = np.asarray(image) + generator.normal(0, NOISE, (SIZE[1], SIZE[0], 3))
+    return Image.fromarray(np.rint(noisy).clip(0, 255).astype(np.uint8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compared
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def configuration(root: Path, decoder: str, batch_size: int = 1) -> CfgNode:
+    options = {
+        "DATA.DATA_PATH": root,
+        "DATA.DECODER": decoder,
+        "DATA.BATCH_SIZE": batch_size,
+        "DATA.NUM_WORKERS": 0,
+    }
+    return load_config(str(ROOT / RECIPE), [str(word) for pair in options.items() for word in pair])
+
+
+def timm_recipe(config: CfgNode, *, whole: bool) -> Callable:
+    """timm's training transform with the configuration's values; `whole`: with normalisation and erasing."""
+    recipe = create_transform(
+        image_size(config),
+        is_training=True,
+        use_prefetcher=not whole,
+        hflip=config.AUG.HFLIP,
+        color_jitter=config.AUG.COLOR_JITTER,
+        auto_augment=config.AUG.AUTO_AUGMENT,
+        interpolation=config.DATA.INTERPOLATION,
+        re_prob=config.AUG.REPROB if whole else 0.0,
+        re_mode=config.AUG.REMODE,
+        re_count=config.AUG.RECOUNT,
+    )
+    repair_posterize(recipe.transforms)
+    return recipe
+
+
+def baseline_loader(config: CfgNode) -> DataLoader:
+    """What most training scripts do: ImageFolder, timm's transform, shuffling, default collation; float32 batches."""
+    images = ImageFolder(str(Path(config.DATA.DATA_PATH) / "train"), timm_recipe(config, whole=True))
+    return DataLoader(images, config.DATA.BATCH_SIZE, shuffle=True, drop_last=True)
+
+
+def our_loader(config: CfgNode) -> Batches:
+    loader = build_loaders(config).train
+    assert loader is not None
+    return loader
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Deviation:
+    """Of uint8 images from what they should be, in grey levels."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(256, dtype=np.int64)  # of values, by deviation
+
+    def see(self, image: torch.Tensor, expected: torch.Tensor) -> None:
+        difference = (image.short() - expected.short()).abs()
+        self.counts += torch.bincount(difference.flatten(), minlength=256).numpy()
+
+    def as_json(self) -> dict[str, float]:
+        total = int(self.counts.sum())
+        return {
+            "mean": float(self.counts @ np.arange(256) / total),
+            "max": int(np.flatnonzero(self.counts)[-1]),
+            "share_differing": float(1 - self.counts[0] / total),
+        }
+
+
+def require_correct(folder: Path) -> dict[str, dict[str, float]]:
+    """The deviation of every step of the fast path from the exact one, over all training images.
+
+    Raises:
+        WrongResultError: a deviation beyond ALLOWED.
+    """
+    exact, fast = (configuration(folder / "plain", decoder) for decoder in ("pillow", "simplejpeg"))
+    timm_steps = timm_recipe(exact, whole=False)
+    exact_steps, fast_steps = (training_transform(config).transforms for config in (exact, fast))  # type: ignore[attr-defined]
+    source = FolderSource(folder / "plain" / "train")
+    prepared = FolderSource(folder / "prepared" / "train")
+    deviations = {what: Deviation() for what in ALLOWED}
+    for position in range(len(source.labels)):
+        data = Path(source.name(position)).read_bytes()
+        image, tensor = decode(data, ""), decode_fast(data, "")
+        deviations["decoding"].see(tensor, _tensor(image))
+
+        def run(steps: Iterable[Callable], picture: Any, position: int = position) -> torch.Tensor:
+            with SampleRandomness(seed=0, draw=Draw(0, position)):
+                for step in steps:
+                    picture = step(picture)
+            return _tensor(picture)
+
+        for what, count in (("random resized crop", 1), ("flip after it", 2), ("the whole recipe", None)):
+            deviations[what].see(run(fast_steps[:count], tensor), run(exact_steps[:count], image))
+        deviations["ours with pillow against timm's recipe"].see(run(exact_steps, image), run([timm_steps], image))
+        resized = (
+            _tensor(each.resize((224, 224), Image.Resampling.BICUBIC)) for each in (prepared.load(position), image)
+        )
+        deviations[f"stored again at short side {SHORT_SIDE}"].see(*resized)
+    for (images, _), (expected, _) in zip(build_loaders(fast).val, build_loaders(exact).val, strict=True):
+        deviations["evaluation with DATA.DECODER simplejpeg"].see(images, expected)
+    found = {what: deviation.as_json() for what, deviation in deviations.items()}
+    for what, allowed in ALLOWED.items():
+        mean, largest = found[what]["mean"], found[what]["max"]
+        if allowed is not None and (mean > allowed[0] or largest > allowed[1]):
+            raise WrongResultError(
+                f"{what} deviates by {mean:.3f} grey levels on average and {largest} at most, allowed are"
+                f" {allowed[0]:g} and {allowed[1]:g}"
+            )
+    return found
+
+
+def _tensor(picture: Any) -> torch.Tensor:
+    """(3, H, W) of a PIL image, or of what is a tensor or an array already."""
+    if isinstance(picture, Image.Image):
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return torch.as_tensor(picture)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure_loaders(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Images per second of each loader over all training images, and how many times the baseline's."""
+    configs = {
+        name: configuration(folder / images, decoder, options.batch_size)
+        for name, images, decoder in (
+            (BASELINE, "plain", "pillow"),
+            (EXACT, "plain", "pillow"),
+            (FAST, "plain", "simplejpeg"),
+            (PREPARED, "prepared", "simplejpeg"),
+        )
+    }
+    loaders = {
+        name: baseline_loader(config) if name == BASELINE else our_loader(config) for name, config in configs.items()
+    }
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)  # the baseline draws from the process's generators
+    seconds = interleaved({name: OnePass(loader).seconds for name, loader in loaders.items()}, options.repeats)
+    return {
+        name: {
+            "images_per_s": asdict(Spread.of(1 / each for each in seconds[name])),
+            "ms_per_image": asdict(Spread.of(1e3 * each for each in seconds[name])),
+            "speedup": asdict(ratios(seconds[BASELINE], seconds[name])),
+        }
+        for name in loaders
+    }
+
+
+class OnePass:
+    """Reads a loader from beginning to end; every call is another epoch."""
+
+    def __init__(self, loader: DataLoader | Batches) -> None:
+        self.loader, self.epoch = loader, 0
+
+    def seconds(self) -> float:
+        """Per image."""
+        if isinstance(self.loader, Batches):
+            self.loader.set_epoch(self.epoch)
+        self.epoch += 1
+        seconds, images = timed(CPU, lambda: sum(len(batch[0]) for batch in self.loader))
+        return seconds / images
+
+
+def measure_steps(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Milliseconds per image of single steps, over one batch."""
+    exact, fast = (configuration(folder / "plain", decoder, options.batch_size) for decoder in ("pillow", "simplejpeg"))
+    sources = {name: FolderSource(folder / name / "train") for name in ("plain", "prepared")}
+    count = options.batch_size
+    files = {name: [Path(source.name(i)).read_bytes() for i in range(count)] for name, source in sources.items()}
+    images, tensors = ([decoder(data, "") for data in files["plain"]] for decoder in (decode, decode_fast))
+    crop, _, policy, _ = training_transform(exact).transforms  # type: ignore[attr-defined]
+    fast_crop = training_transform(fast).transforms[0]  # type: ignore[attr-defined]
+    crops = [crop(image) for image in images]
+    device_part = TrainBatch(exact, 2, CPU)
+    device_part.mixup = None  # on both sides mixing comes later
+    batch = torch.stack([_tensor(image) for image in crops])
+    labels = torch.zeros(count, dtype=torch.int64)
+
+    def over(step: Callable, items: Sequence[Any]) -> Callable[[], float]:
+        return lambda: 1e3 * timed(CPU, lambda: [step(item) for item in items])[0] / count
+
+    contenders = {
+        "decode, Pillow": over(lambda data: decode(data, ""), files["plain"]),
+        "decode, simplejpeg": over(lambda data: decode_fast(data, ""), files["plain"]),
+        f"decode short side {SHORT_SIDE}, simplejpeg": over(lambda data: decode_fast(data, ""), files["prepared"]),
+        "crop and resize, Pillow": over(crop, images),
+        "crop and resize, torch": over(fast_crop, tensors),
+        "RandAugment": over(policy, crops),
+        "normalise and erase (on the device in ours)": over(lambda pair: device_part(*pair), [(batch, labels)]),
+    }
+    samples = interleaved(contenders, options.repeats)
+    return {name: asdict(Spread.of(each)) for name, each in samples.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure_memory(entries: Sequence[int]) -> list[dict[str, float]]:
+    """Of zip files with so many entries: bytes of the index, of building it, and kept after reading the images."""
+    return [_measure_zip(count) for count in entries]
+
+
+def _measure_zip(count: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as name:
+        zip_path, map_path = make_zip(Path(name), count)
+        tracemalloc.start()
+        try:
+            source = ZipSource(zip_path, map_path)
+            current, peak = tracemalloc.get_traced_memory()
+            for position in range(count // 10):  # whatever is made once exists after these
+                source.load(position)
+            before = tracemalloc.get_traced_memory()[0]
+            for position in range(count // 10, count):
+                source.load(position)
+            kept = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+    return {
+        "entries": count,
+        "index_bytes": source.index_bytes,
+        "traced_bytes": current,
+        "building_peak_bytes": peak,
+        "bytes_kept_by_reading": kept,
+    }
+
+
+def make_zip(folder: Path, count: int) -> tuple[Path, Path]:
+    """A zip of small JPEGs with names as long as ImageNet's, and its map."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    zip_path, map_path = folder / "train.zip", folder / "train_map.txt"
+    names = [
+        f"n{10_000_000 + number // 1300}/n{10_000_000 + number // 1300}_{number:05d}.JPEG" for number in range(count)
+    ]
+    with zipfile.ZipFile(zip_path, "w") as archive:
+        for name in names:
+            archive.writestr(name, buffer.getvalue())
+    map_path.write_text("".join(f"{name}\t{number // 1300}\n" for number, name in enumerate(names)))
+    return zip_path, map_path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bars and output
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def speed_bars(loaders: dict[str, Any]) -> list[Bar]:
+    return [
+        Bar(f"{name}: images/s over {BASELINE}", loaders[name]["speedup"]["median"], bound)
+        for name, bound in SPEED_BARS.items()
+    ]
+
+
+def memory_bars(memory: Sequence[dict[str, float]]) -> list[Bar]:
+    few, many = memory
+    index = IMAGENET * many["index_bytes"] / many["entries"] / MEBIBYTE
+    kept = (many["bytes_kept_by_reading"] - few["bytes_kept_by_reading"]) / (many["entries"] - few["entries"])
+    kept = max(kept, 0.0)  # a hundred bytes fewer are noise
+    return [
+        Bar(f"zip index of {IMAGENET:,} images, MiB", index, INDEX_BAR, "at most"),
+        Bar("bytes that the zip reader keeps per image read", kept, KEPT_BAR, "at most"),
+    ]
+
+
+def print_deviations(deviations: dict[str, dict[str, float]]) -> None:
+    rows = []
+    for what, found in deviations.items():
+        allowed = ALLOWED[what]
+        limit = "" if allowed is None else f"{allowed[0]:g} / {allowed[1]:g}"
+        rows.append((what, f"{found['mean']:.4f}", f"{found['max']}", f"{100 * found['share_differing']:.2f} %", limit))
+    header = ("step", "mean", "max", "values that differ", "allowed mean / max")
+    print_table("Deviation of the fast path from the exact one, in grey levels", header, rows)
+
+
+def print_loaders(loaders: dict[str, Any]) -> None:
+    rows = [
+        (
+            name,
+            Spread(**entry["images_per_s"]).text(digits=0),
+            Spread(**entry["ms_per_image"]).text(digits=2),
+            Spread(**entry["speedup"]).text(digits=2),
+        )
+        for name, entry in loaders.items()
+    ]
+    title = (
+        "One core, no workers: median (smallest to largest). Ours leaves normalisation and erasing to the device, where"
+        " a training run does them"
+    )
+    print_table(title, ("", "images/s", "ms an image", "× baseline's speed"), rows)
+
+
+def print_steps(steps: dict[str, dict[str, float]]) -> None:
+    rows = [(name, Spread(**entry).text(digits=3)) for name, entry in steps.items()]
+    print_table("Single steps", ("", "ms an image"), rows)
+
+
+def print_memory(memory: Sequence[dict[str, float]]) -> None:
+    rows = []
+    for record in memory:
+        each = (record[name] / record["entries"] for name in ("index_bytes", "traced_bytes", "building_peak_bytes"))
+        rows.append(
+            (f"{record['entries']:,}", *(f"{value:.1f}" for value in each), f"{record['bytes_kept_by_reading']:,}")
+        )
+    header = ("entries", "index, bytes each", "all kept, bytes each", "peak, bytes each", "kept by reading all, bytes")
+    print_table("Memory of the zip reader", header, rows)
+
+
+if __name__ == "__main__":
+    main()
