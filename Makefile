@@ -21,7 +21,7 @@ quickstart: $(SETUP)
 	PYTHON=$(RUN) TAG=$$(date +%Y%m%d-%H%M%S) bash pretrain.sh
 
 test: $(SETUP_DEV)
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: $(SETUP_DEV)
 	$(RUN) -m pytest -m slow

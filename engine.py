@@ -254,8 +254,11 @@ def train_one_epoch(
     except NonFiniteError as error:
         if error.step < 0:
             raise
-        report = write_report(training, batches, error.step, run_folder(config))
-        raise NonFiniteError(f"{error}. {report} says where it began", error.step) from None
+        try:
+            report = f"{write_report(training, batches, error.step, run_folder(config))} says where it began"
+        except Exception as problem:  # whatever it is: the first error is the one to see
+            report = f"Computing the step again for a report failed ({problem})"
+        raise NonFiniteError(f"{error}. {report}", error.step) from None
     if times.step > 0:
         why = verdict(times, workers=config.DATA.NUM_WORKERS, processes=distributed.world_size())
         get_logger().info("epoch %d %s", epoch, why)

@@ -12,7 +12,16 @@ import pytest
 from conftest import OFFICIAL, ROOT, config_file, read_json
 
 import config
-from config import ConfigError, default_config, is_dead_key, load_config, parse_command_line, run_folder, value_of
+from config import (
+    ConfigError,
+    batch_plan,
+    default_config,
+    is_dead_key,
+    load_config,
+    parse_command_line,
+    run_folder,
+    value_of,
+)
 from models import list_models
 from tools.config_reference import render
 
@@ -244,6 +253,30 @@ def test_mistake_on_the_command_line_is_one_line_without_heavy_imports(arguments
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "expected"),
+    [
+        ("DATA.BATCH_SIZE 32 TRAIN.ACCUMULATION_STEPS 2", 4, (32, 2, 256)),
+        ("DATA.BATCH_SIZE 128 TRAIN.GLOBAL_BATCH 1024", 8, (128, 1, 1024)),
+        ("DATA.BATCH_SIZE 128 TRAIN.GLOBAL_BATCH 1024", 4, (128, 2, 1024)),
+        ("DATA.BATCH_SIZE 128 TRAIN.GLOBAL_BATCH 1024", 16, (64, 1, 1024)),
+        ("DATA.BATCH_SIZE 100 TRAIN.GLOBAL_BATCH 1024", 2, (64, 8, 1024)),  # 512 = 64 × 8: 8 divides, 6 does not
+        ("DATA.BATCH_SIZE 4 TRAIN.GLOBAL_BATCH 7", 1, (1, 7, 7)),
+    ],
+)
+def test_global_batch_decides_what_each_process_takes(options, world, expected):
+    plan = batch_plan(load_config(config_file("pola_swin_t"), options.split()), world)
+    assert (plan.per_process, plan.accumulation, plan.global_batch) == expected
+
+
+def test_a_global_batch_that_does_not_divide_is_refused():
+    config = load_config(config_file("pola_swin_t"), ["TRAIN.GLOBAL_BATCH", "1024"])
+    with pytest.raises(ConfigError, match="1024 does not divide by 3 processes; the nearest that does is 1023"):
+        batch_plan(config, 3)
+    with pytest.raises(ConfigError, match="TRAIN.GLOBAL_BATCH decides the accumulation"):
+        load_config(config_file("pola_swin_t"), "TRAIN.GLOBAL_BATCH 64 TRAIN.ACCUMULATION_STEPS 2".split())
 
 
 def test_help_answers_in_under_a_second():

@@ -86,6 +86,7 @@ def test_an_epoch_trains_and_logs(start, tmp_path, options):
     for record in records:
         assert set(record) == {"kind", "epoch", "step", "loss", "lr", "grad_norm"} | {
             "data_time",
+            "communication_time",
             "step_time",
             "images_per_s",
             "memory_mb",
@@ -186,7 +187,7 @@ def test_a_non_finite_step_stops_with_the_weights_of_before(start, optimizer, am
     rate = re.escape(f"learning rate {rates[7]:.3e} ")
     with pytest.raises(NonFiniteError, match=rf"step 7: non-finite .* {rate}\(loss not finite on rank 0\)"):
         train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))
-    assert len(snapshots) == 10  # noticed at the log line, two clean losses later
+    assert len(snapshots) == 10 + 1  # noticed at the log line, two clean losses later, and computed once more to report
     assert not _equal(snapshots[6], snapshots[7])
     assert _equal(snapshots[7], snapshots[9]) and _equal(snapshots[7], _weights(training))
     assert all(weight.isfinite().all() for weight in _weights(training))

@@ -203,6 +203,45 @@ def test_another_number_of_processes_keeps_the_global_batch_and_the_schedule(tin
     assert rates[0] == rates[1] and len(rates[0]) > 6
 
 
+def test_pretrain_told_to_stop_exits_75_and_the_same_command_finishes(tiny, whole):
+    command = ["bash", "pretrain.sh", "--opts", *OPTIONS.split()]
+    settings = {"PYTHON": sys.executable, "NPROC": "2", "CONFIG": str(tiny), "TAG": "parts"}
+    job = Job(command=command, **settings)
+    job.wait_for(r"epoch 0 \[4/")
+    job.process.send_signal(signal.SIGUSR1)
+    status, seconds = job.end()
+    assert status == 75 and seconds < 30, job.output
+    again = Job(command=command, **settings)
+    assert again.end()[0] == 0, again.output
+    assert re.search(r"continues from \S+ckpt_epoch_[01]", again.output)
+    assert_same_run(whole, folder_of(tiny).parent / "parts", 2)
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(75, True), (0, False), (1, False)])
+def test_the_slurm_job_queues_itself_again_when_it_was_told_to_stop(tmp_path, status, requeued):
+    """Against stand-ins of Slurm's commands that note how they are called."""
+    scripts = {
+        "srun": f'echo "srun $NNODES $MASTER_ADDR $TAG" >> calls\nexit {status}',
+        "scontrol": 'if [[ $1 == show ]]; then echo node7; echo node8; else echo "scontrol $*" >> calls; fi',
+        "scancel": 'echo "scancel $*" >> calls',
+    }
+    for name, body in scripts.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    settings = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node[7-8]", "DATA": "imagenet"}
+    result = subprocess.run(
+        ["bash", str(ROOT / "slurm" / "train.sbatch")],
+        cwd=tmp_path,
+        env={**os.environ, **settings, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == status, result.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0] == "srun 2 node7 slurm-41" and calls[1:] == ["scontrol requeue 41"] * requeued
+
+
 def test_two_nodes_of_which_one_is_killed_and_started_again(tiny, whole):
     """Two launchers, a rendezvous on loopback; the job continues by itself once the node is back."""
     settings = {"PYTHON": sys.executable, "NPROC": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "TAG": "parts"}

@@ -43,7 +43,7 @@ def write_report(training: "Training", batches: Batches, step: int, folder: Path
             images, labels = (t.to(training.device) for t in next(stream))
             images, targets = training.prepare(images, labels)
             with autocast(training.device, training.amp_dtype):
-                loss = training.criterion(model(images), targets)
+                loss = training.criterion(model.forward(images), targets)  # not a compiled one: hooks look inside
             losses.append(loss.item())
             loss.backward()
     first = next((record for record in modules.values() if not record["output_finite"]), None)
@@ -68,6 +68,7 @@ def write_report(training: "Training", batches: Batches, step: int, folder: Path
     }
     training.optimizer.zero_grad(set_to_none=True)
     path = folder / f"non_finite_step_{step}_rank_{distributed.rank()}.json"
+    folder.mkdir(parents=True, exist_ok=True)  # it may be another node's
     path.write_text(json.dumps(_plain(report), indent=1), encoding="utf-8")
     return path
 
