@@ -3,6 +3,7 @@
 # make bench         set up, then time the op and two models against the literal formulation (5 minutes on two CPU cores)
 # BENCH=--compile make bench    also the compiled models (10 minutes more); BENCH is passed to benchmarks.model_step
 # make bench-input   set up, then time the input pipeline on one core (2 minutes); needs the optional simplejpeg, which it installs
+# make bench-training  set up, then time what the training loop and its checkpoints cost (4 minutes)
 # PYTHON=/path/to/python make …   uses that environment as it is and installs nothing
 
 ifdef PYTHON
@@ -15,7 +16,7 @@ else
   SETUP_DEV := .venv/installed-dev
 endif
 
-.PHONY: quickstart test test-slow lint reference bench bench-input
+.PHONY: quickstart test test-slow lint reference bench bench-input bench-training
 
 quickstart: $(SETUP)
 	PYTHON=$(RUN) TAG=$$(date +%Y%m%d-%H%M%S) bash pretrain.sh
@@ -42,6 +43,9 @@ bench: $(SETUP)
 
 bench-input: $(SETUP_DEV)
 	$(RUN) -m benchmarks.input_pipeline
+
+bench-training: $(SETUP)
+	$(RUN) -m benchmarks.training_loop --threads 1
 
 .venv/installed: requirements.txt
 	@echo "setting up .venv (torch is large: this takes minutes on a slow line)"

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 import models.attention
-from benchmarks import attention, input_pipeline, model_step
+from benchmarks import attention, input_pipeline, model_step, training_loop
 from benchmarks.baseline import literal_polarity_attention, patched_model_attention
 from benchmarks.common import WrongResultError, interleaved, ratios, saved_bytes
 from data.datasets import decode_fast
@@ -346,3 +346,35 @@ def test_wrong_arguments_of_the_input_benchmark_are_named(arguments, message, ca
     with pytest.raises(SystemExit):
         input_pipeline.parse_arguments(arguments)
     assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_training_loop_writes_its_results(tmp_path, capsys):
+    arguments = ["--steps", "3", "--repeats", "2", "--checkpoint-repeats", "0", "--threads", "1"]
+    training_loop.main([*arguments, "--output", str(tmp_path)])
+    (path,) = tmp_path.glob("training_loop-cpu-1-threads-*.json")
+    results = json.loads(path.read_text())
+    (bar,) = results["bars"]
+    assert bar["measured"] == results["overhead"]["overhead_ms"]["median"] and "ms per step" in capsys.readouterr().out
+    ours, bare = (results["overhead"]["step_ms"][name]["median"] for name in ("ours", "bare"))
+    assert ours > 0 and bare > 0
+
+
+def test_training_loops_that_differ_are_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_loop, "clip_grad_norm_", lambda *arguments: None)
+    monkeypatch.setattr(training_loop, "COMMON", training_loop.COMMON + " TRAIN.CLIP_GRAD 0.01")
+    with pytest.raises(SystemExit, match="our loop and the bare one leave other weights"):
+        training_loop.main(["--steps", "2", "--checkpoint-repeats", "0", "--output", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_checkpoints_of_the_training_loop_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_loop, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(training_loop, "COMMON", training_loop.COMMON + " DATA.IMG_SIZE 32")
+    record = training_loop.measure_checkpoints(tmp_path, 1, 1)
+    assert record["steps"] == 24 and record["checkpoint_mib"] > 100
+    assert len(list((tmp_path / "with").glob("*.pth"))) == 1

@@ -153,7 +153,7 @@ def read_metrics_steps(folder: Path) -> range:
 
 
 def test_two_processes_interrupted_and_resumed_equal_uninterrupted(tiny):
-    arguments = ["--cfg", tiny, "--opts", *EVERYTHING.split(), "TRAIN.EPOCHS", "2"]
+    arguments = ["--cfg", tiny, "--opts", *EVERYTHING.split(), "TRAIN.EPOCHS", "2", "DATA.NUM_WORKERS", "2"]
     run_main(*arguments, "--tag", "whole", processes=2)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["tests/driven_main.py", "stop-at-epoch-1", *map(str, arguments), "--tag", "parts"]

@@ -33,7 +33,7 @@ from utils.checkpoint import load_checkpoint
 from utils.checkpoint_store import epoch_file, newest_checkpoint, run_checkpoints
 from utils.run_lock import RunFolderBusyError
 
-OPTIONS = f"{EVERYTHING} TRAIN.EPOCHS 2 CHECKPOINT.EVERY_STEPS 4 PRINT_FREQ 2 DIST.TIMEOUT 60"
+OPTIONS = f"{EVERYTHING} AMP True TRAIN.EPOCHS 2 CHECKPOINT.EVERY_STEPS 4 PRINT_FREQ 2 DIST.TIMEOUT 60"
 
 
 class Job:
