@@ -434,13 +434,19 @@ class CheckpointKeeper:
     """
 
     def __init__(
-        self, config: CfgNode, training: Training, loaders: Loaders, writer: CheckpointWriter | None, best: float
+        self,
+        config: CfgNode,
+        training: Training,
+        loaders: Loaders,
+        writer: CheckpointWriter | None,
+        best: float,
+        all_alive: Callable[[], bool],
     ) -> None:
         self.config, self.training, self.loaders = config, training, loaders
         self.writer = writer  # rank 0's
         self.best = best
         self.request = StopRequest()
-        self.agreement = Agreement(self.request, timedelta(seconds=config.DIST.TIMEOUT))
+        self.agreement = Agreement(self.request, timedelta(seconds=config.DIST.TIMEOUT), all_alive)
         self.saved_at = time.monotonic()
 
     def decide(self, epoch: int, done: int) -> Decision:
@@ -564,8 +570,8 @@ def run_training(config: CfgNode, device: torch.device) -> Progress:
         logger.info("this run is finished: all %d epochs are done; evaluating it", progress.epoch)
         validate_epoch(config, training, loaders, progress.epoch, MetricsWriter(None))
     # loop
-    keeper = CheckpointKeeper(config, training, loaders, writer, progress.best)
     watchdog = Watchdog(config.DIST.TIMEOUT)
+    keeper = CheckpointKeeper(config, training, loaders, writer, progress.best, watchdog.all_alive)
     training.beat = watchdog.beat
     training.profiler = step_profiler(config, folder)
     with keeper.request.listening(), watchdog.watching(), training.profiler or nullcontext():

@@ -147,7 +147,7 @@ def measure_checkpoints(folder: Path, batch_size: int, repeats: int) -> dict[str
         config = configuration("pola_pvt_t", f"CHECKPOINT.EVERY_STEPS {every} CHECKPOINT.KEEP 1", folder / name)
         training, loaders = make_training(config, batch_size, steps)
         writer = CheckpointWriter(folder / name, 1)
-        keeper = CheckpointKeeper(config, training, loaders, writer, 0.0)
+        keeper = CheckpointKeeper(config, training, loaders, writer, 0.0, lambda: True)
         assert loaders.train is not None
 
         def epoch(

@@ -7,7 +7,7 @@ next, so that every rank acts at the same step.
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -65,15 +65,17 @@ class Decision(NamedTuple):
 class Agreement:
     """One `decide` per step boundary, on every rank; collective, and late by one boundary on several processes."""
 
-    def __init__(self, request: StopRequest, timeout: timedelta) -> None:
-        self.request = request
+    def __init__(self, request: StopRequest, timeout: timedelta, all_alive: Callable[[], bool]) -> None:
+        """`all_alive` says whether the other processes still give signs of life: a slow step is no dead peer."""
+        self.request, self.all_alive = request, all_alive
         self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def decide(self, save: bool = False) -> Decision:
         """What to do here: stop when any rank was told to, save when any rank asked for it (`save`).
 
-        Raises PeersLostError when this rank was told to stop and the others did not answer within AGREEMENT_TIMEOUT.
+        Raises PeersLostError when this rank was told to stop, and others neither answered within AGREEMENT_TIMEOUT nor
+        are all alive.
         """
         if self._group is None:
             return Decision(bool(self.request), save)
@@ -90,7 +92,8 @@ class Agreement:
         (work, answer), self._pending = self._pending, None
         began = time.monotonic()
         while not work.is_completed():  # polled, because a signal is not seen while a wait blocks
-            if self.request and time.monotonic() - max(began, self.request.time) > AGREEMENT_TIMEOUT:
+            waited = time.monotonic() - max(began, self.request.time)
+            if self.request and waited > AGREEMENT_TIMEOUT and not self.all_alive():
                 raise PeersLostError(
                     f"told to stop by {self.request.signal.name}, but other processes did not answer within"  # type: ignore[union-attr]
                     f" {AGREEMENT_TIMEOUT:g} s; nothing was saved, the last checkpoint is intact"

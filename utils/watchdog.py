@@ -51,6 +51,11 @@ class Watchdog:
         self._beats, self._step, self._phase = 0, 0, "start"
         self._changed = time.monotonic()
         self._peer_error: str | None = None
+        self._silent: list[int] = []
+
+    def all_alive(self) -> bool:
+        """Whether every process gave a sign of life when this one last looked."""
+        return not self._silent
 
     def beat(self, step: int, phase: str) -> None:
         """This process begins `phase` of optimizer step `step`."""
@@ -105,6 +110,7 @@ class Watchdog:
                 stuck = time.monotonic() - self._changed > self.timeout
                 if stuck or told_to_stop or self._peer_error:
                     peers.look()
+                    self._silent = peers.silent()
                 else:
                     peers.remember_first()
                 if stuck and peers.watched() > SILENCE + INTERVAL:
