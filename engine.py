@@ -1,11 +1,14 @@
 """The loops: one epoch of training, one evaluation, one throughput measurement."""
 
+import json
 import resource
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -22,9 +25,9 @@ from data import Batches
 from data.transforms import Normalise, TrainBatch
 from logger import MetricsWriter, get_logger, progress
 from models.classifier import Classifier
+from models.inspection import inspect_step, plain
 from utils import distributed
 from utils.bottleneck import Times, verdict
-from utils.diagnosis import write_report
 from utils.metrics import Accuracy, AccuracyCounter
 from utils.precision import autocast, exact_float32
 from utils.preemption import Decision
@@ -33,9 +36,9 @@ from utils.preemption import Decision
 class NonFiniteError(RuntimeError):
     """Training met a loss or gradient that is not finite; the weights are those before `step`, -1 where unknown."""
 
-    def __init__(self, message: str, step: int = -1) -> None:
+    def __init__(self, message: str, step: int = -1, lr: float = 0.0) -> None:
         super().__init__(message)
-        self.step = step
+        self.step, self.lr = step, lr
 
 
 def _no_beat(step: int, phase: str) -> None:
@@ -188,6 +191,7 @@ class FiniteGuard:
                     f"{what}{limit}. The weights are those before this step; a lower TRAIN.BASE_LR, TRAIN.CLIP_GRAD or"
                     " AMP_DTYPE bfloat16 may help",
                     step,
+                    lr,
                 )
             get_logger().warning(
                 "%s; skipped, %d of at most %d steps so far", what, training.skipped, training.max_skipped
@@ -255,7 +259,7 @@ def train_one_epoch(
         if error.step < 0:
             raise
         try:
-            report = f"{write_report(training, batches, error.step, run_folder(config))} says where it began"
+            report = f"{_write_report(training, batches, error, run_folder(config))} says where it began"
         except Exception as problem:  # whatever it is: the first error is the one to see
             report = f"Computing the step again for a report failed ({problem})"
         raise NonFiniteError(f"{error}. {report}", error.step) from None
@@ -306,6 +310,49 @@ def _optimizer_step(
     interval.steps += 1
     interval.timed_steps += 1
     return norm
+
+
+def _write_report(training: Training, batches: Batches, error: NonFiniteError, folder: Path) -> Path:
+    """Compute the error's optimizer step once more and write what is seen to `non_finite_step_<step>_rank_<rank>.json`.
+
+    The weights are those before that step, because its update was suppressed, and its images a function of seed, epoch
+    and position. The draws of dropout, stochastic depth, mixup and erasing are new: what depends on them may differ.
+    """
+    step = error.step
+    epoch, index = divmod(step, training.steps_per_epoch)
+    start = index * training.accumulation_steps
+    losses: list[float] = []
+    batches.set_epoch(epoch, start)
+    stream = iter(batches)
+
+    def compute() -> None:
+        for _ in range(training.accumulation_steps):
+            images, labels = (t.to(training.device) for t in next(stream))
+            images, targets = training.prepare(images, labels)
+            with autocast(training.device, training.amp_dtype):  # not a compiled forward pass: hooks look inside
+                loss = training.criterion(training.bare_model.forward(images), targets)
+            losses.append(loss.item())
+            loss.backward()
+
+    training.optimizer.zero_grad(set_to_none=True)
+    seen = inspect_step(training.bare_model, compute)
+    training.optimizer.zero_grad(set_to_none=True)
+    report = {
+        "step": step,
+        "epoch": epoch,
+        "step_of_epoch": index,
+        "rank": distributed.rank(),
+        "host": socket.gethostname(),
+        "learning_rate": error.lr,
+        "loss_scale": training.scaler.get_scale() if training.scaler else None,
+        "samples": batches.sample_names(epoch, start, training.accumulation_steps),
+        "losses_computed_again": plain(losses),
+        **seen,
+    }
+    folder.mkdir(parents=True, exist_ok=True)  # it may be another node's
+    path = folder / f"non_finite_step_{step}_rank_{distributed.rank()}.json"
+    path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    return path
 
 
 def _log_interval(

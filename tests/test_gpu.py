@@ -4,11 +4,14 @@ pytest tests/test_gpu.py
 """
 
 import math
+import os
+import signal
 
 import pytest
 import torch
 from attention_accuracy import make_inputs, run
 from conftest import config_file, fill_with_recipe, recipe_input
+from test_resume import EVERYTHING, assert_same_run
 
 import engine
 import main
@@ -19,6 +22,7 @@ from logger import MetricsWriter, read_metrics
 from main import build_training, place
 from models import build_model
 from models.ops.polarity_attention import choose_backend
+from utils.preemption import Preempted
 from utils.randomness import seed_everything
 
 pytestmark = [
@@ -104,3 +108,23 @@ def test_training_and_evaluation_on_the_device(tiny):
     on_gpu = evaluate(training.bare_model, loaders.val, training.device)
     on_cpu = evaluate(training.bare_model.cpu(), loaders.val, torch.device("cpu"))
     assert (on_gpu.correct1, on_gpu.correct5) == (on_cpu.correct1, on_cpu.correct5)
+
+
+def test_a_run_stopped_inside_an_epoch_equals_the_unbroken_one(tiny, monkeypatch):
+    options = f"{EVERYTHING} AMP True DETERMINISTIC True TRAIN.EPOCHS 2".split()
+    main.main(load_config(str(tiny), [*options, "TAG", "whole"]))
+    step, count = engine._optimizer_step, 0
+
+    def stopping(*arguments):
+        nonlocal count
+        result, count = step(*arguments), count + 1
+        if count == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(engine, "_optimizer_step", stopping)
+    with pytest.raises(Preempted):
+        main.main(load_config(str(tiny), [*options, "TAG", "parts"]))
+    main.main(load_config(str(tiny), [*options, "TAG", "parts"]))
+    root = tiny.parent / "out" / "tiny"
+    assert_same_run(root / "whole", root / "parts", 2)

@@ -1,64 +1,29 @@
-"""What happened when a loss or gradient was not finite: the batch is computed once more, looked at module by module.
+"""A model looked at from inside while it computes a step: where a value stops being finite, and what attention does."""
 
-The weights are those before the bad step, because its update was suppressed, and a batch is a function of seed, epoch
-and position. Draws of dropout, stochastic depth, mixup and erasing are new ones, so what depends on them may differ.
-"""
-
-import json
 import math
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import Batches
 from models.attention import PolaLinearAttention
-from utils import distributed
-from utils.precision import autocast
-
-if TYPE_CHECKING:
-    from engine import Training
 
 
-def write_report(training: "Training", batches: Batches, step: int, folder: Path) -> Path:
-    """Compute optimizer step `step` once more and write `non_finite_step_<step>_rank_<rank>.json`; returns its path.
+def inspect_step(model: nn.Module, step: Callable[[], Any]) -> dict[str, Any]:
+    """Run `step`, a forward and backward pass through `model`, and report on them as plain values.
 
-    It holds the batch's files, learning rate, loss scale, the largest activation of every module, the largest value and
-    gradient of every parameter, the first module whose output is not finite, and of every polarity attention the range
-    of its exponent and its smallest normaliser. Infinite and undefined numbers are written as strings.
+    `modules`: for each, in the order of computation, the largest |output| and whether input and output are finite;
+    `first_module_not_finite` is the first of them whose output is not. `polarity_attention`: the range of exponent and
+    scale, and the smallest and largest normaliser of both streams. `parameters`: largest |value| and |gradient|.
+    Infinite and undefined numbers are strings, so that JSON can hold the report.
     """
-    epoch, index = divmod(step, training.steps_per_epoch)
-    start = index * training.accumulation_steps
-    model, losses = training.bare_model, []
-    training.optimizer.zero_grad(set_to_none=True)
-    batches.set_epoch(epoch, start)
-    stream = iter(batches)
     with _watched(model) as (modules, attention):
-        for _ in range(training.accumulation_steps):
-            images, labels = (t.to(training.device) for t in next(stream))
-            images, targets = training.prepare(images, labels)
-            with autocast(training.device, training.amp_dtype):
-                loss = training.criterion(model.forward(images), targets)  # not a compiled one: hooks look inside
-            losses.append(loss.item())
-            loss.backward()
-    first = next((record for record in modules.values() if not record["output_finite"]), None)
-    scaler = training.scaler
+        step()
     report = {
-        "step": step,
-        "epoch": epoch,
-        "step_of_epoch": index,
-        "rank": distributed.rank(),
-        "host": socket.gethostname(),
-        "learning_rate": training.optimizer.param_groups[0]["lr"],
-        "loss_scale": scaler.get_scale() if scaler else None,
-        "samples": batches.sample_names(epoch, start, training.accumulation_steps),
-        "losses_computed_again": losses,
-        "first_module_not_finite": first,
+        "first_module_not_finite": next((m for m in modules.values() if not m["output_finite"]), None),
         "modules": list(modules.values()),
         "polarity_attention": attention,
         "parameters": [
@@ -66,11 +31,7 @@ def write_report(training: "Training", batches: Batches, step: int, folder: Path
             for name, p in model.named_parameters()
         ],
     }
-    training.optimizer.zero_grad(set_to_none=True)
-    path = folder / f"non_finite_step_{step}_rank_{distributed.rank()}.json"
-    folder.mkdir(parents=True, exist_ok=True)  # it may be another node's
-    path.write_text(json.dumps(_plain(report), indent=1), encoding="utf-8")
-    return path
+    return plain(report)
 
 
 @contextmanager
@@ -140,12 +101,12 @@ def _extremes(t: Tensor) -> dict[str, Any]:
     return {"largest": t.detach().abs().max().item(), "finite": bool(t.isfinite().all())}
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no infinity."""
+def plain(value: Any) -> Any:
+    """The same with infinite and undefined numbers as strings: JSON has none."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
