@@ -22,7 +22,8 @@ quickstart: $(SETUP)
 	PYTHON=$(RUN) TAG=$$(date +%Y%m%d-%H%M%S) bash pretrain.sh
 
 test: $(SETUP_DEV)
-	$(RUN) -m pytest -m "not slow" -n 2 --dist worksteal
+	$(RUN) -m pytest -m alone
+	$(RUN) -m pytest -m "not slow and not alone" -n 3 --dist worksteal
 
 test-slow: $(SETUP_DEV)
 	$(RUN) -m pytest -m slow

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -252,14 +252,15 @@ def test_two_nodes_of_which_one_is_killed_and_started_again(tiny, whole):
         return Job(command=command, NODE_RANK=str(rank), **settings)
 
     first, second = node(0), node(1)
-    first.wait_for(r"epoch 0 \[10/")
+    wait_until(lambda: (folder_of(tiny).parent / "parts").glob("ckpt_epoch_0_step_8.pth"))
     os.killpg(second.process.pid, signal.SIGKILL)
     for pid in second.processes():
         os.kill(pid, signal.SIGKILL)
     again = node(1)
     assert first.end()[0] == 0, first.output
     assert again.end()[0] == 0, again.output
-    assert re.search(r"continues from \S+ckpt_epoch_[01]", first.output + again.output)
+    output = first.output + again.output  # the log is that of the node which holds rank 0
+    assert re.search(r"continues from \S+ckpt_epoch_[01]", output) and "2 × CPU" in output and "best top-1" in output
     assert_same_run(whole, folder_of(tiny).parent / "parts", 2)
 
 
@@ -284,6 +285,13 @@ def test_a_process_that_waits_for_another_says_for_whom(monkeypatch, caplog):
     with pytest.raises(distributed.LaunchError, match="rank 1 of 2 did not come within 1 s"):
         distributed._await_processes(store, 0, 2, 1.0)
     assert "waiting for rank 1 of 2 since 0 s; present: " + os.uname().nodename in caplog.text
+
+
+def wait_until(found: Callable[[], Iterator[Path]], timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not list(found()):
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.05)
 
 
 def free_port() -> int:
