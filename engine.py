@@ -82,7 +82,6 @@ class Interval:
     def __init__(self, device: torch.device) -> None:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.losses = torch.zeros((), dtype=torch.int64, device=device)  # finite ones, of forward passes
-        self.steps = 0
         self.timed_steps = 0
         self.data_time = 0.0
         self.start = time.perf_counter()
@@ -95,12 +94,11 @@ class Interval:
 
     def state(self) -> dict[str, float | int]:
         """As plain values; waits for the device."""
-        return {"loss_sum": self.loss_sum.item(), "losses": int(self.losses.item()), "steps": self.steps}
+        return {"loss_sum": self.loss_sum.item(), "losses": int(self.losses.item())}
 
     def load_state(self, state: dict[str, float | int]) -> None:
         self.loss_sum.fill_(state["loss_sum"])
         self.losses.fill_(state["losses"])
-        self.steps = int(state["steps"])
 
 
 class Keeper(Protocol):
@@ -307,7 +305,6 @@ def _optimizer_step(
     optimizer.zero_grad(set_to_none=True)
     if training.ema:
         training.ema.update(training.bare_model)
-    interval.steps += 1
     interval.timed_steps += 1
     return norm
 
@@ -408,7 +405,8 @@ def _log_interval(
 def exposed_communication(model: nn.Module) -> float:
     """Seconds by which the exchange of gradients outlasted the backward pass, in the last step that DDP looked at.
 
-    DDP times a step now and then (`wrap` in main.py says how often) with events of its own, without waiting for any.
+    DDP times one step per log line (`wrap` in main.py says so) with events of its own, and waits for those of the step
+    before when it does.
     """
     if not isinstance(model, DistributedDataParallel):
         return 0.0

@@ -93,12 +93,12 @@ class MetricsWriter:
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+            if self.tensorboard:
+                for name, value in values.items():
+                    self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+                self.tensorboard.flush()
         except OSError as error:  # a full disk costs the record, not the run
-            get_logger().error("%s could not be written: %s", self.path, error.strerror)
-        if self.tensorboard:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
-            self.tensorboard.flush()
+            get_logger().error("%s could not be written: %s", self.path, error.strerror or error)
 
     def close(self) -> None:
         if self.tensorboard:

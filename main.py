@@ -79,6 +79,7 @@ from utils.run_lock import RunFolderBusyError, RunLock
 from utils.watchdog import Watchdog
 
 CHECKPOINT_VERSION = 2
+STOPPED = "STOPPED"  # in the run folder: why a run ended that would end alike if torchrun started it again
 REFERENCE_BATCH = 512  # images per step that BASE_LR, WARMUP_LR and MIN_LR are given for
 
 
@@ -272,7 +273,7 @@ def wrap(config: CfgNode, training: Training) -> None:
             broadcast_buffers=False,  # masks and indices: every rank derives the same
             find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS,
         )
-        training.model._set_ddp_runtime_logging_sample_rate(min(10, config.PRINT_FREQ))  # steps between two timed ones
+        training.model._set_ddp_runtime_logging_sample_rate(config.PRINT_FREQ)  # steps between two timed ones
 
 
 def resume(config: CfgNode, training: Training, loaders: Loaders) -> tuple[Progress, Interval, Found]:
@@ -283,9 +284,16 @@ def resume(config: CfgNode, training: Training, loaders: Loaders) -> tuple[Progr
     logger, folder = get_logger(), run_folder(config)
     progress, interval = Progress(epoch=config.TRAIN.START_EPOCH), Interval(training.device)
     found = Found(None)
-    if config.TRAIN.AUTO_RESUME:
-        found = newest_checkpoint(folder) if distributed.rank() == 0 else found
-        found = distributed.broadcast_object(found)
+    if config.TRAIN.AUTO_RESUME or distributed.restarts():  # what a restart finds is this very run's
+        problem = None
+        if distributed.rank() == 0:
+            try:
+                found = newest_checkpoint(folder)
+            except CheckpointError as error:
+                problem = str(error)
+        found, problem = distributed.broadcast_object((found, problem))
+        if problem:
+            raise CheckpointError(problem)
     source = str(found.path or config.MODEL.RESUME)
     if source:
         progress, interval = restore(config, training, loaders, load_checkpoint(source), source)
@@ -326,6 +334,7 @@ def restore(
     _log_changed_keys(checkpoint, config, source)
     continuation = checkpoint.get("continuation") or {}
     _check_plan(config, training, continuation, source)
+    _check_epoch(config, loaders, continuation, source)
     load_weights(training.bare_model, checkpoint["model"], source)
     load_optimizer_state(training.optimizer, training.bare_model, checkpoint.get("optimizer"), source)
     if training.ema:
@@ -376,6 +385,19 @@ def _check_plan(config: CfgNode, training: Training, continuation: dict[str, Any
         )
 
 
+def _check_epoch(config: CfgNode, loaders: Loaders, continuation: dict[str, Any], source: str) -> None:
+    """Refuse to continue inside an epoch whose order of images was another one."""
+    assert loaders.train is not None
+    mine = {"images": loaders.train.num_images, "seed": config.SEED}
+    changed = [name for name, value in mine.items() if continuation.get(name, value) != value]
+    if continuation.get("done") and changed:
+        raise CheckpointError(
+            f"{source} lies inside an epoch of {continuation['images']} images drawn with SEED {continuation['seed']};"
+            f" now there are {mine['images']} and SEED is {mine['seed']}, so its rest would be other images. Restore"
+            " them, or continue from a checkpoint between two epochs with --opts TRAIN.AUTO_RESUME False --resume FILE"
+        )
+
+
 def _log_changed_keys(checkpoint: dict[str, Any], config: CfgNode, source: str) -> None:
     """Name every training key that changed since a checkpoint of ours was written; the new values apply."""
     if not isinstance(checkpoint.get("config"), str):
@@ -416,6 +438,8 @@ def checkpoint_state(
             "intervals": distributed.gather_objects(interval.state()),
             "skipped": training.skipped,
             "global_batch": training.global_batch,
+            "images": loaders.train.num_images if loaders.train else 0,
+            "seed": config.SEED,
             "world_size": distributed.world_size(),
         },
         "max_accuracy": progress.best,
@@ -440,24 +464,32 @@ class CheckpointKeeper:
         loaders: Loaders,
         writer: CheckpointWriter | None,
         best: float,
+        request: StopRequest,
         all_alive: Callable[[], bool],
     ) -> None:
         self.config, self.training, self.loaders = config, training, loaders
         self.writer = writer  # rank 0's
         self.best = best
-        self.request = StopRequest()
-        self.agreement = Agreement(self.request, timedelta(seconds=config.DIST.TIMEOUT), all_alive)
+        self.request = request
+        self.agreement = Agreement(request, timedelta(seconds=config.DIST.TIMEOUT + 30), all_alive)
+        self.owed = False  # a checkpoint was due at the end of the epoch
         self.saved_at = time.monotonic()
 
     def decide(self, epoch: int, done: int) -> Decision:
+        if self.writer:
+            self._report(self.writer.raise_problem)
         minutes, steps = self.config.CHECKPOINT.EVERY_MINUTES, self.config.CHECKPOINT.EVERY_STEPS
         due = minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
         decision = self.agreement.decide(due)
-        at_end = done == self.training.steps_per_epoch  # the checkpoint of the epoch follows
-        scheduled = steps > 0 and done % steps == 0
-        return Decision(decision.stop, (decision.save or scheduled) and not at_end)
+        save = decision.save or (steps > 0 and done % steps == 0)
+        if done == self.training.steps_per_epoch:  # the checkpoint of the epoch follows
+            self.owed |= save
+            save = False
+        return Decision(decision.stop, save)
 
     def save(self, epoch: int, done: int, interval: Interval, stop: bool) -> None:
+        if stop:  # the loader processes were told to stop too, and are not waited for while it saves
+            close_loaders(self.loaders)
         self.write(Progress(epoch, self.best, done), interval, last=stop)
         if stop:
             folder, reason = run_folder(self.config), self.request.signal
@@ -492,7 +524,7 @@ class CheckpointKeeper:
                     problem = str(error)
         if last and (problem := distributed.broadcast_object(problem)):
             raise OSError(problem)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.owed = time.monotonic(), False
 
     def _report(self, check: Callable[[], None]) -> None:
         try:
@@ -500,6 +532,12 @@ class CheckpointKeeper:
         except Exception as error:
             newest = newest_name(run_folder(self.config))
             get_logger().error("%s. The run goes on; it could continue from %s", error, newest or "nothing yet")
+
+
+def close_loaders(loaders: Loaders) -> None:
+    for batches in (loaders.train, loaders.val):
+        if batches:
+            batches.close()
 
 
 def newest_name(folder: Path) -> str | None:
@@ -531,10 +569,10 @@ def validate_epoch(
     return results[0]
 
 
-def run_training(config: CfgNode, device: torch.device) -> Progress:
+def run_training(config: CfgNode, device: torch.device, request: StopRequest) -> Progress:
     """Train from where the run stands to its last epoch, saving and evaluating on the way.
 
-    Raises Preempted when the run was told to stop and has saved.
+    Raises Preempted when the run was told to stop by `request` and has saved.
     """
     logger, folder, is_main = get_logger(), run_folder(config), distributed.rank() == 0
     # data
@@ -571,21 +609,21 @@ def run_training(config: CfgNode, device: torch.device) -> Progress:
         validate_epoch(config, training, loaders, progress.epoch, MetricsWriter(None))
     # loop
     watchdog = Watchdog(config.DIST.TIMEOUT)
-    keeper = CheckpointKeeper(config, training, loaders, writer, progress.best, watchdog.all_alive)
+    keeper = CheckpointKeeper(config, training, loaders, writer, progress.best, request, watchdog.all_alive)
     training.beat = watchdog.beat
     training.profiler = step_profiler(config, folder)
-    with keeper.request.listening(), watchdog.watching(), training.profiler or nullcontext():
-        try:
-            while progress.epoch < last_epoch:
-                progress = run_epoch(config, training, loaders, progress, interval, metrics, keeper)
-                interval = Interval(device)
-        except RuntimeError as error:
-            if not isinstance(error, EXPECTED):
-                watchdog.explain(error)
-            raise
-        finally:
-            loaders.train.close()
-            loaders.val.close()
+    try:
+        with watchdog.watching(), training.profiler or nullcontext():
+            try:
+                while progress.epoch < last_epoch:
+                    progress = run_epoch(config, training, loaders, progress, interval, metrics, keeper)
+                    interval = Interval(device)
+            except RuntimeError as error:
+                if not isinstance(error, EXPECTED):
+                    watchdog.explain(error)
+                raise
+    finally:
+        close_loaders(loaders)
     metrics.close()
     if is_main:
         summarise(config, progress)
@@ -643,7 +681,7 @@ def run_epoch(
     progress = Progress(epoch + 1, max(top1, progress.best))
     keeper.best = progress.best
     last = epoch + 1 == last_epoch
-    saves = (epoch + 1) % config.SAVE_FREQ == 0 or last
+    saves = (epoch + 1) % config.SAVE_FREQ == 0 or last or keeper.owed
     if saves or is_best:
         keeper.write(progress, Interval(training.device), best=is_best, own=saves, last=last)
     return progress
@@ -683,12 +721,19 @@ EXPECTED = (
 @record
 def reported(config: CfgNode) -> None:
     """`main`, so that torchrun repeats the reason of an expected failure, without its traceback, in its own report."""
+    stopped = run_folder(config) / STOPPED
+    if distributed.restarts() and stopped.exists():
+        raise ConfigError(f"not tried again: {stopped.read_text(encoding='utf-8').strip()}")
+    stopped.unlink(missing_ok=True)
     try:
         main(config)
     except Preempted as preempted:
         get_logger().warning("%s", preempted)
+        distributed.barrier()  # the store may be in rank 0, which has to be the last to leave
         distributed.cleanup()
     except EXPECTED as problem:
+        if isinstance(problem, ValueError | NonFiniteError) and stopped.parent.is_dir():
+            stopped.write_text(f"{problem}\n", encoding="utf-8")
         raise type(problem)(str(problem)) from None
 
 
@@ -696,14 +741,16 @@ def main(config: CfgNode) -> None:
     """Run what the configuration asks for: a check of the data, throughput, evaluation, or training."""
     if config.CHECK_DATA_MODE:  # needs no device, no run folder and no other process
         sys.exit(run_check(config))
-    device = setup(config)
     if config.THROUGHPUT_MODE:
-        run_throughput(config, device)
+        run_throughput(config, setup(config))
     elif config.EVAL_MODE:
-        run_evaluation(config, device)
+        run_evaluation(config, setup(config))
     else:
-        with own_folder(run_folder(config)):
-            run_training(config, device)
+        request = StopRequest()
+        with request.listening():  # told to stop while it starts, a run stops at its first step
+            device = setup(config)
+            with own_folder(run_folder(config)):
+                run_training(config, device, request)
     distributed.cleanup()
 
 

@@ -11,6 +11,7 @@
 # NPROC        processes on this node               its GPUs; 2 on a CPU
 # NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT       1, 0, 127.0.0.1, 29500 (one node picks a free port)
 # MAX_RESTARTS restarts after a process died         3 (each continues from the newest checkpoint)
+# JOIN_TIMEOUT  seconds that a node waits for the others    1800
 # SHUTDOWN_TIMEOUT  seconds that processes have to save and end when the run is told to stop    120
 # PYTHON       interpreter                          .venv/bin/python if it exists, else python3
 #
@@ -62,13 +63,20 @@ export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${SHUTDOWN_TIMEOUT:-120}"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a new store after every restart: the old one's addresses are stale
 export POLAFORMER_LAUNCHER=$$  # processes that lose this script save and end
+rm -f "$folder/PREEMPTED"
 set -m  # torchrun in a process group of its own: Ctrl-C reaches it once, through the trap below
 "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --max_restarts "${MAX_RESTARTS:-3}" --nproc_per_node "$NPROC" \
   "$here/main.py" "${arguments[@]}" &
 launcher=$!
-for name in TERM INT USR1; do
-  trap "kill -$name $launcher 2> /dev/null || true" "$name"
-done
+told=
+stop() {  # once: torchrun does not survive a third signal
+  trap '' TERM USR1
+  told=1
+  kill "-$1" "$launcher" 2> /dev/null || true
+}
+trap 'stop TERM' TERM
+trap 'stop USR1' USR1
+trap 'kill -INT "$launcher" 2> /dev/null || true' INT
 watcher=
 if (( NNODES > 1 )); then
   "$PYTHON" "$here/utils/rendezvous.py" "$MASTER_ADDR" "$port" "$node" "$NNODES" &
@@ -82,5 +90,8 @@ while kill -0 "$launcher" 2> /dev/null; do  # a trap ends a wait early
   wait "$launcher" || status=$?
 done
 [[ -z "$watcher" ]] || kill "$watcher" 2> /dev/null || true
-[[ -e "$folder/PREEMPTED" ]] && exit 75
+# told to stop: it has saved, or it was still starting and had nothing to save
+if [[ -e "$folder/PREEMPTED" || ( -n "$told" && "$status" != 0 ) ]]; then
+  exit 75
+fi
 exit "$status"

@@ -41,6 +41,7 @@ from logger import MetricsWriter
 from main import CheckpointKeeper, build_training
 from models import build_model
 from utils.checkpoint_store import CheckpointWriter
+from utils.preemption import StopRequest
 
 SMALL = "MODEL.SWIN.EMBED_DIM 8 MODEL.SWIN.DEPTHS [1,1,1,1] MODEL.SWIN.NUM_HEADS [1,2,2,4] DATA.IMG_SIZE 32"
 COMMON = "AUG.MIXUP 0.0 AUG.CUTMIX 0.0 AUG.REPROB 0.0 MODEL.DROP_PATH_RATE 0.0 TRAIN.WARMUP_EPOCHS 0 PRINT_FREQ 50"
@@ -147,7 +148,7 @@ def measure_checkpoints(folder: Path, batch_size: int, repeats: int) -> dict[str
         config = configuration("pola_pvt_t", f"CHECKPOINT.EVERY_STEPS {every} CHECKPOINT.KEEP 1", folder / name)
         training, loaders = make_training(config, batch_size, steps)
         writer = CheckpointWriter(folder / name, 1)
-        keeper = CheckpointKeeper(config, training, loaders, writer, 0.0, lambda: True)
+        keeper = CheckpointKeeper(config, training, loaders, writer, 0.0, StopRequest(), lambda: True)
         assert loaders.train is not None
 
         def epoch(
@@ -213,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     if checkpoints:
         rows = [(f"{name} a checkpoint", Spread(**each).text()) for name, each in checkpoints["step_ms"].items()]
-        rows.append(("ratio", Spread(**checkpoints["with_over_without"]).text(digits=3)))
+        rows.append(("added by one every 50 steps, %", Spread(**checkpoints["added_share"]).text(100)))
         title = (
             f"Pola-PVT-T, batch {checkpoints['batch_size']}, {checkpoints['checkpoint_mib']:.0f} MiB every 100 steps"
         )

@@ -1,6 +1,7 @@
 """Data: `build_loaders` turns a configuration into training and validation batches of uint8 images."""
 
 import itertools
+import os
 import signal
 import traceback
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ from data.transforms import evaluation_transform, training_transform
 from logger import get_logger
 from utils import distributed
 
-STOP_DELAY = 15  # seconds that a loader process goes on after SIGTERM
+# Seconds that a loader process goes on after SIGTERM: longer than the run has to save.
+STOP_DELAY = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) + 10
 
 
 class Batches:
@@ -109,8 +111,10 @@ class Batches:
             yield images, labels
 
     def close(self) -> None:
-        """End the loader processes that outlive an epoch: at the end of the program they would be sent SIGTERM."""
-        self.loader._iterator = None
+        """End the loader processes that outlive an epoch. Left to the end of the program they would be sent SIGTERM."""
+        if self.loader._iterator is not None:
+            self.loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self.loader._iterator = None
 
     def require_readable(self, unreadable: int) -> None:
         """Raise DataError when `unreadable` training images, of one process or of all, are more than allowed."""
@@ -136,6 +140,7 @@ def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
 
 def _outlive_stop_signals(worker: int) -> None:
     """A loader process that was told to stop with the whole run goes on for a while, so that the run can save."""
+    signal.set_wakeup_fd(-1)  # of the process it was forked from
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(STOP_DELAY))
 

@@ -22,7 +22,7 @@ import main
 from config import load_config, run_folder
 from logger import read_metrics
 from utils.checkpoint import load_checkpoint
-from utils.checkpoint_store import epoch_file, newest_checkpoint
+from utils.checkpoint_store import BEST_FILE, epoch_file, newest_checkpoint
 
 EVERY = 3
 EPOCHS = 3
@@ -64,8 +64,13 @@ def trained_steps(folder: Path) -> int:
 
 
 def saved_steps(folder: Path) -> int:
+    """Steps of the newest checkpoint; the best accuracy that it counts as reached has its weights in the best file."""
     found = newest_checkpoint(folder).path
-    return load_checkpoint(found)["step"] if found else 0
+    if not found:
+        return 0
+    checkpoint, best = load_checkpoint(found), folder / BEST_FILE
+    assert checkpoint["max_accuracy"] == (load_checkpoint(best)["max_accuracy"] if best.exists() else 0.0)
+    return checkpoint["step"]
 
 
 def loop(cfg: str, kills: int) -> dict[str, int]:

@@ -200,6 +200,39 @@ def test_an_error_of_the_writer_reaches_the_caller_once_and_nothing_old_is_delet
     assert set(os.listdir(tmp_path)) == names | {name + ".json" for name in names}
 
 
+def test_the_best_weights_are_never_lost_between_two_files(tmp_path, monkeypatch):
+    """A checkpoint that counts an accuracy as reached exists only where the best file holds its weights, or itself."""
+    writer, real = CheckpointWriter(tmp_path, keep=1), store.save_checkpoint
+    writer.save(_state(1), Position(1), best=True)
+    writer.wait()
+
+    def refusing(name):
+        def save(state, path):
+            if path.name == name:
+                raise OSError(28, "No space left on device")
+            real(state, path)
+
+        return save
+
+    monkeypatch.setattr(store, "save_checkpoint", refusing("ckpt_epoch_2.pth"))  # as killed after the best file
+    writer.save(_state(2), Position(2), best=True)
+    with pytest.raises(OSError, match="No space left"):
+        writer.wait()
+    assert newest_checkpoint(tmp_path).path == tmp_path / "max_acc.pth"
+    monkeypatch.setattr(store, "save_checkpoint", refusing("max_acc.pth"))
+    writer.save(_state(3), Position(3), best=True)
+    with pytest.raises(OSError, match="No space left"):
+        writer.wait()
+    monkeypatch.undo()
+    for epoch in (4, 5):
+        writer.save(_state(epoch), Position(epoch))
+    writer.wait()
+    assert [path.name for _, path in run_checkpoints(tmp_path)] == ["ckpt_epoch_5.pth", "ckpt_epoch_3.pth"]
+    writer.save(_state(6), Position(6), best=True)
+    writer.wait()
+    assert [path.name for _, path in run_checkpoints(tmp_path)] == ["ckpt_epoch_6.pth"]
+
+
 def test_newest_files_and_the_best_are_kept(tmp_path):
     writer = CheckpointWriter(tmp_path, keep=2)
     for position in (Position(1), Position(2), Position(9), Position(9, 5), Position(9, 40), Position(10)):
@@ -223,6 +256,10 @@ def test_files_that_were_found_damaged_do_not_count_as_kept(tmp_path):
     writer.save(_state(4), Position(4))
     writer.wait()
     assert epoch_file(tmp_path, 2).exists() and not epoch_file(tmp_path, 1).exists()
+    for epoch in (3, 5, 6):  # the damaged one, written again, counts again
+        writer.save(_state(epoch), Position(epoch))
+    writer.wait()
+    assert [path.name for _, path in run_checkpoints(tmp_path)] == ["ckpt_epoch_6.pth", "ckpt_epoch_5.pth"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,6 +290,27 @@ def test_newest_checkpoint_goes_by_position_not_by_time(tmp_path, caplog):
     assert found.path == epoch_file(tmp_path, 9)
     assert found.skipped == {epoch_file(tmp_path, 11), epoch_file(tmp_path, 10)}
     assert "ckpt_epoch_11.pth is empty" in caplog.text and "ckpt_epoch_10.pth is" in caplog.text
+
+
+def test_a_run_none_of_whose_checkpoints_can_be_used_does_not_begin_anew(tmp_path):
+    save_checkpoint(_state(1), epoch_file(tmp_path, 1))
+    os.truncate(epoch_file(tmp_path, 1), 10)
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints in .* can be used"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_file_system_that_fails_for_a_moment_is_no_damage(tmp_path, monkeypatch):
+    save_checkpoint(_state(1), epoch_file(tmp_path, 1))
+    real, failures = store.load_checkpoint, iter([OSError(5, "Input/output error")] * 2)
+
+    def flaky(path):
+        for failure in failures:
+            raise failure
+        return real(path)
+
+    monkeypatch.setattr(store, "load_checkpoint", flaky)
+    monkeypatch.setattr(store, "PATIENCE", (0.01, 0.01, 0.01))
+    assert newest_checkpoint(tmp_path).path == epoch_file(tmp_path, 1)
 
 
 @pytest.mark.parametrize("offset", [0, 500, -1, "every hundredth"])

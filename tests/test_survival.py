@@ -29,8 +29,9 @@ import main
 from engine import NonFiniteError
 from models.attention import PolaLinearAttention
 from utils import checkpoint_store, distributed, run_lock
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.checkpoint_store import epoch_file, newest_checkpoint, run_checkpoints
+from utils.preemption import Preempted
 from utils.run_lock import RunFolderBusyError
 
 OPTIONS = f"{EVERYTHING} AMP True TRAIN.EPOCHS 2 CHECKPOINT.EVERY_STEPS 4 PRINT_FREQ 2 DIST.TIMEOUT 60"
@@ -163,6 +164,56 @@ def test_a_hung_rank_ends_the_job_and_is_named(tiny):
     status, seconds = job.end()
     assert status != 0 and seconds < 6 + 10, job.output
     assert re.search(r"no progress for 6 s, waiting for rank 1 on host \S+, last seen in .* of step \d+", job.output)
+
+
+def test_a_hung_rank_0_which_holds_the_store_is_named_too(tiny):
+    options = OPTIONS.replace("DIST.TIMEOUT 60", "DIST.TIMEOUT 6") + " TRAIN.EPOCHS 50"
+    settings = {"PYTHON": sys.executable, "NPROC": "2", "CONFIG": str(tiny), "MAX_RESTARTS": "0"}
+    job = Job(command=["bash", "pretrain.sh", "--opts", *options.split()], **settings)
+    job.wait_for(r"epoch 0 \[10/")
+    os.kill(job.worker(0), signal.SIGSTOP)
+    status, seconds = job.end()
+    assert status not in (0, 75) and seconds < 6 + 10, job.output
+    assert re.search(r"rank 1 error: no progress for 6 s, waiting for rank 0 on host \S+, last seen in", job.output)
+
+
+def test_an_error_that_would_come_again_is_not_tried_again(tiny):
+    job = Job(*arguments(tiny, "DATA.DATASET imagenet DATA.DATA_PATH absent", "parts"), restarts=2)
+    assert job.end()[0] != 0
+    assert len(re.findall(r"\] error: data set folder absent does not exist", job.output)) == 1
+    assert "error: not tried again: data set folder absent does not exist" in job.output
+
+
+def test_told_to_stop_while_it_starts_a_run_stops_at_its_first_step(tiny, monkeypatch):
+    build = main.build_loaders
+
+    def building(config):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return build(config)
+
+    monkeypatch.setattr(main, "build_loaders", building)
+    with pytest.raises(Preempted, match="saved after 0 epochs and 1 of 22 steps"):
+        run(tiny)
+
+
+def test_a_checkpoint_due_at_the_end_of_an_epoch_is_written_whatever_save_freq_says(tiny):
+    run(tiny, "TRAIN.EPOCHS 3 SAVE_FREQ 100 CHECKPOINT.EVERY_STEPS 22 CHECKPOINT.KEEP 9")
+    assert [position for position, _ in run_checkpoints(folder_of(tiny))] == [(3, 0), (2, 0), (1, 0)]
+
+
+def test_an_epoch_does_not_continue_with_other_images(tiny, monkeypatch):
+    at_step(monkeypatch, {5: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    with pytest.raises(Preempted):
+        run(tiny)
+    with pytest.raises(CheckpointError, match="inside an epoch of 1442 images drawn with SEED 0; now there are 1442"):
+        run(tiny, "SEED 1")
+    with pytest.raises(
+        CheckpointError, match=r"trained with 64 images per step \(1 processes\), this run would use 32"
+    ):
+        run(tiny, "DATA.BATCH_SIZE 32")
+    with pytest.raises(CheckpointError, match="lies inside an epoch of 64 images per step"):
+        run(tiny, "TRAIN.GLOBAL_BATCH 32")
+    run(tiny, "DATA.BATCH_SIZE 32 TRAIN.GLOBAL_BATCH 64")
 
 
 def test_processes_whose_launcher_is_killed_save_and_end(tiny, whole):

@@ -57,7 +57,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 raise CheckpointError(f"checkpoint {path} is damaged: {damaged} does not match its checksum")
         with torch.serialization.safe_globals([(collections.OrderedDict, "yacs.config.CfgNode")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # foreign bytes make the reader fail in any way: IndexError, struct.error, …
         if refused := re.search(r"unsupported global:? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE):
@@ -70,6 +70,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"checkpoint {path} refused: it asks for {names}, and only tensors and plain values are loaded"
             ) from error
+        if isinstance(error, OSError) and error.errno is not None:  # the file system's word, not the reader's
+            raise
         kind = "damaged or no checkpoint" if isinstance(error, pickle.UnpicklingError) else "truncated or damaged"
         raise CheckpointError(f"checkpoint {path} is {kind} ({type(error).__name__})") from error
     if not isinstance(content, dict):

@@ -8,8 +8,10 @@ renamed, the sidecar first, so that a file without sidecar is never a crash of o
 """
 
 import copy
+import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -26,6 +28,7 @@ from logger import get_logger
 from utils.checkpoint import CheckpointError, file_digest, load_checkpoint, read_sidecar, sidecar_of
 
 BEST_FILE = "max_acc.pth"
+PATIENCE = (1.0, 5.0, 0.0)  # seconds of waiting after each failure of the file system to read a checkpoint
 RUN_FILE = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
 
 
@@ -135,6 +138,9 @@ def _flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that have no such thing
+            raise
     finally:
         os.close(descriptor)
 
@@ -159,7 +165,8 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, keep: int, unusable: frozenset[Path] = frozenset()) -> None:
         """`unusable` files, left by an accident, do not count as kept."""
-        self.folder, self.keep, self.unusable = folder, keep, unusable
+        self.folder, self.keep, self.unusable = folder, keep, set(unusable)
+        self._best_copy: Path | None = None  # holds the best weights, because the best file could not be written
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
 
@@ -187,21 +194,31 @@ class CheckpointWriter:
             raise problem
 
     def _write(self, state: dict[str, Any], position: Position, best: bool, own: bool) -> None:
+        path = run_file(self.folder, position)
         try:
-            if own:
-                save_checkpoint(state, run_file(self.folder, position))
+            # the best one first: killed in between, a start continues from it, and never from a file that already
+            # counts an accuracy as reached whose weights are nowhere
             if best:
-                save_checkpoint(state, self.folder / BEST_FILE)
-            if own:
+                self._best_copy = None if self._tried(state, self.folder / BEST_FILE) else path
+            if own and self._tried(state, path):
+                self.unusable.discard(path)
                 self._remove_old(position)
+        except OSError as error:
+            self._problem = error
+
+    def _tried(self, state: dict[str, Any], path: Path) -> bool:
+        """Whether the file could be written; the reason is noted where not."""
+        try:
+            save_checkpoint(state, path)
         except Exception as error:  # whatever it is, the training loop has to know
             self._problem = error
+            return False
+        return True
 
     def _remove_old(self, newest: Position) -> None:
         """Files of later positions, left unreadable by an accident, neither count nor go."""
-        older = [
-            path for position, path in run_checkpoints(self.folder) if position <= newest and path not in self.unusable
-        ]
+        kept = {*self.unusable, self._best_copy}
+        older = [path for position, path in run_checkpoints(self.folder) if position <= newest and path not in kept]
         for path in older[self.keep :]:
             path.unlink(missing_ok=True)
             sidecar_of(path).unlink(missing_ok=True)
@@ -223,18 +240,26 @@ def newest_checkpoint(folder: Path) -> Found:
     """Walk back from the newest checkpoint to the first that is verified; warns of each one skipped, with the reason.
 
     The best one counts too, by the position it holds.
+
+    Raises CheckpointError where there are checkpoints and none can be used: to begin anew is for the user to say.
     """
     best = folder / BEST_FILE
     candidates: list[tuple[Position, Path]] = []
     skipped: set[Path] = set()
 
     def usable(path: Path) -> dict[str, Any] | None:
-        try:
-            return load_checkpoint(path)
-        except (CheckpointError, OSError) as error:
-            get_logger().warning("skipped: %s", error)
-            skipped.add(path)
-            return None
+        for patience in PATIENCE:  # a file system that fails for a moment is no damage
+            try:
+                return load_checkpoint(path)
+            except CheckpointError as error:
+                problem: Exception = error
+                break
+            except OSError as error:
+                problem = error
+                time.sleep(patience)
+        get_logger().warning("skipped: %s", problem)
+        skipped.add(path)
+        return None
 
     for position, path in run_checkpoints(folder):
         if usable(path) is not None:
@@ -242,6 +267,11 @@ def newest_checkpoint(folder: Path) -> Found:
             break
     if best.is_file() and (content := usable(best)) is not None:
         candidates.append((stored_position(content), best))
+    if skipped and not candidates:
+        raise CheckpointError(
+            f"none of the {len(skipped)} checkpoints in {folder} can be used (the log says why); restore one, or begin"
+            " anew with --opts TRAIN.AUTO_RESUME False, which moves them aside"
+        )
     newest = max(candidates, key=lambda pair: pair[0])[1] if candidates else None
     return Found(newest, frozenset(skipped))
 
@@ -272,7 +302,8 @@ def set_aside(folder: Path, named: Path) -> Path | None:
     ]
     if not files:
         return None
-    target = folder / time.strftime("earlier-%Y%m%d-%H%M%S")
+    name = time.strftime("earlier-%Y%m%d-%H%M%S")
+    target = next(path for i in itertools.count() if not (path := folder / (f"{name}-{i}" if i else name)).exists())
     target.mkdir()
     records = [folder / name for name in ("metrics.jsonl", "config.yaml", "curves.png", "tensorboard")]
     records += [sidecar_of(path) for path in files]

@@ -36,6 +36,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def restarts() -> int:
+    """How often torchrun has started this run's processes again."""
+    return _environment("TORCHELASTIC_RESTART_COUNT", 0)
+
+
 def local_rank() -> int:
     """Index of this process on its node."""
     return _environment("LOCAL_RANK", 0)
@@ -71,9 +76,8 @@ def init(single_process_gpu: int = 0, timeout: float = 1800.0) -> torch.device:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives a restart, and so do its addresses
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         _await_processes(store, rank, world_size, timeout)
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
-        )
+        limit = timedelta(seconds=timeout + 30)  # later than the watchdog, which has a name to give
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     return device
 
 

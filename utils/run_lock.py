@@ -1,5 +1,6 @@
 """One run per run folder."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -52,6 +53,8 @@ class RunLock:
 def _taken(file: IO[str]) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        get_logger().warning("this file system has no locks (%s): nothing keeps a second run out", error.strerror)
     return True

@@ -1,4 +1,4 @@
-"""A thread of every process of a distributed run that ends the process when the run cannot go on.
+"""Two threads of every process of a distributed run that end the process when the run cannot go on.
 
 Each process publishes once a second, in the store by which the processes found each other, how far it is. From this a
 process that makes no progress for the configured time, or that is told to stop while a peer is gone, can say which rank
@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from logger import get_logger
 from utils import distributed
-from utils.preemption import STOP_SIGNALS
+from utils.preemption import STOP_SIGNALS, Preempted
 
 INTERVAL = 1.0  # seconds between two publications
 SILENCE = 5.0  # seconds without one after which a process counts as gone
@@ -51,11 +51,11 @@ class Watchdog:
         self._beats, self._step, self._phase = 0, 0, "start"
         self._changed = time.monotonic()
         self._peer_error: str | None = None
-        self._silent: list[int] = []
+        self._peers: _Peers | None = None
 
     def all_alive(self) -> bool:
-        """Whether every process gave a sign of life when this one last looked."""
-        return not self._silent
+        """Whether every process gave signs of life lately, as far as this one has looked."""
+        return self._peers is None or not self._peers.silent()
 
     def beat(self, step: int, phase: str) -> None:
         """This process begins `phase` of optimizer step `step`."""
@@ -70,7 +70,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator["Watchdog"]:
-        """Watch while the run goes on."""
+        """Watch while the run goes on. Who leaves by an error is missed by the others; who leaves otherwise is not."""
         if not dist.is_initialized():
             yield self
             return
@@ -79,50 +79,54 @@ class Watchdog:
         writer.setblocking(False)
         before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         ended = threading.Event()
-        thread = threading.Thread(target=self._watch, args=(ended, reader), name="watchdog", daemon=True)
-        thread.start()
+        # a connection of its own: that of the main thread may be waiting
+        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        self._peers = _Peers(store, self._sign)
+        threads = [
+            threading.Thread(target=self._watch, args=(ended, reader, self._peers), name="watchdog", daemon=True),
+            threading.Thread(target=self._peers.exchange, args=(ended,), name="signs", daemon=True),
+        ]
+        for thread in threads:
+            thread.start()
+        meant = False
         try:
             yield self
+            meant = True
+        except Preempted:
+            meant = True
+            raise
         finally:
             ended.set()
-            thread.join()
-            _Peers(dist.distributed_c10d._get_default_store()).publish(self._sign(ENDED))
+            for thread in threads:
+                thread.join(2 * INTERVAL)  # the store may hang
+            if meant and not threads[1].is_alive():
+                self._peers.leave()
             signal.set_wakeup_fd(before)
             reader.close()
             writer.close()
 
-    def _watch(self, ended: threading.Event, signals: socket.socket) -> None:
-        # a connection of its own: that of the main thread may be waiting
-        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-        peers = _Peers(store)
+    def _watch(self, ended: threading.Event, signals: socket.socket, peers: "_Peers") -> None:
+        """Judge once a second. Only clocks and what the other thread has read: this one must never wait."""
         parent, launcher = os.getppid(), int(os.environ.get(LAUNCHER, 0))
-        told_to_stop, orphan, tick = False, False, 0
+        told_to_stop, orphan = False, False
         while not ended.wait(INTERVAL):
-            tick += 1
             if not orphan and (os.getppid() != parent or (launcher and not _exists(launcher))):
                 orphan = True
                 get_logger().warning("the launcher of this run is gone: saving and stopping")
                 os.kill(os.getpid(), signal.SIGTERM)
             with suppress(BlockingIOError):  # the main thread may be blocked, and Python's own handler with it
                 told_to_stop = told_to_stop or any(number in STOP_SIGNALS for number in signals.recv(64))
-            try:
-                peers.publish(self._sign(tick))
-                stuck = time.monotonic() - self._changed > self.timeout
-                if stuck or told_to_stop or self._peer_error:
-                    peers.look()
-                    self._silent = peers.silent()
-                else:
-                    peers.remember_first()
-                if stuck and peers.watched() > SILENCE + INTERVAL:
-                    slowest = peers.silent() or peers.slowest()
-                    self._end(peers, f"no progress for {self.timeout:g} s, waiting for {peers.describe(slowest)}")
-                if not stuck and peers.silent():
-                    why = self._peer_error or "told to stop"
-                    self._end(peers, f"{peers.describe(peers.silent())}, does not answer any more ({why})")
-            except (RuntimeError, dist.DistError) as error:  # the store is gone, and with it rank 0 or its launcher
-                if told_to_stop or self._peer_error or time.monotonic() - self._changed > self.timeout:
-                    why = self._peer_error or str(error).splitlines()[0]
-                    self._end(peers, f"{peers.describe([0])}, does not answer any more ({why})")
+            stuck = time.monotonic() - self._changed > self.timeout
+            if not (stuck or told_to_stop or self._peer_error):
+                continue
+            peers.look()
+            silent = peers.silent()
+            if stuck and peers.watched() > SILENCE + INTERVAL:
+                slowest = silent or peers.slowest()
+                self._end(peers, f"no progress for {self.timeout:g} s, waiting for {peers.describe(slowest)}")
+            if not stuck and silent:
+                why = self._peer_error or "told to stop"
+                self._end(peers, f"{peers.describe(silent)}, does not answer any more ({why})")
 
     def _sign(self, tick: int) -> Sign:
         return Sign(self._beats, self._step, self._phase, socket.gethostname(), os.getpid(), tick)
@@ -147,33 +151,45 @@ class Watchdog:
 
 
 class _Peers:
-    """The signs of all processes, and since when each has not changed."""
+    """The signs of all processes, and since when each has not changed; read and written by a thread of their own.
 
-    def __init__(self, store: Any) -> None:
-        self.store = store
+    The store may be in rank 0: one that does not reply is taken as rank 0's silence.
+    """
+
+    def __init__(self, store: Any, sign: Callable[[int], Sign]) -> None:
+        self.store, self.sign = store, sign
         self.signs: dict[int, Sign] = {}
         self._seen: dict[int, tuple[int, float]] = {}
+        self._replied = time.monotonic()
         self._began: float | None = None
 
-    def publish(self, sign: Sign) -> None:
-        self.store.set(_key(distributed.rank()), json.dumps(sign))
+    def exchange(self, ended: threading.Event) -> None:
+        """Once a second publish this process's sign and read rank 0's, and all of them when somebody looks."""
+        tick = 0
+        while not ended.wait(INTERVAL):
+            tick += 1
+            with suppress(RuntimeError, dist.DistError):  # no reply
+                self.store.set(_key(distributed.rank()), json.dumps(self.sign(tick)))
+                for rank in range(distributed.world_size()) if self._began is not None else [0]:
+                    self._read(rank)
+                self._replied = time.monotonic()
 
-    def remember_first(self) -> None:
-        """Rank 0 may hold the store: what it said last could not be read after its end."""
-        if self.store.check([_key(0)]):
-            self.signs[0] = Sign(*json.loads(self.store.get(_key(0))))
+    def leave(self) -> None:
+        """Publish that this process ends on purpose."""
+        with suppress(RuntimeError, dist.DistError):
+            self.store.set(_key(distributed.rank()), json.dumps(self.sign(ENDED)))
 
-    def look(self) -> None:
-        now = time.monotonic()
-        if self._began is None:
-            self._began = now
-        for rank in range(distributed.world_size()):
-            if not self.store.check([_key(rank)]):
-                continue
+    def _read(self, rank: int) -> None:
+        if self.store.check([_key(rank)]):
             sign = Sign(*json.loads(self.store.get(_key(rank))))
             self.signs[rank] = sign
             if rank not in self._seen or self._seen[rank][0] != sign.tick:
-                self._seen[rank] = sign.tick, now
+                self._seen[rank] = sign.tick, time.monotonic()
+
+    def look(self) -> None:
+        """From now on read every process's sign."""
+        if self._began is None:
+            self._began = time.monotonic()
 
     def watched(self) -> float:
         """Seconds since the first look."""
@@ -182,10 +198,15 @@ class _Peers:
     def silent(self) -> list[int]:
         """Ranks that have published nothing for SILENCE, as far as this process has looked."""
         now = time.monotonic()
+        first_ended = 0 in self.signs and self.signs[0].tick == ENDED
+        if now - self._replied > SILENCE and not first_ended:
+            return [0]
+        if self._began is None:
+            return []
         return [
             rank
             for rank in range(distributed.world_size())
-            if now - self._seen.get(rank, (0, self._began or now))[1] > SILENCE
+            if now - max(self._began, self._seen.get(rank, (0, 0.0))[1]) > SILENCE
             and (rank not in self.signs or self.signs[rank].tick != ENDED)
         ]
 
