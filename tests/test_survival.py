@@ -207,9 +207,7 @@ def test_an_epoch_does_not_continue_with_other_images(tiny, monkeypatch):
         run(tiny)
     with pytest.raises(CheckpointError, match="inside an epoch of 1442 images drawn with SEED 0; now there are 1442"):
         run(tiny, "SEED 1")
-    with pytest.raises(
-        CheckpointError, match=r"trained with 64 images per step \(1 processes\), this run would use 32"
-    ):
+    with pytest.raises(CheckpointError, match=r"trained with 64 images per step .*, this run would use 32"):
         run(tiny, "DATA.BATCH_SIZE 32")
     with pytest.raises(CheckpointError, match="lies inside an epoch of 64 images per step"):
         run(tiny, "TRAIN.GLOBAL_BATCH 32")
@@ -411,7 +409,8 @@ def test_a_last_checkpoint_that_cannot_be_written_ends_in_an_error_and_keeps_the
     monkeypatch.setattr(checkpoint_store, "save_checkpoint", refusing)
     with pytest.raises(OSError, match=r"ckpt_epoch_1\.pth could not be written: No space left"):
         run(tiny, "TRAIN.EPOCHS 1 CHECKPOINT.EVERY_STEPS 20")
-    assert newest_checkpoint(folder_of(tiny)).path.name == "ckpt_epoch_0_step_20.pth"
+    assert newest_checkpoint(folder_of(tiny)).path.name == "max_acc.pth"  # of the same epoch, and written before
+    assert [path.name for _, path in run_checkpoints(folder_of(tiny))] == ["ckpt_epoch_0_step_20.pth"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "no longer there"])

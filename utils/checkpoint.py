@@ -6,6 +6,7 @@ ours lies a sidecar, FILE.json, with its size and SHA-256 (utils/checkpoint_stor
 """
 
 import collections
+import errno
 import hashlib
 import json
 import pickle
@@ -26,6 +27,9 @@ from logger import get_logger
 
 # Keys that change what a model computes without changing any shape: a file must have been written with the same.
 FUNCTION_KEYS = ("MODEL.LA.ALPHA", "MODEL.SWIN.QK_SCALE")
+
+# What a file system says when it cannot deliver a file, which says nothing about the file.
+UNREACHABLE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES)
 
 
 class CheckpointError(ValueError):
@@ -70,7 +74,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"checkpoint {path} refused: it asks for {names}, and only tensors and plain values are loaded"
             ) from error
-        if isinstance(error, OSError) and error.errno is not None:  # the file system's word, not the reader's
+        if isinstance(error, OSError) and error.errno in UNREACHABLE:
             raise
         kind = "damaged or no checkpoint" if isinstance(error, pickle.UnpicklingError) else "truncated or damaged"
         raise CheckpointError(f"checkpoint {path} is {kind} ({type(error).__name__})") from error
