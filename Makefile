@@ -3,7 +3,7 @@
 # make bench         set up, then time the op and two models against the literal formulation (5 minutes on two CPU cores)
 # BENCH=--compile make bench    also the compiled models (10 minutes more); BENCH is passed to benchmarks.model_step
 # make bench-input   set up, then time the input pipeline on one core (2 minutes); needs the optional simplejpeg, which it installs
-# make bench-training  set up, then time what the training loop and its checkpoints cost (4 minutes)
+# make bench-training  set up, then time what the training loop and its checkpoints cost (5 minutes)
 # PYTHON=/path/to/python make …   uses that environment as it is and installs nothing
 
 ifdef PYTHON

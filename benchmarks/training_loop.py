@@ -60,6 +60,10 @@ class FixedBatches(Batches):
     def __len__(self) -> int:
         return self.steps
 
+    @property
+    def num_images(self) -> int:
+        return self.steps * len(self.batch[0])
+
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         pass
 
@@ -191,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--checkpoint-repeats", type=int, default=5, help="timed rounds of 100 steps; 0 leaves them out"
     )
-    parser.add_argument("--batch-size", type=int, default=2, help="of Pola-PVT-T")
+    parser.add_argument("--batch-size", type=int, default=1, help="of Pola-PVT-T")
     parser.add_argument("--threads", type=int, help="default: what PyTorch chooses")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
     options = parser.parse_args(arguments)
@@ -216,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = [(f"{name} a checkpoint", Spread(**each).text()) for name, each in checkpoints["step_ms"].items()]
         rows.append(("added by one every 50 steps, %", Spread(**checkpoints["added_share"]).text(100)))
         title = (
-            f"Pola-PVT-T, batch {checkpoints['batch_size']}, {checkpoints['checkpoint_mib']:.0f} MiB every 100 steps"
+            f"Pola-PVT-T, batch {checkpoints['batch_size']}, {checkpoints['checkpoint_mib']:.0f} MiB"
         )
         print_table(f"{title}: median (smallest to largest)", ("", "ms per step"), rows)
         added = 100 * checkpoints["added_share"]["median"]
