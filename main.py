@@ -25,7 +25,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -724,7 +724,8 @@ def reported(config: CfgNode) -> None:
     stopped = run_folder(config) / STOPPED
     if distributed.restarts() and stopped.exists():
         raise ConfigError(f"not tried again: {stopped.read_text(encoding='utf-8').strip()}")
-    stopped.unlink(missing_ok=True)
+    with suppress(OSError):  # whether the folder can be written, setup finds out
+        stopped.unlink(missing_ok=True)
     try:
         main(config)
     except Preempted as preempted:

@@ -219,9 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if checkpoints:
         rows = [(f"{name} a checkpoint", Spread(**each).text()) for name, each in checkpoints["step_ms"].items()]
         rows.append(("added by one every 50 steps, %", Spread(**checkpoints["added_share"]).text(100)))
-        title = (
-            f"Pola-PVT-T, batch {checkpoints['batch_size']}, {checkpoints['checkpoint_mib']:.0f} MiB"
-        )
+        title = f"Pola-PVT-T, batch {checkpoints['batch_size']}, {checkpoints['checkpoint_mib']:.0f} MiB"
         print_table(f"{title}: median (smallest to largest)", ("", "ms per step"), rows)
         added = 100 * checkpoints["added_share"]["median"]
         bars.append(Bar("% that a checkpoint every 50 steps adds", added, CHECKPOINT_BAR, "at most"))

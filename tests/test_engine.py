@@ -250,7 +250,7 @@ def test_the_guard_reads_nothing_back_per_step(start, monkeypatch):
     monkeypatch.setattr(training.optimizer, "step", lambda: None)
     for step in range(3):
         engine._optimizer_step(training, stream, guard, interval, step)
-    assert interval.steps == 3
+    assert interval.timed_steps == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
