@@ -25,7 +25,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -716,16 +716,12 @@ EXPECTED = (
     PeersLostError,
     OSError,
 )
+LASTING = (ConfigError, DataError, CheckpointError, NonFiniteError)  # these would come again
 
 
 @record
 def reported(config: CfgNode) -> None:
     """`main`, so that torchrun repeats the reason of an expected failure, without its traceback, in its own report."""
-    stopped = run_folder(config) / STOPPED
-    if distributed.restarts() and stopped.exists():
-        raise ConfigError(f"not tried again: {stopped.read_text(encoding='utf-8').strip()}")
-    with suppress(OSError):  # whether the folder can be written, setup finds out
-        stopped.unlink(missing_ok=True)
     try:
         main(config)
     except Preempted as preempted:
@@ -733,8 +729,6 @@ def reported(config: CfgNode) -> None:
         distributed.barrier()  # the store may be in rank 0, which has to be the last to leave
         distributed.cleanup()
     except EXPECTED as problem:
-        if isinstance(problem, ValueError | NonFiniteError) and stopped.parent.is_dir():
-            stopped.write_text(f"{problem}\n", encoding="utf-8")
         raise type(problem)(str(problem)) from None
 
 
@@ -757,7 +751,11 @@ def main(config: CfgNode) -> None:
 
 @contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of the run folder. Raises RunFolderBusyError, on every rank, where one is in it."""
+    """Keep other runs out of the run folder, and note there why this one ended if it would end alike again.
+
+    Raises RunFolderBusyError, on every rank, where another run is in it, and ConfigError where torchrun has started
+    processes again after such an end.
+    """
     lock, problem = None, None
     if distributed.rank() == 0:
         try:
@@ -766,11 +764,19 @@ def own_folder(folder: Path) -> Iterator[None]:
             problem = str(error)
     if problem := distributed.broadcast_object(problem):
         raise RunFolderBusyError(problem)
-    if lock:
-        remove_temporary_files(folder)
-        remove_marker(folder)
+    stopped = folder / STOPPED
     try:
+        if distributed.restarts() and stopped.exists():
+            raise ConfigError(f"not tried again: {stopped.read_text(encoding='utf-8').strip()}")
+        if lock:
+            remove_temporary_files(folder)
+            remove_marker(folder)
+            stopped.unlink(missing_ok=True)
         yield
+    except LASTING as problem:
+        if not stopped.exists():
+            stopped.write_text(f"{problem}\n", encoding="utf-8")
+        raise
     finally:
         if lock:
             lock.release()

@@ -86,7 +86,7 @@ def decode_fast(data: bytes, name: str) -> torch.Tensor:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours in ("YCbCr", "RGB", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or height * width):
             return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
-    except ValueError:
+    except ValueError:  # refused: Pillow decides
         pass
     return pil_to_tensor(decode(data, name))
 

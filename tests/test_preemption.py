@@ -27,7 +27,7 @@ class Work:
         return time.monotonic() >= self.due
 
     def wait(self) -> None:
-        pass
+        """It went well."""
 
 
 @pytest.fixture

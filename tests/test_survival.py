@@ -441,6 +441,7 @@ def test_two_runs_in_one_folder_by_mistake_the_second_refuses(tiny, monkeypatch)
     with pytest.raises(RunFolderBusyError, match=rf"in use by process {job.process.pid} on \S+, since"):
         run(tiny, "TRAIN.EPOCHS 50")
     assert before <= {path.name for path in folder_of(tiny).iterdir()}
+    assert not (folder_of(tiny) / "STOPPED").exists()  # the run that is in the folder has not failed
     job.process.kill()
     job.end()
     run(tiny, "TRAIN.EPOCHS 1 TRAIN.AUTO_RESUME False")  # a killed run holds nothing
