@@ -2,16 +2,18 @@
 
 from collections.abc import Iterable
 from math import isqrt
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from yacs.config import CfgNode
 
 from logger import get_logger
 from models import build_model
 from models.classifier import Classifier
 from models.layers import Grid, resize_grid
-from utils.checkpoint import CheckpointError, stored_config
+from utils.checkpoint import CheckpointError, load_checkpoint, num_classes_of, stored_config
 
 
 def _listed(title: str, names: Iterable[str]) -> str:
@@ -116,3 +118,37 @@ def load_pretrained(model: Classifier, checkpoint: dict[str, Any], source: str) 
     load_weights(model, state, source)
     for note in notes:
         get_logger().info("%s: %s", source, note)
+
+
+class LoadedModel(NamedTuple):
+    """A model rebuilt from a checkpoint: in evaluation mode, on the CPU, with the file's configuration (frozen) and the
+    names of its classes where it knows them."""
+
+    model: Classifier
+    config: CfgNode
+    classes: list[str] | None
+
+
+def load_model(path: str | Path, *, ema: bool = False, config: CfgNode | None = None) -> LoadedModel:
+    """Rebuild the model of a checkpoint of ours or a released one from that file alone.
+
+    Args:
+        ema: the averaged weights instead of the last ones.
+        config: for a bare state dict, which carries no configuration; otherwise it replaces the stored one.
+
+    Raises:
+        CheckpointError: an unusable file, one without a configuration or average where that is needed, or weights that
+            do not fit.
+    """
+    source = str(path)
+    checkpoint = load_checkpoint(path)
+    config = config or stored_config(checkpoint, source)
+    if config is None:
+        raise CheckpointError(f"{source} carries no configuration, so it does not say which model it is; name one")
+    weights = checkpoint.get("model_ema") if ema else checkpoint["model"]
+    if weights is None:
+        raise CheckpointError(f"{source} holds no averaged weights (it was trained without EMA.ENABLE)")
+    model = build_model(config, num_classes_of(checkpoint, source))
+    load_weights(model, weights, source)
+    classes = checkpoint.get("classes")
+    return LoadedModel(model.eval(), config, list(classes) if classes else None)

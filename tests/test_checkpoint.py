@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE, config_file, read_json
+from conftest import REFERENCE, config_file, read_json, recipe_input
 
 from config import load_config
 from main import place
 from models import build_model
-from models.loading import load_weights
+from models.loading import load_model, load_weights
 from optimizer import build_optimizer, load_optimizer_state, parameter_groups
 from utils.checkpoint import (
     CheckpointError,
@@ -166,6 +166,26 @@ def test_a_bare_state_dict_and_a_module_prefix_are_accepted(config, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Strictness
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_rebuilt_from_its_file_alone(config, tmp_path):
+    model, stored, classes = load_model(RELEASED)
+    assert stored.MODEL.SWIN.EMBED_DIM == 12 and classes is None and not model.training
+    with np.load(RELEASED.with_suffix(".npz")) as expected, torch.no_grad():
+        assert torch.allclose(model(recipe_input(64)), torch.from_numpy(expected["logits_f32"]), atol=1e-5)
+    with pytest.raises(CheckpointError, match="no averaged weights"):
+        load_model(RELEASED, ema=True)
+    averaged = {name: value + 1 for name, value in model.state_dict().items()}
+    path = tmp_path / "own.pth"
+    torch.save(
+        {"model": model.state_dict(), "model_ema": averaged, "config": stored.dump(), "classes": ("a", "b")}, path
+    )
+    loaded = load_model(path, ema=True)
+    assert torch.equal(loaded.model.head.bias, model.head.bias + 1) and loaded.classes == ["a", "b"]
+    torch.save(model.state_dict(), path)
+    with pytest.raises(CheckpointError, match="carries no configuration"):
+        load_model(path)
+    assert torch.equal(load_model(path, config=config).model.head.bias, model.head.bias)
 
 
 def test_missing_unexpected_and_misshaped_entries_are_listed_together(config):
