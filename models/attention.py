@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from config import ATTENTIONS
 from models.layers import Grid
+from models.ops.linear_attention import KINDS, kernel_attention
 from models.ops.polarity_attention import polarity_attention
+
+assert ("polarity", *KINDS) == ATTENTIONS, "config.ATTENTIONS and the kinds of attention that exist differ"
 
 
 class PolaLinearAttention(nn.Module):
@@ -19,45 +23,79 @@ class PolaLinearAttention(nn.Module):
 
     Parameters: `power` (1, h, 1, d), the raw learnable exponent; `scale` (1, 1, C), softplus of which divides q and k;
     `positional_encoding` (1, n, C), added to k.
+
+    Args:
+        attention: the kernel between queries and keys: polarity, or for comparison one of models.ops.linear_attention,
+            everything around it staying the same. Those have no exponent, so no `power`.
+        learn_exponent: False fixes the exponent at 1 + α/2, where a learnable one starts, and there is no `power`.
+        gate: False leaves the gate out, and its part of the projection with it.
     """
 
     proj: nn.Linear
     dwc: nn.Conv2d
 
     def __init__(
-        self, dim: int, num_heads: int, key_grid: Grid, *, alpha: float, kernel_size: int, backend: str
+        self,
+        dim: int,
+        num_heads: int,
+        key_grid: Grid,
+        *,
+        alpha: float,
+        kernel_size: int,
+        backend: str,
+        attention: str,
+        learn_exponent: bool,
+        gate: bool,
     ) -> None:
         super().__init__()
+        if attention not in ATTENTIONS:
+            raise ValueError(f"ATTENTION {attention!r} is unknown, expected one of {', '.join(ATTENTIONS)}")
         if kernel_size % 2 == 0:
             raise ValueError(f"KERNEL_SIZE {kernel_size} of the depthwise convolution is even, expected an odd number")
         self.num_heads = num_heads
         self.alpha = alpha
         self.key_grid = key_grid
         self.backend = backend
-        self.power = nn.Parameter(torch.zeros(1, num_heads, 1, dim // num_heads))
+        self.attention = attention
+        self.gate = gate
+        learns = attention == "polarity" and learn_exponent
+        self.power = nn.Parameter(torch.zeros(1, num_heads, 1, dim // num_heads)) if learns else None
         self.scale = nn.Parameter(torch.zeros(1, 1, dim))
         self.positional_encoding = nn.Parameter(torch.zeros(1, key_grid[0] * key_grid[1], dim))
 
     def exponent(self) -> Tensor:
-        """p = 1 + α·sigmoid(power), (h, d)."""
+        """p = 1 + α·sigmoid(power), (h, d); without `power` 1 + α/2, its value at power 0."""
+        if self.power is None:
+            return torch.full_like(self.scale[0, 0], 1 + self.alpha / 2).unflatten(-1, (self.num_heads, -1))
         return 1 + self.alpha * torch.sigmoid(self.power[0, :, 0])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, grid: Grid, key_mask: Tensor | None = None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, grid: Grid, key_mask: Tensor | None = None
+    ) -> Tensor:
         """Attention over q (B, N, C) and k, v (B, n, C), plus the depthwise branch over v, gated by g: (B, N, C)."""
         heads = (self.num_heads, -1)
         if key_mask is not None:
             v = v.masked_fill(~key_mask[:, :, None], 0.0)
-        out = polarity_attention(
-            q.unflatten(-1, heads),
-            k.unflatten(-1, heads),
-            v.unflatten(-1, heads),
-            self.exponent(),
-            scale=F.softplus(self.scale[0, 0]).unflatten(-1, heads),
-            position=self.positional_encoding[0].unflatten(-1, heads),
-            key_mask=key_mask,
-            backend=self.backend,
-        )
-        return self.proj((out.flatten(2) + self.local_branch(v, grid)) * g)
+        queries, keys, values = (t.unflatten(-1, heads) for t in (q, k, v))
+        scale = F.softplus(self.scale[0, 0]).unflatten(-1, heads)
+        position = self.positional_encoding[0].unflatten(-1, heads)
+        if self.attention == "polarity":
+            out = polarity_attention(
+                queries,
+                keys,
+                values,
+                self.exponent(),
+                scale=scale,
+                position=position,
+                key_mask=key_mask,
+                backend=self.backend,
+            )
+        else:
+            out = kernel_attention(
+                self.attention, queries, keys, values, scale=scale, position=position, key_mask=key_mask
+            )
+        out = out.flatten(2) + self.local_branch(v, grid)
+        return self.proj(out if g is None else out * g)
 
     def local_branch(self, v: Tensor, grid: Grid) -> Tensor:
         """Depthwise convolution over v (B, n, C) as a map of N = H·W tokens; all heads share the kernel: (B, N, C)."""
@@ -83,7 +121,7 @@ def _head_convolution(dim: int, num_heads: int, kernel_size: int) -> nn.Conv2d:
 
 
 class PolaWindowAttention(PolaLinearAttention):
-    """Polarity-aware linear attention inside windows (Pola-Swin): one projection gives q, k, v, g."""
+    """Polarity-aware linear attention inside windows (Pola-Swin): one projection gives q, k, v and, if gated, g."""
 
     def __init__(
         self,
@@ -96,16 +134,33 @@ class PolaWindowAttention(PolaLinearAttention):
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
         backend: str = "auto",
+        attention: str = "polarity",
+        learn_exponent: bool = True,
+        gate: bool = True,
     ) -> None:
-        super().__init__(dim, num_heads, window, alpha=alpha, kernel_size=kernel_size, backend=backend)
-        self.qkvg = nn.Linear(dim, 4 * dim, bias=qkv_bias)
+        super().__init__(
+            dim,
+            num_heads,
+            window,
+            alpha=alpha,
+            kernel_size=kernel_size,
+            backend=backend,
+            attention=attention,
+            learn_exponent=learn_exponent,
+            gate=gate,
+        )
+        self.qkvg = nn.Linear(dim, (4 if gate else 3) * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.dwc = _head_convolution(dim, num_heads, kernel_size)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """x (windows·B, N, C); key_mask (windows·B, N) bool, False for padding."""
-        q, k, v, g = self.qkvg(x).chunk(4, dim=-1)
+        g = None
+        if self.gate:
+            q, k, v, g = self.qkvg(x).chunk(4, dim=-1)
+        else:
+            q, k, v = self.qkvg(x).chunk(3, dim=-1)
         return self.proj_drop(self.attend(q, k, v, g, self.key_grid, key_mask))
 
 
@@ -124,13 +179,26 @@ class PolaReductionAttention(PolaLinearAttention):
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
         backend: str = "auto",
+        attention: str = "polarity",
+        learn_exponent: bool = True,
+        gate: bool = True,
     ) -> None:
         if grid[0] % sr_ratio or grid[1] % sr_ratio:
             raise ValueError(f"a {grid[0]}×{grid[1]} map does not divide by the spatial reduction ratio {sr_ratio}")
         key_grid = (grid[0] // sr_ratio, grid[1] // sr_ratio)
-        super().__init__(dim, num_heads, key_grid, alpha=alpha, kernel_size=kernel_size, backend=backend)
+        super().__init__(
+            dim,
+            num_heads,
+            key_grid,
+            alpha=alpha,
+            kernel_size=kernel_size,
+            backend=backend,
+            attention=attention,
+            learn_exponent=learn_exponent,
+            gate=gate,
+        )
         self.grid = grid
-        self.qg = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.qg = nn.Linear(dim, (2 if gate else 1) * dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.reduction = sr_ratio
@@ -148,7 +216,7 @@ class PolaReductionAttention(PolaLinearAttention):
                 f" {grid[0]}×{grid[1]}: build the model with the input's IMG_SIZE and load weights with --pretrained,"
                 " which resizes them"
             )
-        q, g = self.qg(x).chunk(2, dim=-1)
+        q, g = self.qg(x).chunk(2, dim=-1) if self.gate else (self.qg(x), None)
         k, v = self.kv(reduce_tokens(self, x, grid)).chunk(2, dim=-1)
         return self.proj_drop(self.attend(q, k, v, g, grid))
 

@@ -75,6 +75,9 @@ class PolaPVT(Classifier):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
         backend: str = "auto",
+        attention: str = "polarity",
+        learn_exponent: bool = True,
+        gate: bool = True,
     ) -> None:
         super().__init__()
         letters, _ = parse_attention_types(attn_type, len(depths))
@@ -103,6 +106,9 @@ class PolaPVT(Classifier):
                         kernel_size=kernel_size,
                         proj_drop=drop_rate,
                         backend=backend,
+                        attention=attention,
+                        learn_exponent=learn_exponent,
+                        gate=gate,
                     )
                 else:
                     attn = SpatialReductionAttention(

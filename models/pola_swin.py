@@ -56,6 +56,9 @@ class PolaSwinBlock(nn.Module):
         drop: float,
         drop_path: float,
         backend: str,
+        attention: str,
+        learn_exponent: bool,
+        gate: bool,
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -76,6 +79,9 @@ class PolaSwinBlock(nn.Module):
                 qkv_bias=qkv_bias,
                 proj_drop=drop,
                 backend=backend,
+                attention=attention,
+                learn_exponent=learn_exponent,
+                gate=gate,
             )
             mask = self._key_mask()
         else:
@@ -187,6 +193,9 @@ class PolaSwin(Classifier):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
         backend: str = "auto",
+        attention: str = "polarity",
+        learn_exponent: bool = True,
+        gate: bool = True,
     ) -> None:
         super().__init__()
         letters, first_linear = parse_attention_types(attn_type, len(depths))
@@ -222,6 +231,9 @@ class PolaSwin(Classifier):
                     drop=drop_rate,
                     drop_path=rate,
                     backend=backend,
+                    attention=attention,
+                    learn_exponent=learn_exponent,
+                    gate=gate,
                 )
                 for j, rate in enumerate(rates)
             ]
