@@ -13,6 +13,7 @@ import gc
 import importlib
 import io
 import json
+import logging
 import multiprocessing.util
 import os
 import runpy
@@ -75,6 +76,13 @@ def _serve(listener: socket.socket, alive: int) -> None:
     kept = sorted((listener.fileno(), alive))
     for low, high in zip([3, kept[0] + 1, kept[1] + 1], [*kept, 1 << 16], strict=True):
         os.closerange(low, high)  # pytest's files and connections
+    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False))
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.FileIO(number, "w", closefd=False), write_through=True) for number in (1, 2)
+    )
+    for reference in logging._handlerList:  # type: ignore[attr-defined]
+        if isinstance(handler := reference(), logging.StreamHandler):
+            handler.stream = sys.stderr  # the number of the file it had may soon be another file's
     faulthandler.disable()
     warnings.resetwarnings()
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -137,11 +145,10 @@ def _become(arguments: list[str], environment: dict[str, str]) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     os.environ.clear()
     os.environ.update(environment)
-    sys.stdin = io.TextIOWrapper(io.FileIO(0))
-    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w"), write_through=True) for number in (1, 2))
-    while arguments[0] in ("-u",):
-        arguments = arguments[1:]
-    name = "torchrun" if "torch.distributed.run" in arguments else f"rank {environment.get('RANK', 0)}"
+    while arguments[0] in ("-u", "-W"):
+        arguments = arguments[2 if arguments[0] == "-W" else 1 :]
+    launcher = arguments[0] == "-m" and arguments[1].startswith("torch.distributed.")
+    name = "torchrun" if launcher else f"rank {environment.get('RANK', 0)}"
     Path("/proc/self/comm").write_text(name)  # what tests know the process by, and its loaders, which inherit it
     status: int | None = 1
     try:
@@ -150,7 +157,7 @@ def _become(arguments: list[str], environment: dict[str, str]) -> None:
             exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
         elif arguments[0] == "-m":
             sys.argv = arguments[1:]
-            if name == "torchrun":
+            if launcher:
                 _fork_workers()
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
