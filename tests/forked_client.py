@@ -26,7 +26,11 @@ def client(path: str, arguments: list[str]) -> None:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, forward)
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(path)
+    try:
+        connection.connect(path)
+    except ConnectionRefusedError:
+        with open(os.path.join(os.path.dirname(path), "error"), encoding="utf-8") as reason:
+            sys.exit(reason.read())
     request = json.dumps([arguments, dict(os.environ), os.getcwd()]).encode()
     socket.send_fds(connection, [struct.pack("!q", len(request))], [0, 1, 2])
     connection.sendall(request)

@@ -57,6 +57,8 @@ class Forkserver:
         if self.pid == 0:
             try:
                 _serve(listener, read_end)
+            except BaseException:
+                (Path(path).parent / "error").write_text(traceback.format_exc())
             finally:
                 os._exit(1)
         os.close(read_end)
@@ -81,7 +83,8 @@ def _serve(listener: socket.socket, alive: int) -> None:
         io.TextIOWrapper(io.FileIO(number, "w", closefd=False), write_through=True) for number in (1, 2)
     )
     for reference in logging._handlerList:  # type: ignore[attr-defined]
-        if isinstance(handler := reference(), logging.StreamHandler):
+        handler = reference()
+        if isinstance(handler, logging.StreamHandler) and handler is not logging.lastResort:
             handler.stream = sys.stderr  # the number of the file it had may soon be another file's
     faulthandler.disable()
     warnings.resetwarnings()

@@ -330,9 +330,10 @@ def test_another_number_of_processes_keeps_the_global_batch_and_the_schedule(tin
     """One process, then two, then one."""
     options = "TRAIN.GLOBAL_BATCH 64 DATA.BATCH_SIZE 32 TRAIN.EPOCHS 2 PRINT_FREQ 5 CHECKPOINT.EVERY_STEPS 5"
     run(tiny, f"{options} TAG one")
-    with monkeypatch.context() as patched, pytest.raises(Preempted, match="0 epochs and 6 of 22 steps"):
+    with monkeypatch.context() as patched:
         at_step(patched, {6: lambda: os.kill(os.getpid(), signal.SIGTERM)})
-        run(tiny, f"{options} TAG changed")
+        with pytest.raises(Preempted, match="0 epochs and 6 of 22 steps"):
+            run(tiny, f"{options} TAG changed")
     job = Job(*arguments(tiny, options, "changed"))
     job.wait_for(r"global batch 64 = 2 processes × 1 passes × 32 images")
     job.wait_for(r"written by 1 processes, this run has 2: the global batch stays 64, and so does the schedule")
@@ -367,9 +368,10 @@ def test_pretrain_told_to_stop_exits_75_and_the_same_command_finishes(tiny, whol
 
 def slurm(folder: Path, srun: str, *arguments: str, **settings: str) -> Job:
     """slurm/train.sbatch on two nodes, against stand-ins of Slurm's commands that note how they are called."""
+    nodes = "echo localhost; echo node8"
     scripts = {
         "srun": f'echo "srun $NNODES $MASTER_ADDR $TAG" >> {folder}/calls\n{srun}',
-        "scontrol": f"""if [[ $1 == show ]]; then echo localhost; echo node8; else echo "scontrol $*" >> {folder}/calls; fi""",
+        "scontrol": f'if [[ $1 == show ]]; then {nodes}; else echo "scontrol $*" >> {folder}/calls; fi',
         # the signal reaches the processes that srun has started, not the batch script
         "scancel": f'echo "scancel $*" >> {folder}/calls\nkill "-${{1#--signal=}}" $(cat {folder}/started)',
     }
@@ -389,7 +391,7 @@ def test_the_slurm_job_queues_itself_again_when_it_was_told_to_stop(tmp_path, st
     assert calls[0] == "srun 2 localhost slurm-41" and calls[1:] == ["scontrol requeue 41"] * requeued
 
 
-# What srun does with `--kill-on-bad-exit=0 COMMAND`: COMMAND once on every node, and the largest of their exit statuses.
+# What srun does with `--kill-on-bad-exit=0 COMMAND`: COMMAND once on every node; the largest of their exit statuses.
 SRUN = """
 [[ $1 == --kill-on-bad-exit=0 ]] || exit 99
 shift
@@ -714,11 +716,8 @@ def kill_any(tiny: Path, whole: Path, kills: int) -> None:
     generator, victims, starts = random.Random(seed), list[str](), 0
     folder = folder_of(tiny).parent / "parts"
     while True:
-        job, killed_before, starts = (
-            pretrain(tiny, OPTIONS + " DATA.NUM_WORKERS 1", MAX_RESTARTS="2"),
-            len(victims),
-            starts + 1,
-        )
+        job = pretrain(tiny, OPTIONS + " DATA.NUM_WORKERS 1", MAX_RESTARTS="2")
+        killed_before, starts = len(victims), starts + 1
         reader = threading.Thread(target=job.read, daemon=True)
         reader.start()
         while len(victims) < kills:
