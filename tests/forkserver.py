@@ -16,6 +16,7 @@ import json
 import logging
 import multiprocessing.util
 import os
+import re
 import runpy
 import select
 import shlex
@@ -131,6 +132,15 @@ def _serve(listener: socket.socket, alive: int) -> None:
                 connection.sendall(struct.pack("!q", pid))
 
 
+def rank_of(process: Path) -> int | None:
+    """The rank that a folder of /proc belongs to: of a fork by its file 3, of a program by its environment."""
+    with suppress(FileNotFoundError):
+        if mark := re.match(r"/memfd:rank (\d+) ", os.readlink(process / "fd" / "3")):
+            return int(mark[1])
+    variables = (process / "environ").read_bytes().decode().split("\0")
+    return next((int(each.removeprefix("RANK=")) for each in variables if each.startswith("RANK=")), None)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The forked process
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,8 +161,12 @@ def _become(arguments: list[str], environment: dict[str, str]) -> None:
     while arguments[0] in ("-u", "-W"):
         arguments = arguments[2 if arguments[0] == "-W" else 1 :]
     launcher = arguments[0] == "-m" and arguments[1].startswith("torch.distributed.")
-    name = "torchrun" if launcher else f"rank {environment.get('RANK', 0)}"
-    Path("/proc/self/comm").write_text(name)  # what tests know the process by, and its loaders, which inherit it
+    if launcher:
+        Path("/proc/self/comm").write_text("torchrun")
+    else:
+        os.memfd_create(
+            f"rank {environment.get('RANK', 0)}"
+        )  # file 3: `rank_of` knows it and its loader processes by it
     status: int | None = 1
     try:
         if arguments[0] == "-c":

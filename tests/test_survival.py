@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import PYTHON, ROOT, TINY, folder_of, run
 from faulty_disk import READ_ONLY, FaultyDisk
+from forkserver import rank_of
 from test_resume import EVERYTHING, assert_same_run
 from torch.distributed import HashStore, TCPStore
 
@@ -91,7 +92,7 @@ class Job:
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
                 with suppress(OSError):
-                    if os.readlink(folder / "fd" / "1") == self.pipe and rank in (None, _rank_of(folder)):
+                    if os.readlink(folder / "fd" / "1") == self.pipe and rank in (None, rank_of(folder)):
                         found.add(int(folder.name))
         return found - {os.getpid()}
 
@@ -118,14 +119,6 @@ class Job:
             pytest.fail(f"still running after {timeout} s:\n{self.output}")
         self.output += rest
         return self.process.returncode, time.monotonic() - began
-
-
-def _rank_of(process: Path) -> int | None:
-    """By the environment of a program, by the name of a fork (forkserver.py)."""
-    if name := re.fullmatch(r"rank (\d+)\n", (process / "comm").read_text()):
-        return int(name[1])
-    variables = (process / "environ").read_bytes().decode().split("\0")
-    return next((int(each.removeprefix("RANK=")) for each in variables if each.startswith("RANK=")), None)
 
 
 def pretrain(tiny: Path, options: str = OPTIONS, python: str = PYTHON, **settings: str) -> Job:
@@ -726,7 +719,9 @@ def kill_any(tiny: Path, whole: Path, kills: int) -> None:
                 break
             pid = generator.choice(sorted(job.processes()))
             with suppress(OSError):  # it has just ended
-                name = Path(f"/proc/{pid}/comm").read_text().strip()
+                process = Path(f"/proc/{pid}")
+                rank = rank_of(process)
+                name = (process / "comm").read_text().strip() if rank is None else f"rank {rank}"
                 os.kill(pid, signal.SIGKILL)
                 victims.append(name)
         status = job.process.wait(300)
