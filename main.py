@@ -51,6 +51,7 @@ from models.ops.polarity_attention import choose_backend
 from optimizer import build_optimizer, load_optimizer_state
 from utils import distributed
 from utils.checkpoint import (
+    CHECKPOINT_VERSION,
     CheckpointError,
     differing_function_keys,
     file_digest,
@@ -78,7 +79,6 @@ from utils.randomness import deterministic, generator_states, restore_generators
 from utils.run_lock import RunFolderBusyError, RunLock
 from utils.watchdog import Watchdog
 
-CHECKPOINT_VERSION = 2
 STOPPED = "STOPPED"  # in the run folder: why a run ended that would end alike if torchrun started it again
 REFERENCE_BATCH = 512  # images per step that BASE_LR, WARMUP_LR and MIN_LR are given for
 
