@@ -20,6 +20,7 @@ import argparse
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -217,7 +218,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="FILE", type=Path, help="write there instead of standard output")
     parser.add_argument("--batch-size", metavar="N", type=_positive, default=32, help="default 32")
     parser.add_argument(
-        "--workers", metavar="N", type=_positive, default=4, help="processes that decode more than a batch; default 4"
+        "--workers",
+        metavar="N",
+        type=_positive,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that decode images where there is more than a batch of them; default 4, or the number of cores",
     )
     parser.add_argument(
         "--device",
