@@ -56,7 +56,9 @@ def hub_config(config: CfgNode, num_features: int, classes: list[str] | None) ->
     }
     if classes:
         content["label_names"] = classes
-        content["label_descriptions"] = dict(zip(classes, readable_names(classes, len(classes)), strict=True))
+        words = readable_names(classes, len(classes))
+        if words != classes:
+            content["label_descriptions"] = dict(zip(classes, words, strict=True))
     if arguments:
         content["model_args"] = arguments
     content["pretrained_cfg"] = {
