@@ -30,8 +30,8 @@ from tools.hub_folder import ARCHITECTURES, architecture_of, hub_config
 from utils.checkpoint import file_digest, load_checkpoint
 from utils.checkpoint_store import save_checkpoint
 
-# Padded windows of both kinds in three blocks, and a shift: 12×12 windows of polarity attention on a 16×16 map, 7×7 ones
-# of softmax attention on an 8×8 map.
+# Padded windows of both kinds in three blocks, and a shift: 12×12 windows of polarity attention on a 16×16 map, 7×7
+# windows of softmax attention on an 8×8 map.
 SMALL = (
     "MODEL.TYPE pola_swin MODEL.NAME small-ls DATA.IMG_SIZE 64 MODEL.SWIN.EMBED_DIM 8 MODEL.SWIN.DEPTHS [1,2]"
     " MODEL.SWIN.NUM_HEADS [1,2] MODEL.SWIN.WINDOW_SIZE 12 MODEL.LA.ATTN_TYPE LS DATA.DATA_PATH /home/somebody/images"
