@@ -326,6 +326,7 @@ def test_it_runs_as_a_script_whose_help_shows_an_example():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("cfg", "options"),
     [

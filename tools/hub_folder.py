@@ -23,7 +23,7 @@ ARCHITECTURES = {
     "pola_pvt_large": "pola_pvt_b",
 }
 # Arguments that do not change what a trained model computes.
-TRAINING_ARGUMENTS = ("drop_rate", "drop_path_rate", "backend")
+TRAINING_ARGUMENTS = ("proj_drop_rate", "drop_path_rate", "backend")
 PAPER = "https://arxiv.org/abs/2501.15061"
 
 

@@ -26,8 +26,6 @@ from yacs.config import CfgNode
 from config import config_from_tree, image_size, value_of
 from logger import get_logger
 
-CHECKPOINT_VERSION = 2  # of the layout of a file of ours
-
 # Keys that change what a model computes without changing any shape: a file must have been written with the same.
 FUNCTION_KEYS = ("MODEL.LA.ALPHA", "MODEL.SWIN.QK_SCALE")
 
