@@ -20,5 +20,6 @@ def readable_names(classes: Sequence[str] | None, num_classes: int) -> list[str]
         classes = ImageNetInfo().label_names()
     if not all(WORDNET_ID.fullmatch(name) for name in classes):
         return list(classes)
-    words = ImageNetInfo().label_descriptions(as_dict=True)
+    imagenet = ImageNetInfo()
+    words = dict(zip(imagenet.label_names(), imagenet.label_descriptions(), strict=True))
     return [words.get(name, name) for name in classes]

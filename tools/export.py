@@ -114,7 +114,7 @@ class ExplicitSoftmaxAttention(TorchFunctionMode):
     that this machine chose.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             return _softmax_attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

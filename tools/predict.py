@@ -161,7 +161,7 @@ def as_csv(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
 
 
 def as_json(
-    predictions: Sequence[Prediction], names: Sequence[str], unreadable: Sequence[Unreadable], about: dict[str, object]
+    predictions: Sequence[Prediction], names: Sequence[str], unreadable: Sequence[Unreadable], about: dict[str, str]
 ) -> str:
     """An object: what made the predictions, the predictions, and the files that are no images."""
     rows = [
