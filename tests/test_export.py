@@ -316,6 +316,7 @@ def test_a_bare_state_dict_needs_a_configuration(capsys, checkpoint, tmp_path):
     assert torch.equal(logits_of(path, images(1)), logits_of(checkpoint, images(1)))
 
 
+@pytest.mark.slow  # starting a process that imports all of this takes as long as most of the tests above together
 def test_it_runs_as_a_script_whose_help_shows_an_example():
     result = run_tool("tools/export.py", "--help")
     assert result.returncode == 0, result.stderr
