@@ -36,6 +36,9 @@ def model_arguments(config: CfgNode) -> dict[str, Any]:
         "proj_drop_rate": config.MODEL.DROP_RATE,
         "drop_path_rate": config.MODEL.DROP_PATH_RATE,
         "backend": config.MODEL.LA.BACKEND,
+        "attention": config.MODEL.LA.ATTENTION,
+        "learn_exponent": config.MODEL.LA.LEARN_EXPONENT,
+        "gate": config.MODEL.LA.GATE,
     }
     if config.MODEL.TYPE in PVT_DEPTHS:
         return {
