@@ -135,6 +135,12 @@ def run_main(
     return result
 
 
+def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess:
+    """Run Python with these arguments in the repository root; its exit code is the caller's to check."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
 @pytest.fixture
 def log(caplog):
     """The run's log as text, although its logger writes to the console itself."""
