@@ -37,16 +37,19 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from config import KEYS, batch_plan, run_folder, value_of
+from config import KEYS, batch_plan, evaluation_config, image_size, run_folder, value_of
 from data import DataError, Loaders, build_loaders
+from data.benchmarks import Benchmark, open_benchmark, output_ids, own_images
 from data.check import run_check
 from data.transforms import TrainBatch, mixup_enabled
 from engine import Interval, NonFiniteError, Training, evaluate, throughput, train_one_epoch
+from evaluation import Subject, evaluate_benchmark, write_evaluation
 from logger import MetricsWriter, get_logger, setup_logger
 from lr_scheduler import build_scheduler
 from models import build_model
 from models.classifier import Classifier
-from models.loading import load_pretrained, load_weights
+from models.evaluation import EvaluatedModel
+from models.loading import load_pretrained, load_resized, load_weights
 from models.ops.polarity_attention import choose_backend
 from optimizer import build_optimizer, load_optimizer_state
 from utils import distributed
@@ -73,6 +76,7 @@ from utils.checkpoint_store import (
 from utils.curves import draw_curves
 from utils.metrics import Accuracy
 from utils.precision import autocast_dtype
+from utils.predictions import PREDICTIONS, PredictionRecorder, write_predictions
 from utils.preemption import Agreement, Decision, PeersLostError, Preempted, StopRequest, leave_marker, remove_marker
 from utils.randomness import deterministic, generator_states, restore_generators, seed_everything
 from utils.run_lock import RunFolderBusyError, RunLock
@@ -177,24 +181,43 @@ def check_classes(checkpoint: dict[str, Any], loaders: Loaders, source: str) -> 
 
 def run_evaluation(config: CfgNode, device: torch.device) -> Accuracy:
     """Evaluate exactly the --resume file; a second line for its averaged weights where it holds them."""
-    logger, path = get_logger(), config.MODEL.RESUME
+    logger, path, folder = get_logger(), config.MODEL.RESUME, run_folder(config)
     checkpoint = load_checkpoint(path)
     if differing := differing_function_keys(checkpoint, config, path):
         raise CheckpointError("; ".join(differing))
-    loaders = build_loaders(config, train=False)
-    check_classes(checkpoint, loaders, path)
-    model = build_model(config, num_classes_of(checkpoint, path))
+    sized = evaluation_config(config)
+    benchmark = build_benchmark(sized, checkpoint, path)
+    model = build_model(sized, num_classes_of(checkpoint, path))
     amp_dtype = autocast_dtype(config, device) if config.TEST.AMP else None
     precision = str(amp_dtype or torch.float32).removeprefix("torch.")
-    digest = file_digest(path)
+    digest, epoch = file_digest(path), checkpoint.get("epoch")
     results = []
-    for title, weights in (("", checkpoint["model"]), ("EMA weights of ", checkpoint.get("model_ema"))):
+    for kind, weights in (("model", checkpoint["model"]), ("ema", checkpoint.get("model_ema"))):
         if weights is None:
             continue
-        load_weights(model, weights, path)
-        results.append(evaluate(place(model, device), loaders.val, device, amp_dtype))
-        logger.info("evaluated %s%s (sha256 %s), %s: %s", title, path, digest, precision, results[-1])
+        if image_size(sized) == image_size(config):
+            load_weights(model, weights, path)
+        else:
+            load_resized(model, weights, config, path)
+        evaluated = EvaluatedModel(place(model, device), benchmark.outputs, config.TEST.FLIP)
+        result = evaluate_benchmark(benchmark, evaluated, device, amp_dtype)
+        title = {"model": "", "ema": "EMA weights of "}[kind]
+        logger.info("evaluated %s%s (sha256 %s), %s: %s", title, path, digest, precision, result)
+        if distributed.rank() == 0:
+            subject = Subject(path, digest, kind, epoch if isinstance(epoch, int) else -1, precision)
+            logger.info("written: %s", write_evaluation(folder, result, subject, sized))
+        results.append(result.accuracy)
     return results[0]
+
+
+def build_benchmark(config: CfgNode, checkpoint: dict[str, Any], source: str) -> Benchmark:
+    """What TEST.BENCHMARK names, for the classes of a checkpoint. Raises CheckpointError or DataError."""
+    names = checkpoint.get("classes")
+    if config.TEST.BENCHMARK in ("val", "real"):
+        loaders = build_loaders(config, train=False)
+        check_classes(checkpoint, loaders, source)
+        return own_images(config, loaders, names, source)
+    return open_benchmark(config, output_ids(names, num_classes_of(checkpoint, source), source), source)
 
 
 def run_throughput(config: CfgNode, device: torch.device) -> None:
@@ -552,21 +575,41 @@ def validate_epoch(
     epoch: int,
     metrics: MetricsWriter,
     after_batch: Callable[[], None] | None = None,
+    recorder: PredictionRecorder | None = None,
 ) -> Accuracy:
-    """Evaluate the model after `epoch` epochs, and its average where there is one; returns the model's accuracy."""
+    """Evaluate the model after `epoch` epochs, and its average where there is one; returns the model's accuracy.
+
+    `recorder` is shown what the model, not its average, says about every image.
+    """
     amp_dtype = autocast_dtype(config, training.device) if config.TEST.AMP else None
     averaged = training.ema.module if training.ema else None
     results = []
     for kind, model in (("val", training.bare_model), ("ema", averaged)):
         if model is None:
             continue
-        result = evaluate(model, loaders.val, training.device, amp_dtype, after_batch)
+        seen_by = recorder if kind == "val" else None
+        result = evaluate(model, loaders.val, training.device, amp_dtype, after_batch, seen_by)
         metrics.write(
             kind, epoch - 1, epoch * training.steps_per_epoch, loss=result.loss, top1=result.top1, top5=result.top5
         )
         get_logger().info("epoch %d %s: %s", epoch - 1, {"val": "validation", "ema": "validation (EMA)"}[kind], result)
         results.append(result)
     return results[0]
+
+
+def keep_predictions(config: CfgNode, loaders: Loaders, recorder: PredictionRecorder, epoch: int) -> None:
+    """Write the predictions of the best validation so far, after `epoch` epochs, to the run folder; collective.
+
+    A write that fails is logged and does not end the run.
+    """
+    predictions = recorder.gather(loaders.val.num_images)
+    if distributed.rank() > 0:
+        return
+    path, root = run_folder(config) / PREDICTIONS, config.DATA.DATA_PATH
+    try:
+        write_predictions(path, predictions, root=root, classes=loaders.classes, epoch=epoch, checkpoint=BEST_FILE)
+    except OSError as error:
+        get_logger().error("%s could not be written (%s); the run goes on", path, error.strerror)
 
 
 def run_training(config: CfgNode, device: torch.device, request: StopRequest) -> Progress:
@@ -676,8 +719,11 @@ def run_epoch(
         if keeper.decide(epoch, done).stop:
             keeper.save(epoch, done, Interval(training.device), stop=True)
 
-    top1 = validate_epoch(config, training, loaders, epoch + 1, metrics, after_batch).top1
+    recorder = PredictionRecorder()
+    top1 = validate_epoch(config, training, loaders, epoch + 1, metrics, after_batch, recorder).top1
     is_best = top1 > progress.best or epoch == 0
+    if is_best:  # before the checkpoint: killed in between, a start repeats this epoch and writes both
+        keep_predictions(config, loaders, recorder, epoch + 1)
     progress = Progress(epoch + 1, max(top1, progress.best))
     keeper.best = progress.best
     last = epoch + 1 == last_epoch

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from logger import get_logger
 from utils.checkpoint import CheckpointError, file_digest, load_checkpoint, read_sidecar, sidecar_of
+from utils.files import write_atomically
 
 BEST_FILE = "max_acc.pth"
 PATIENCE = (1.0, 5.0, 0.0)  # seconds of waiting after each failure of the file system to read a checkpoint
@@ -122,16 +123,7 @@ def _reason(error: Exception) -> str:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(content).encode())
 
 
 def _flush_folder(folder: Path) -> None:
@@ -305,7 +297,9 @@ def set_aside(folder: Path, named: Path) -> Path | None:
     name = time.strftime("earlier-%Y%m%d-%H%M%S")
     target = next(path for i in itertools.count() if not (path := folder / (f"{name}-{i}" if i else name)).exists())
     target.mkdir()
-    records = [folder / name for name in ("metrics.jsonl", "config.yaml", "curves.png", "tensorboard")]
+    records = [
+        folder / name for name in ("metrics.jsonl", "config.yaml", "curves.png", "tensorboard", "predictions.npz")
+    ]
     records += [sidecar_of(path) for path in files]
     for path in (*files, *(record for record in records if record.exists())):
         shutil.move(path, target / path.name)
