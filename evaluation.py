@@ -219,7 +219,7 @@ def remarks(benchmark: Benchmark, parts: Sequence[PartResult]) -> list[str]:
 
 
 class Subject(NamedTuple):
-    """What was evaluated: a checkpoint's weights (`model` or `ema`) after `epoch` epochs (−1: unknown), in a precision."""
+    """What was evaluated: a checkpoint's weights (`model` or `ema`), after how many epochs (−1: unknown), and how."""
 
     checkpoint: str
     sha256: str

@@ -1,7 +1,7 @@
 """The test sets that ImageNet models are published with: where their images lie, and which class each one shows.
 
 Everything is told by WordNet ids. A model's outputs have ids: the class names in its checkpoint or, without names,
-ImageNet's 1,000 in order (timm's ImageNetInfo). A benchmark's folders have ids, or numbers that stand for them. No label
+ImageNet's 1,000 in order (timm's ImageNetInfo). A benchmark's folders have ids, or numbers that stand for them. Nothing
 depends on the order of the folders. docs/evaluation.md says where each data set comes from.
 """
 
@@ -212,7 +212,7 @@ def _relabelling(name: str, folders: Sequence[str], labels: dict[str, int], root
     """The benchmark's label for each of its class folders. Raises DataError where one has none."""
     if name == "v2":  # numbered by class index, so that their alphabetical order is not that of the classes
         numbers = {str(index): each for index, each in enumerate(imagenet_ids())}
-        ids = [numbers.get(folder, folder) for folder in folders]
+        ids = [numbers.get(folder, "") for folder in folders]
         expected = "a class index from 0 to 999"
     else:
         ids, expected = list(folders), "a WordNet id"
