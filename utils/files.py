@@ -8,6 +8,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that `path` holds either what was there before or all of `content`. Raises OSError."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it under the run
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
