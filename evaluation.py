@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from config import KEYS, image_size, value_of
+from config import KEYS, image_size, run_folder, value_of
+from data import Loaders, build_loaders
 from data.benchmarks import (
     ALEXNET_ERRORS,
     PUBLISHED_IMAGES,
@@ -25,13 +26,20 @@ from data.benchmarks import (
     Benchmark,
     class_words,
     image_number,
+    open_benchmark,
+    output_ids,
+    own_images,
 )
 from data.datasets import DataError
 from engine import evaluate
 from logger import get_logger
+from utils import distributed
+from utils.checkpoint import num_classes_of
+from utils.checkpoint_store import BEST_FILE
 from utils.files import write_atomically
 from utils.metrics import Accuracy
-from utils.predictions import PredictionRecorder, Predictions, write_predictions
+from utils.predictions import PREDICTIONS, PredictionRecorder, Predictions, write_predictions
+from utils.run_state import check_classes
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
@@ -104,6 +112,16 @@ class Evaluation:
             scores = "no mCE" if mce is None else f"mCE {mce:.3f} %, mean error {mean:.3f} %"
             return f"{scores}; {self.accuracy}"
         return str(self.accuracy)
+
+
+def build_benchmark(config: CfgNode, checkpoint: dict[str, Any], source: str) -> Benchmark:
+    """What TEST.BENCHMARK names, for the classes of a checkpoint. Raises CheckpointError or DataError."""
+    names = checkpoint.get("classes")
+    if config.TEST.BENCHMARK in ("val", "real"):
+        loaders = build_loaders(config, train=False)
+        check_classes(checkpoint, loaders, source)
+        return own_images(config, loaders, names, source)
+    return open_benchmark(config, output_ids(names, num_classes_of(checkpoint, source), source), source)
 
 
 def evaluate_benchmark(
@@ -319,3 +337,18 @@ def per_class_table(evaluation: Evaluation) -> str:
         accuracy = f"{100 * correct1 / images:.3f}" if images else ""
         rows.writerow([label, name, words.get(name, name), images, correct1, *(correct5 or [""]), accuracy])
     return text.getvalue()
+
+
+def keep_predictions(config: CfgNode, loaders: Loaders, recorder: PredictionRecorder, epoch: int) -> None:
+    """Write the predictions of the best validation so far, after `epoch` epochs, to the run folder; collective.
+
+    A write that fails is logged and does not end the run.
+    """
+    predictions = recorder.gather(loaders.val.num_images)
+    if distributed.rank() > 0:
+        return
+    path, root = run_folder(config) / PREDICTIONS, config.DATA.DATA_PATH
+    try:
+        write_predictions(path, predictions, root=root, classes=loaders.classes, epoch=epoch, checkpoint=BEST_FILE)
+    except OSError as error:
+        get_logger().error("%s could not be written (%s); the run goes on", path, error.strerror)
