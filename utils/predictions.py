@@ -107,6 +107,8 @@ def write_predictions(
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:  # numpy's savez has a `file` of its own
         for name, array in arrays.items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
+            entry = zipfile.ZipInfo(f"{name}.npy")  # with a fixed date: equal predictions are equal files
+            entry.compress_type = archive.compression
+            with archive.open(entry, "w") as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
     write_atomically(path, buffer.getvalue())
