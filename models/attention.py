@@ -13,7 +13,7 @@ from models.layers import Grid
 from models.ops.linear_attention import KINDS, kernel_attention
 from models.ops.polarity_attention import polarity_attention
 
-assert ("polarity", *KINDS) == ATTENTIONS, "the values of MODEL.LA.ATTENTION and the kinds of attention that exist differ"
+assert ("polarity", *KINDS) == ATTENTIONS, "the values of ATTENTION and the kinds of attention that exist differ"
 
 
 class PolaLinearAttention(nn.Module):
