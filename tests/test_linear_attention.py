@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+import torch.fx
 from conftest import config_file
 from torch.nn import functional as F
 
@@ -15,6 +16,7 @@ from config import load_config
 from models import build_model
 from models.attention import PolaReductionAttention, PolaWindowAttention
 from models.inspection import inspect_step
+from models.maps import MapError, record
 from models.ops.linear_attention import KINDS, kernel_attention
 
 LINEAR = [kind for kind in KINDS if kind != "softmax"]
@@ -207,6 +209,21 @@ def test_a_fixed_exponent_is_the_one_a_learnable_exponent_starts_at():
     images = torch.randn(2, 3, 32, 32)
     assert torch.allclose(fixed.eval()(images), learnable.eval()(images), atol=1e-6)
     assert (fixed.layers[0].blocks[0].attn.exponent() == 2.5).all()
+
+
+def test_maps_are_refused_for_other_kinds_and_made_without_a_gate():
+    images = torch.randn(1, 3, 32, 32)
+    with pytest.raises(MapError, match="layers.0.blocks.0 has MODEL.LA.ATTENTION relu: maps are made of polarity"):
+        record(_build("pola_swin_t", "MODEL.LA.ATTENTION relu"), images)
+    layers = record(_build("pola_swin_t", "MODEL.LA.GATE False"), images).layers
+    assert layers["layers.0.blocks.0"].kind == "polarity" and layers["layers.0.blocks.0"].g is None
+
+
+@pytest.mark.parametrize("options", ["MODEL.LA.ATTENTION elu", "MODEL.LA.GATE False"])
+def test_torch_fx_traces_every_alternative(options):
+    model = _build("pola_swin_t", options).eval()
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(torch.fx.symbolic_trace(model)(images), model(images))
 
 
 @pytest.mark.parametrize("options", ["MODEL.LA.ATTENTION elu", "MODEL.LA.LEARN_EXPONENT False"])
