@@ -238,7 +238,7 @@ def result_table(runs: Sequence[Run], results: Mapping[str, dict[int, float]], d
 
 
 def findings(results: Mapping[str, dict[int, float]], dataset: str) -> str:
-    """Which variants differ from polarity: those whose 95 % interval of the paired differences (Student's t) has no 0."""
+    """Which variants differ from polarity: the 95 % interval of their paired differences (Student's t) excludes 0."""
     reference = results.get(BASELINE, {})
     groups: dict[str, list[str]] = {"above polarity": [], "below polarity": [], "not told from polarity": []}
     for variant, by_seed in results.items():
@@ -304,7 +304,8 @@ how far they are apart in this setting. It says little about ImageNet.
 
 {incomplete}Top-1 is that of the validation set after the **last** epoch (no epoch is chosen by its validation result),
 as mean ± sample standard deviation over seeds. "Minus polarity" is the same of the differences between runs of one
-seed. CPU s is processor time, wall s the time from start to end, PyTorch's start included. {bar_sentence}
+seed. CPU s is processor time, wall s the time from start to end, PyTorch's start included.
+{bar_sentence}
 
 ## What is the same and what differs
 
@@ -314,10 +315,13 @@ All variants are values of one module's config keys, and run through the ordinar
 |---|---|
 {options}
 
-Every other setting is that of `configs/ablation`: {setting}. Projections, learned scale, learned position of the keys,
-depthwise branch over the values and the gate are the same module in every variant; the data order and augmentation of a
-seed are the same too. The fresh weights of a seed are the same wherever two variants have the same tensors in the same
-order: the kinds do, the variant without gate has a smaller projection. What differs:
+Every other setting is that of `configs/ablation`:
+
+{setting}
+
+Projections, learned scale, learned position of the keys, depthwise branch over the values and the gate are the same
+module in every variant; the data order and augmentation of a seed are the same too, and so are its fresh weights,
+except without gate, where the projection is smaller. What differs:
 
 * `softmax`: exp(q·k/√d) through PyTorch's scaled dot-product attention;
 * `relu`, `elu`, `focused`: φ(q)·φ(k) with φ = relu, 1 + elu (Katharopoulos et al. 2020), and the cube of relu with the
@@ -336,7 +340,8 @@ Fashion-MNIST were chosen so that a run takes at most {bar} on one thread.
 
 ## Where it ran
 
-{device}, one thread a run, {jobs} runs at a time; PyTorch {torch}, revision {git_revision}, {date}. {load}
+{device}, one thread a run, {jobs} runs at a time; PyTorch {torch}, revision {git_revision}, {date}.
+{load}
 
 ## Again
 
@@ -376,7 +381,7 @@ def write_page(runs: Sequence[Run], docs: Path, jobs: int) -> Path:
             f"| {VARIANTS[name].title} | {_options(VARIANTS[name])} |"
             for name in dict.fromkeys(run.variant for run in runs)
         ),
-        setting="; ".join(_setting(next(r for r in runs if r.dataset == dataset)) for dataset in results),
+        setting="\n".join(f"* {_setting(next(r for r in runs if r.dataset == dataset))}" for dataset in results),
         device=machine["device_name"] or "CPU",
         torch=machine["torch"],
         git_revision=machine["git_revision"],
@@ -385,7 +390,7 @@ def write_page(runs: Sequence[Run], docs: Path, jobs: int) -> Path:
         load=f"{busy} of {len(times)} runs shared the machine with other work (a load average above {jobs + 1}):"
         " their seconds are upper bounds."
         if busy
-        else "Nothing else ran on it.",
+        else f"The load average never rose above {jobs + 1}.",
     )
     path = docs / "ablation.md"
     path.write_text(page, encoding="utf-8")
