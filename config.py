@@ -24,7 +24,7 @@ from yacs.config import CfgNode
 from utils.kinds import Kind, boolean, choice, either, integer, optional, real, sequence, text
 
 MODEL_TYPES = ("pola_swin", "pola_pvt_tiny", "pola_pvt_small", "pola_pvt_medium", "pola_pvt_large")
-DATASETS = ("imagenet", "digits")
+DATASETS = ("imagenet", "digits", "fashion_mnist")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULERS = ("cosine", "linear", "step")
 DECODERS = ("pillow", "simplejpeg")
@@ -61,7 +61,12 @@ KEYS: dict[str, Key] = {
     "DATA.DATASET": Key(
         "imagenet",
         choice(*DATASETS),
-        "imagenet: an image folder or zip + map with any classes; digits: the 1,797 handwritten digits of scikit-learn",
+        "imagenet: an image folder or zip + map with any classes; digits: the 1,797 handwritten digits of scikit-learn;"
+        " fashion_mnist: 70,000 grey pictures of clothing, the idx files in DATA_PATH or, where that is empty, of"
+        " Debian's package dataset-fashion-mnist",
+    ),
+    "DATA.TRAIN_FRACTION": Key(
+        1.0, real(1e-6, 1), "share of each class's training images that is used, the first ones; not with shards"
     ),
     "DATA.IMG_SIZE": Key(
         224,

@@ -15,11 +15,14 @@ from yacs.config import CfgNode
 
 from config import batch_plan, image_size
 from data.datasets import (
+    FASHION_MNIST,
     DataError,
     Decoder,
     DigitsSource,
     EvalDataset,
+    FashionMnistSource,
     FolderSource,
+    FractionSource,
     Sample,
     Source,
     TrainDataset,
@@ -189,6 +192,8 @@ def data_format(config: CfgNode, root: Path) -> str:
 def _build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> Source | ShardSplit:
     if config.DATA.DATASET == "digits":
         return DigitsSource(split, image_size(config))
+    if config.DATA.DATASET == "fashion_mnist":
+        return FashionMnistSource(Path(config.DATA.DATA_PATH or FASHION_MNIST), split, image_size(config))
     if not config.DATA.DATA_PATH:
         raise DataError("no data set: --data-path names the folder that holds train/ and val/")
     root = Path(config.DATA.DATA_PATH)
@@ -318,6 +323,10 @@ def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
         return Loaders(None, evaluation_batches(config, source), source.classes, source.num_classes)
     train_source = _build_source(config, "train")
     val_source = _build_source(config, "val", train_source.classes)
+    if config.DATA.TRAIN_FRACTION < 1:
+        if isinstance(train_source, ShardSplit):
+            raise DataError("DATA.TRAIN_FRACTION needs images that can be read in any order; shards are streamed")
+        train_source = FractionSource(train_source, config.DATA.TRAIN_FRACTION)
     if train_source.classes and val_source.classes and val_source.classes != train_source.classes:
         raise DataError(
             "the labels of train_map.txt and val_map.txt disagree: class folders "
