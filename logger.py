@@ -107,10 +107,20 @@ class MetricsWriter:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    return read_records(path)[0]
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records of a metrics.jsonl, and the numbers (from 1) of the lines that are none."""
+    records, damaged = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+            record = json.loads(line)
+        except ValueError:  # no JSON, or no text
+            record = None
+        whole = isinstance(record, dict) and isinstance(record.get("kind"), str)
+        if whole and all(isinstance(record.get(name), int) for name in ("epoch", "step")):
+            records.append(record)
+        else:
+            damaged.append(number)
+    return records, damaged

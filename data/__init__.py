@@ -161,7 +161,7 @@ def data_format(config: CfgNode, root: Path) -> str:
     return config.DATA.FORMAT
 
 
-def _build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> Source | ShardSplit:
+def build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> Source | ShardSplit:
     if config.DATA.DATASET == "digits":
         return DigitsSource(split, image_size(config))
     if not config.DATA.DATA_PATH:
@@ -264,10 +264,10 @@ def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
     if config.MODEL.SWIN.IN_CHANS != 3:
         raise DataError(f"the image loaders deliver 3 channels, MODEL.SWIN.IN_CHANS is {config.MODEL.SWIN.IN_CHANS}")
     if not train:
-        source = _build_source(config, "val")
+        source = build_source(config, "val")
         return Loaders(None, _build_val(config, source, repeated=False), source.classes, source.num_classes)
-    train_source = _build_source(config, "train")
-    val_source = _build_source(config, "val", train_source.classes)
+    train_source = build_source(config, "train")
+    val_source = build_source(config, "val", train_source.classes)
     if train_source.classes and val_source.classes and val_source.classes != train_source.classes:
         raise DataError(
             "the labels of train_map.txt and val_map.txt disagree: class folders "
