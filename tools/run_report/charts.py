@@ -147,9 +147,8 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], *, x_label: str = "
         path = _path(across.place(line.x), up.place(line.y))
         parts.append(f'<path class="line {line.style} c{line.colour}" d="{path}"/>')
     parts.append("</svg>")
-    legend = "".join(
-        f"<span>{swatch(line.colour, line.style)}{escape(line.label)}</span>" for line in drawn
-    )
+    names = "".join(f"<span>{swatch(line.colour, line.style)}{escape(line.label)}</span>" for line in drawn)
+    legend = f'<div class="legend">{names}</div>' if len(drawn) > 1 else ""
     values = {
         "x": x_label,
         "plot": [LEFT, TOP, WIDTH - RIGHT, bottom],
@@ -168,7 +167,7 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], *, x_label: str = "
     }
     return (
         f'<figure class="chart"><figcaption><b>{escape(title)}</b> <span class="unit">{escape(unit + scale)}</span>'
-        f'</figcaption><div class="plot">{"".join(parts)}</div><div class="legend">{legend}</div>'
+        f'</figcaption><div class="plot">{"".join(parts)}</div>{legend}'
         + (f'<p class="note">{escape(note)}</p>' if note else "")
         + f'<script type="application/json">{embedded(values)}</script></figure>'
     )

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SIDE = 160  # pixels of a thumbnail at most
-PIXELATED = 64  # images up to this side are shown enlarged, pixel by pixel
-LEAST_MAP = 7  # tokens per side of the attention maps that are shown, where the model has such
 
 
 class Gallery(NamedTuple):
@@ -48,7 +46,7 @@ def gallery(run: Run, count: int, data_path: str | None) -> Gallery:
         return Gallery(rows, [], [], "", notes)
     pictures = [_picture(tensor) for tensor in tensors]
     try:
-        layer, overlays = _overlays(run, tensors)
+        layer, overlays = _overlays(run, tensors, pictures[0].size)
     except (_Unreachable, OSError, ValueError) as error:
         notes.append(f"Without attention: {error}.")
         return Gallery(rows, [thumbnail(picture) for picture in pictures], [], "", notes)
@@ -91,34 +89,32 @@ def _load(run: Run, rows: list[int], data_path: str | None) -> "list[Tensor]":
     return loaded
 
 
-def _picture(pixels: "Tensor") -> Image.Image:
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-
 def thumbnail(image: Image.Image) -> str:
-    """A data: URI of at most SIDE pixels: a PNG for tiny images, else a JPEG."""
-    if max(image.size) <= PIXELATED:
-        return data_uri(image, "PNG", optimize=True)
+    """A JPEG's data: URI, with the longer side at most SIDE pixels."""
     small = image.copy()
     small.thumbnail((SIDE, SIDE))
-    return data_uri(small, "JPEG", quality=80)
+    return data_uri(small, "JPEG", quality=82)
 
 
-def _overlays(run: Run, images: "list[Tensor]") -> tuple[str, list[Image.Image]]:
+def _picture(pixels: "Tensor") -> Image.Image:
+    """The image itself; one of few pixels enlarged, so that they stay the squares that the model sees."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    times = SIDE // max(image.size)
+    return image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST) if times > 1 else image
+
+
+def _overlays(run: Run, images: "list[Tensor]", size: tuple[int, int]) -> tuple[str, list[Image.Image]]:
     """The layer's name, and each image with the attention laid over it that its places receive there."""
-    import torch
-
-    from data.transforms import Normalise
     from models.loading import load_model
-    from models.maps import attention_layers, overlay, record
+    from tools.overlays import last_polarity_layer, overlay
 
-    assert run.predictions is not None
     path = checkpoint_of(run)
     if path is None:
-        raise _Unreachable(f"there is no checkpoint {run.predictions.checkpoint} to compute it from")
+        assert run.predictions is not None
+        raise _Unreachable(f"there is no checkpoint {run.predictions.checkpoint} in the run folder to compute it from")
     model = load_model(path).model
-    normalised = Normalise(torch.device("cpu"))(torch.stack(images))
-    return "", []
+    layer = last_polarity_layer(model)
+    return layer, [overlay(model, pixels, layer, size=size) for pixels in images]
 
 
 def checkpoint_of(run: Run) -> Path | None:

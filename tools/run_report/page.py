@@ -320,7 +320,7 @@ def _configuration(runs: Sequence[Run]) -> str:
 
     rows = [
         [
-            f'<code title="{escape(KEYS[key].help)}">{key}</code>',
+            f'<code title="{escape(KEYS[key].help)}">{key.replace(".", ".<wbr>").replace("_", "_<wbr>")}</code>',
             *(f"<code>{escape(str(value))}</code>" for value in values(key)),
             f'<code class="default">{escape(str(KEYS[key].default))}</code>',
         ]
@@ -370,7 +370,9 @@ def _classes(runs: Sequence[Run], results: Sequence[ByClass | None]) -> str:
         lines.append(Line(run.name, np.arange(1, len(accuracy) + 1, dtype=float), accuracy, i))
     profile = line_chart("Top-1 of every class", "%", lines, x_label="classes, worst first")
     bodies = [_worst_classes(i, run, result) if result else "" for i, (run, result) in enumerate(zip(runs, results, strict=True))]
-    return f'<div class="charts">{profile}</div>{_differences(known)}{_each(runs, bodies)}'
+    if len(runs) == 1:
+        return f'<div class="two"><div>{bodies[0]}</div>{profile}</div>'
+    return f'<div class="two">{profile}<div>{_differences(known)}</div></div>{_each(runs, bodies)}'
 
 
 def _worst_classes(colour: int, run: Run, result: ByClass) -> str:
@@ -518,8 +520,8 @@ def _cards(run: Run, found: Gallery) -> str:
         shown = "".join(f'<img src="{source}" alt="{alt}">' for source, alt in zip(pictures, (file, "attention"), strict=False))
         verdict = "right" if predictions.correct[row] else "wrong"
         cards.append(
-            f'<figure class="card"><div class="pictures">{shown}</div><figcaption><b class="{verdict}">{said}</b>'
-            f' <span class="unit">{100 * predictions.probability[row, 0]:.0f} %</span><br>is {label}'
+            f'<figure class="card"><div class="pictures">{shown}</div><figcaption>predicted <b class="{verdict}">{said}</b>'
+            f' <span class="unit">{100 * predictions.probability[row, 0]:.0f} %</span><br>label <b>{label}</b>'
             f'<small>loss {number(float(predictions.loss[row]))} · {file}</small></figcaption></figure>'
         )
     lead = "The validation images with the highest loss: what the model said, how sure it was, and what they are."

@@ -111,11 +111,17 @@ class Run:
         return max((record["step"] / (record["epoch"] + 1) for record in self.records), default=1.0) or 1.0
 
     def series(self, kind: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs since the start, values) of the records that have the value; what was not finite is NaN."""
+        """(epochs since the start, values) of the records that have the value; what was not finite is NaN.
+
+        A training line after only a few steps, as the one at the end of an epoch may be, joins the line before it.
+        """
         chosen = [record for record in self.records if record["kind"] == kind and name in record]
         steps = np.array([record["step"] for record in chosen], dtype=float)
         values = [record[name] if isinstance(record[name], int | float) else np.nan for record in chosen]
-        return steps / self.steps_per_epoch, np.array(values, dtype=float)
+        series = steps, np.array(values, dtype=float)
+        if kind == "train":
+            series = _without_short(*series)
+        return series[0] / self.steps_per_epoch, series[1]
 
     def best(self, kind: str = "val") -> dict[str, Any] | None:
         """The record of the highest top-1, the first of equals."""
@@ -144,6 +150,19 @@ class Run:
         if not seconds:
             return {}
         return {"seconds": seconds, "data_share": waiting / seconds, "images_per_s": images / seconds}
+
+
+def _without_short(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Training lines, with those of less than half the usual steps averaged into the line before, by their steps."""
+    if len(steps) < 2:
+        return steps, values
+    widths = np.diff(steps, prepend=0.0)
+    short = widths < 0.5 * np.median(widths)
+    short[0] = False
+    starts = np.flatnonzero(~short)
+    ends = np.append(starts[1:], len(steps)) - 1
+    weights = np.add.reduceat(widths, starts)
+    return steps[ends], np.add.reduceat(values * widths, starts) / weights
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -186,6 +205,7 @@ def read_run(folder: Path, name: str) -> Run:
     if not records:
         problem = f"none of its {len(damaged)} lines can be read" if damaged else "is empty; the run has logged nothing"
         raise ReportError(f"{path}: {problem}")
+    records.sort(key=lambda record: record["step"])
     run = Run(folder, name, records, None, "", None, [], None)
     if damaged:
         shown = ", ".join(map(str, damaged[:5])) + (" …" if len(damaged) > 5 else "")
