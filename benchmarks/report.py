@@ -1,8 +1,8 @@
 """How long tools/report.py takes for a run of ImageNet's length, and how large its page is: python -m benchmarks.report
 
 The run is synthetic: 300 epochs of log lines and validations, 50,000 predictions over 1,000 classes, an image folder of
-50,000 names (links to one JPEG), and a Pola-Swin-T checkpoint with fresh weights for the attention overlays. The tool runs
-as a user starts it, imports included.
+50,000 names (links to one JPEG), and a Pola-Swin-T checkpoint with fresh weights for the attention overlays. The tool
+runs as a user starts it, imports included.
 """
 
 import argparse
@@ -15,9 +15,10 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,10 +103,15 @@ def write_predictions(
         "checkpoint": np.str_("max_acc.pth"),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(folder / "predictions.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+    store_arrays(folder / "predictions.npz", arrays)
+
+
+def store_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write an .npz, whose arrays may also be called `file`, as an argument of numpy.savez is."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as file:
-                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+                np.lib.format.write_array(file, np.asarray(array))
 
 
 def write_run(folder: Path, root: Path) -> None:

@@ -1,7 +1,7 @@
 """A headless Chromium driven over a pair of pipes (the DevTools protocol), for tests that open a page as a reader does.
 
-Nothing but the standard library: with --remote-debugging-pipe the browser reads JSON messages from file descriptor 3 and
-writes to 4, each ended by a NUL byte.
+Nothing but the standard library: with --remote-debugging-pipe the browser reads JSON messages from file descriptor 3
+and writes to 4, each ended by a NUL byte.
 """
 
 import base64

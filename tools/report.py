@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: the repository's root is not on the path yet
+if not __package__:  # run as tools/report.py: what it imports lies beside tools/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.run_report.page import CURVES, DEFAULT_CURVES, render
@@ -63,9 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = render(runs, curves=arguments.curves, images=arguments.images, data_path=arguments.data_path)
         home = folders[0] if len(folders) == 1 else Path(os.path.commonpath([f.resolve() for f in folders]))
         path = arguments.output or home / "report.html"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-    except (ReportError, OSError) as error:
+        _write(path, page)
+    except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for run in runs:
@@ -73,6 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"note: {run.name}: {note}")
     print(f"{path} ({path.stat().st_size / 1e6:.2f} MB): {', '.join(run.name for run in runs)}")
     return 0
+
+
+def _write(path: Path, page: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ReportError(
+            f"{path} cannot be written ({error.strerror}); --output FILE puts the page elsewhere"
+        ) from error
 
 
 if __name__ == "__main__":

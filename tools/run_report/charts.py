@@ -113,9 +113,8 @@ def _path(x: np.ndarray, y: np.ndarray) -> str:
 
 def swatch(colour: int, style: str = "solid") -> str:
     """The short line that stands for a run in a legend."""
-    return (
-        f'<svg class="swatch" viewBox="0 0 22 8" aria-hidden="true"><path class="line {style} c{colour}" d="M1 4H21"/></svg>'
-    )
+    line = f'<path class="line {style} c{colour}" d="M1 4H21"/>'
+    return f'<svg class="swatch" viewBox="0 0 22 8" aria-hidden="true">{line}</svg>'
 
 
 def line_chart(title: str, unit: str, lines: Sequence[Line], *, x_label: str = "epoch", note: str = "") -> str:
@@ -132,7 +131,9 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], *, x_label: str = "
     across = _axis(xs, LEFT, WIDTH - RIGHT, 6, tight=True)
     up = _axis(ys, HEIGHT - BOTTOM, TOP, 5, tight=False, allow_log=True)
     scale = ", log scale" if up.log else ""
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title} by {x_label}")}" tabindex="0">']
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title} by {x_label}")}" tabindex="0">'
+    ]
     for tick, y in zip(up.ticks, up.place(np.array(up.ticks)), strict=True):
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
@@ -141,7 +142,8 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], *, x_label: str = "
     for tick, x in zip(across.ticks, across.place(np.array(across.ticks)), strict=True):
         parts.append(f'<path class="axis" d="M{x:.1f} {bottom}v4"/>')
         parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{number(tick)}</text>')
-    parts.append(f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x_label)}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x_label)}</text>')
     # faint lines below the ones they accompany
     for line in sorted(drawn, key=lambda line: line.style != "faint"):
         path = _path(across.place(line.x), up.place(line.y))

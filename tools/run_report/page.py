@@ -90,7 +90,7 @@ def render(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         # nothing is ever fetched: the browser itself would refuse
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:;"
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:;'
         " style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         f"<title>{escape(title)}</title><style>{(HERE / 'page.css').read_text(encoding='utf-8')}</style></head><body>"
         f'<header><p class="kicker">PolaFormer run report</p><h1>{escape(title)}</h1>{_subtitle(runs)}</header>'
@@ -114,7 +114,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -
     `numbers`."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(
-        "<tr>" + "".join(f'<th scope="row">{c}</th>' if i == 0 else f"<td>{c}</td>" for i, c in enumerate(row)) + "</tr>"
+        "<tr>"
+        + "".join(f'<th scope="row">{c}</th>' if i == 0 else f"<td>{c}</td>" for i, c in enumerate(row))
+        + "</tr>"
         for row in rows
     )
     return f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -176,7 +178,7 @@ def _notes(runs: Sequence[Run]) -> str:
     lines = [
         f"<li>{escape(note if len(runs) == 1 else f'{run.name}: {note}')}</li>" for run in runs for note in run.notes
     ]
-    return f'<aside><ul>{"".join(lines)}</ul></aside>' if lines else ""
+    return f"<aside><ul>{''.join(lines)}</ul></aside>" if lines else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,7 +208,18 @@ def _results(runs: Sequence[Run]) -> str:
                 f"{100 * timing['data_share']:.1f} %" if timing else "–",
             ]
         )
-    head = ["run", "best top-1", "top-5", "EMA top-1", "loss", "at epoch", "trained", "in", "images/s", "waiting for data"]
+    head = [
+        "run",
+        "best top-1",
+        "top-5",
+        "EMA top-1",
+        "loss",
+        "at epoch",
+        "trained",
+        "in",
+        "images/s",
+        "waiting for data",
+    ]
     if not any(run.best("ema") for run in runs):
         head, rows = head[:3] + head[4:], [row[:3] + row[4:] for row in rows]
     return _table(head, rows, "numbers")
@@ -369,7 +382,10 @@ def _classes(runs: Sequence[Run], results: Sequence[ByClass | None]) -> str:
         accuracy = np.sort(result.accuracy[result.images > 0])
         lines.append(Line(run.name, np.arange(1, len(accuracy) + 1, dtype=float), accuracy, i))
     profile = line_chart("Top-1 of every class", "%", lines, x_label="classes, worst first")
-    bodies = [_worst_classes(i, run, result) if result else "" for i, (run, result) in enumerate(zip(runs, results, strict=True))]
+    bodies = [
+        _worst_classes(i, run, result) if result else ""
+        for i, (run, result) in enumerate(zip(runs, results, strict=True))
+    ]
     if len(runs) == 1:
         return f'<div class="two"><div>{bodies[0]}</div>{profile}</div>'
     return f'<div class="two">{profile}<div>{_differences(known)}</div></div>{_each(runs, bodies)}'
@@ -386,7 +402,13 @@ def _worst_classes(colour: int, run: Run, result: ByClass) -> str:
     def row(c: int) -> list[str]:
         wrong = taken.get(c)
         mostly = f"{escape(names[wrong[0]])} ({wrong[1]})" if wrong else "–"
-        return [escape(names[c]), _bar(accuracy[c], colour, f"{accuracy[c]:.1f}"), f"{top5[c]:.1f}", str(result.images[c]), mostly]
+        return [
+            escape(names[c]),
+            _bar(accuracy[c], colour, f"{accuracy[c]:.1f}"),
+            f"{top5[c]:.1f}",
+            str(result.images[c]),
+            mostly,
+        ]
 
     head = ["class", "top-1 (%)", "top-5 (%)", "images", "mostly taken for"]
     k = run.predictions.guesses.shape[1]
@@ -397,7 +419,11 @@ def _worst_classes(colour: int, run: Run, result: ByClass) -> str:
         f" {100 * run.predictions.correct.mean():.2f} % right, {mean:.2f} % as the mean over classes."
     )
     worst = _table(head, (row(c) for c in order[:WORST]), "numbers last-text")
-    rest = _details(f"All {len(order):,} classes", _table(head, map(row, order), "numbers last-text")) if len(order) > WORST else ""
+    rest = (
+        _details(f"All {len(order):,} classes", _table(head, map(row, order), "numbers last-text"))
+        if len(order) > WORST
+        else ""
+    )
     return f'<p class="lead">{text}</p>{worst}{rest}'
 
 
@@ -414,7 +440,11 @@ def _differences(known: Sequence[tuple[int, Run, ByClass]]) -> str:
     if not order:
         return ""
     rows = [
-        [escape(classes[0][c]), *(_bar(a, i, f"{a:.1f}") for a, (i, *_) in zip(accuracy[:, c], known, strict=True)), f"{spread[c]:.1f}"]
+        [
+            escape(classes[0][c]),
+            *(_bar(a, i, f"{a:.1f}") for a, (i, *_) in zip(accuracy[:, c], known, strict=True)),
+            f"{spread[c]:.1f}",
+        ]
         for c in order
     ]
     head = ["class", *(_run_label(i, run) for i, run, _ in known), "spread"]
@@ -466,8 +496,8 @@ def _small_matrix(names: Sequence[str], result: ByClass) -> str:
         rows.append(f"<tr><th>{escape(names[label])}</th>{''.join(cells)}</tr>")
     return (
         '<figure class="matrix"><figcaption><b>Confusion matrix</b> <span class="unit">images; row: label, column:'
-        f' prediction</span></figcaption><div class="scroll"><table class="counts"><thead><tr><th></th>{head}</tr></thead>'
-        f'<tbody>{"".join(rows)}</tbody></table></div></figure>'
+        ' prediction</span></figcaption><div class="scroll"><table class="counts">'
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></figure>"
     )
 
 
@@ -481,11 +511,11 @@ def _blocked_matrix(names: Sequence[str], result: ByClass) -> str:
         at = (i + 0.5) * size / blocks
         ticks.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{first[i]}</text>')
         ticks.append(f'<text x="{left + at:.1f}" y="{size + 16}" text-anchor="middle">{first[i]}</text>')
-    per_block = f"blocks of {math.ceil(C / blocks)} neighbouring classes" if C > blocks else "classes"
-    inside = "; on the diagonal, errors inside a block" if C > blocks else ""
+    per_block = f"blocks of {math.ceil(C / blocks)} neighbouring classes" if blocks < C else "classes"
+    inside = "; on the diagonal, errors inside a block" if blocks < C else ""
     return (
-        '<figure class="matrix"><figcaption><b>Errors by class</b> <span class="unit">% of the row’s images, opacity by the'
-        f' root; darkest {errors.max():.1f} %</span></figcaption>'
+        '<figure class="matrix"><figcaption><b>Errors by class</b> <span class="unit">% of the row’s images; strongest:'
+        f" {errors.max():.1f} %</span></figcaption>"
         f'<svg viewBox="0 0 {left + size + 4} {size + bottom}" role="img" aria-label="Errors between {per_block}">'
         f'<rect class="frame" x="{left}" y="0" width="{size}" height="{size}"/>'
         f'<image class="pixels" x="{left}" y="0" width="{size}" height="{size}" preserveAspectRatio="none"'
@@ -517,15 +547,21 @@ def _cards(run: Run, found: Gallery) -> str:
         label, file = escape(names[predictions.label[row]]), escape(str(predictions.file[row]))
         said = escape(names[guess]) if guess != NOTHING else "nothing finite"
         pictures = [group[i] for group in (found.pictures, found.overlays) if group]
-        shown = "".join(f'<img src="{source}" alt="{alt}">' for source, alt in zip(pictures, (file, "attention"), strict=False))
+        shown = "".join(
+            f'<img src="{source}" alt="{alt}">' for source, alt in zip(pictures, (file, "attention"), strict=False)
+        )
         verdict = "right" if predictions.correct[row] else "wrong"
+        sure = f"{100 * predictions.probability[row, 0]:.0f} %"
         cards.append(
-            f'<figure class="card"><div class="pictures">{shown}</div><figcaption>predicted <b class="{verdict}">{said}</b>'
-            f' <span class="unit">{100 * predictions.probability[row, 0]:.0f} %</span><br>label <b>{label}</b>'
-            f'<small>loss {number(float(predictions.loss[row]))} · {file}</small></figcaption></figure>'
+            f'<figure class="card"><div class="pictures">{shown}</div>'
+            f'<figcaption>predicted <b class="{verdict}">{said}</b> <span class="unit">{sure}</span>'
+            f"<br>label <b>{label}</b>"
+            f"<small>loss {number(float(predictions.loss[row]))} · {file}</small></figcaption></figure>"
         )
     lead = "The validation images with the highest loss: what the model said, how sure it was, and what they are."
     if found.layer:
-        lead += f" Right: where {found.layer} looks, the attention that each place receives, mean of all heads and queries."
+        lead += (
+            f" Right: where {found.layer} looks, the attention that each place receives, mean of all heads and queries."
+        )
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in found.notes)
     return f'<p class="lead">{escape(lead)}</p>{notes}<div class="cards">{"".join(cards)}</div>'

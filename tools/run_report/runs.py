@@ -1,4 +1,4 @@
-"""What a run folder holds, read without trust: metrics, configuration, predictions, environment, and what is missing."""
+"""What a run folder holds, read without trust, and what is damaged or missing in it."""
 
 import json
 import zipfile
@@ -66,10 +66,16 @@ def read_predictions(path: Path) -> Predictions:
         raise ReportError(f"{path} lacks the arrays {', '.join(absent)}; expected {', '.join(needed)}")
     label, guesses = arrays["label"], arrays["top5"]
     if not len(label) or guesses.ndim != 2 or not guesses.shape[1]:
-        raise ReportError(f"{path}: label {label.shape} and top5 {guesses.shape}, expected (N,) and (N, k), N and k > 0")
+        raise ReportError(
+            f"{path}: label {label.shape} and top5 {guesses.shape}, expected (N,) and (N, k), N and k > 0"
+        )
     shapes = {"index": (len(label),), "top5": (len(label), guesses.shape[1]), "loss": (len(label),)}
     shapes |= {"probability": shapes["top5"], "file": (len(label),), "epoch": (), "checkpoint": ()}
-    if wrong := [f"{name} {arrays[name].shape} instead of {shape}" for name, shape in shapes.items() if arrays[name].shape != shape]:
+    if wrong := [
+        f"{name} {arrays[name].shape} instead of {shape}"
+        for name, shape in shapes.items()
+        if arrays[name].shape != shape
+    ]:
         raise ReportError(f"{path}: arrays of other shapes than its {len(label)} labels ask for: {', '.join(wrong)}")
     highest = int(max(label.max(), guesses.max()))
     classes = [str(name) for name in arrays["classes"]] or [str(number) for number in range(highest + 1)]
