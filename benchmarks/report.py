@@ -132,15 +132,16 @@ def write_run(folder: Path, root: Path) -> None:
         os.link(root / "image.jpg", root / file)
 
 
-def make_report(folder: Path) -> tuple[float, Path]:
-    """Seconds from the command to its end, and the page.
+def make_report(folder: Path) -> tuple[float, float, Path]:
+    """Seconds from the command to its end, seconds of CPU in all threads, and the page.
 
     Raises WrongResultError where the page lacks a part.
     """
-    start = time.perf_counter()
+    start, before = time.perf_counter(), os.times()
     command = [sys.executable, "-m", "tools.report", str(folder)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
+    seconds, after = time.perf_counter() - start, os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
     page = folder / "report.html"
     if result.returncode or not page.exists():
         raise WrongResultError(f"the report failed: {result.stdout}{result.stderr}")
@@ -149,7 +150,7 @@ def make_report(folder: Path) -> tuple[float, Path]:
     counts = {name: len(re.findall(pattern, text)) for name, pattern in parts.items()}
     if counts != {"curves": 8, "matrix": 1, "pictures and overlays": 24}:
         raise WrongResultError(f"the page holds {counts}, expected 8 curves, a matrix, 12 pictures and 12 overlays")
-    return seconds, page
+    return seconds, cpu, page
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -163,13 +164,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         write_run(scratch / "run", scratch / "images")
         made = [make_report(scratch / "run") for _ in range(options.repeats)]
-        size = made[-1][1].stat().st_size / 1e6
+        size = made[-1][2].stat().st_size / 1e6
     except WrongResultError as error:
         raise SystemExit(f"nothing is reported that is wrong: {error}") from error
     finally:
         shutil.rmtree(scratch)
-    seconds = Spread.of(each for each, _ in made)
-    rows = [("seconds", seconds.text(digits=1)), ("MB", f"{size:.2f}")]
+    seconds, cpu = (Spread.of(each[i] for each in made) for i in (0, 1))
+    rows = [("seconds", seconds.text()), ("seconds of CPU", cpu.text()), ("MB", f"{size:.2f}")]
     print_table(f"{EPOCHS} epochs, {IMAGES:,} predictions: median (smallest to largest)", ("", "report"), rows)
     bars = [
         Bar("seconds of a report", seconds.median, SECONDS_BAR, "at most"),
@@ -182,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "program": "benchmarks.report",
         "environment": environment(device),
         "seconds": asdict(seconds),
+        "cpu_seconds": asdict(cpu),
         "mb": size,
         "bars": [bar.as_json() for bar in bars],
     }

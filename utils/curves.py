@@ -80,7 +80,7 @@ class CurvesInBackground:
     """
 
     def __init__(self, folder: Path, pause: float = PAUSE) -> None:
-        self.folder, self.pause = folder.resolve(), pause
+        self.folder, self.pause = folder, pause
         self.started = time.monotonic()
         self.drawing: subprocess.Popen | None = None
         self.failed = False
@@ -92,7 +92,7 @@ class CurvesInBackground:
         self.started = time.monotonic()
         try:
             self.drawing = subprocess.Popen(
-                [sys.executable, "-m", "utils.curves", str(self.folder)],
+                [sys.executable, "-m", "utils.curves", str(self.folder.resolve())],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
@@ -103,8 +103,17 @@ class CurvesInBackground:
         except OSError as error:
             self._report(error.strerror or str(error))
 
+    def draw(self) -> Path | None:
+        """Draw in this process, and wait for it; returns the picture's path where there is one."""
+        self.close()
+        try:
+            return draw_curves(self.folder)
+        except Exception as error:  # whatever matplotlib or the disk has: a picture is not worth a run
+            self._report(str(error))
+            return None
+
     def close(self) -> None:
-        """End a drawing that is still being made: the last one, of the whole run, must not be replaced by it."""
+        """End a drawing that is still being made, which would replace a later one by an older state."""
         if self.drawing and self.drawing.poll() is None:
             self.drawing.kill()
         if self.drawing:

@@ -74,5 +74,10 @@ class Observer:
         named = {f"exponent/{name}": values for name, values in exponents(self.training.bare_model).items()}
         self.metrics.write_histograms(named, step)
 
+    def draw_curves(self) -> Path | None:
+        """Draw the curves of the whole run, now; returns where they are."""
+        return self.curves.draw()
+
     def close(self) -> None:
+        """End what is being drawn."""
         self.curves.close()
