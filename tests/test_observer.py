@@ -38,7 +38,9 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def events(trained):
-    return EventAccumulator(str(trained / "tensorboard"), size_guidance={"images": 0, "histograms": 0, "scalars": 0}).Reload()
+    return EventAccumulator(
+        str(trained / "tensorboard"), size_guidance={"images": 0, "histograms": 0, "scalars": 0}
+    ).Reload()
 
 
 def test_tensorboard_holds_every_scalar_of_the_metrics_file(trained, events):
@@ -61,7 +63,9 @@ def test_tensorboard_shows_inputs_as_the_model_gets_them_once_a_start(events):
     tile = pixels[:, :32]
     source = DigitsSource("train", (32, 32))
     padded = [np.pad(np.asarray(source.load(i))[..., 0], 4).astype(int) for i in range(len(source.labels))]
-    crops = (np.abs(pad[y : y + 32, x : x + 32] - tile[..., 0]).max() for pad in padded for y in range(9) for x in range(9))
+    crops = (
+        np.abs(pad[y : y + 32, x : x + 32] - tile[..., 0]).max() for pad in padded for y in range(9) for x in range(9)
+    )
     assert min(crops) <= 1  # a padded random crop of one of the digits, to a grey level
 
 
@@ -86,10 +90,14 @@ def test_the_environment_of_every_start_is_stored_without_names(trained):
     starts = json.loads(text)
     assert len(starts) == 2
     start = starts[-1]
-    assert start["torch"] == torch.__version__ and start["processes"] == 1 and start["python"] == platform.python_version()
+    assert (
+        start["torch"] == torch.__version__ and start["processes"] == 1 and start["python"] == platform.python_version()
+    )
     assert len(start["commit"].rstrip("+")) == 40 and start["command"].startswith("python ")
     assert len(text) < 4000 and platform.node() not in text
-    assert not [value for name, value in os.environ.items() if "TOKEN" in name or "KEY" in name if value and value in text]
+    assert not [
+        value for name, value in os.environ.items() if "TOKEN" in name or "KEY" in name if value and value in text
+    ]
 
 
 def test_a_damaged_environment_file_does_not_stop_a_run(tmp_path):
@@ -153,7 +161,9 @@ def test_a_drawing_that_fails_is_named_once_and_the_run_goes_on(tmp_path, monkey
 def test_a_long_runs_picture_has_no_more_points_than_a_short_ones(tmp_path, monkeypatch):
     drawn = []
     plot = Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, x, *rest, **named: drawn.append(len(x)) or plot(self, x, *rest, **named))
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, x, *rest, **named: drawn.append(len(x)) or plot(self, x, *rest, **named)
+    )
     write_metrics(tmp_path)  # 300 epochs, 3,900 training lines
     draw_curves(tmp_path)
     assert max(drawn) == POINTS and len(drawn) == 8

@@ -305,7 +305,9 @@ def set_aside(folder: Path, named: Path) -> Path | None:
     name = time.strftime("earlier-%Y%m%d-%H%M%S")
     target = next(path for i in itertools.count() if not (path := folder / (f"{name}-{i}" if i else name)).exists())
     target.mkdir()
-    records = [folder / name for name in ("metrics.jsonl", "config.yaml", "curves.png", "tensorboard", "environment.json")]
+    records = [
+        folder / name for name in ("metrics.jsonl", "config.yaml", "curves.png", "tensorboard", "environment.json")
+    ]
     records += [sidecar_of(path) for path in files]
     for path in (*files, *(record for record in records if record.exists())):
         shutil.move(path, target / path.name)
