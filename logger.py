@@ -87,7 +87,7 @@ class MetricsWriter:
         if folder and tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only runs with TENSORBOARD need it
 
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, epoch: int, step: int, **values: float) -> None:
         if self.path is None:

@@ -5,11 +5,9 @@ The run is synthetic: 300 epochs of log lines and validations, 50,000 prediction
 runs as a user starts it, imports included.
 """
 
-import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,17 +23,16 @@ import torch
 from PIL import Image
 
 from benchmarks.common import (
-    RESULTS,
     ROOT,
     Bar,
     Spread,
     WrongResultError,
-    environment,
+    argument_parser,
+    gated,
     prepare_process,
     print_bars,
     print_table,
-    result_path,
-    write_json,
+    write_result,
 )
 from config import load_config
 from models import build_model
@@ -132,10 +129,10 @@ def write_run(folder: Path, root: Path) -> None:
         os.link(root / "image.jpg", root / file)
 
 
-def make_report(folder: Path) -> tuple[float, float, Path]:
-    """Seconds from the command to its end, seconds of CPU in all threads, and the page.
+def make_report(folder: Path) -> tuple[float, float]:
+    """Seconds from the command to its end, and seconds of CPU in all its threads.
 
-    Raises WrongResultError where the page lacks a part.
+    Raises WrongResultError where the page in `folder` lacks a part.
     """
     start, before = time.perf_counter(), os.times()
     command = [sys.executable, "-m", "tools.report", str(folder)]
@@ -150,26 +147,21 @@ def make_report(folder: Path) -> tuple[float, float, Path]:
     counts = {name: len(re.findall(pattern, text)) for name, pattern in parts.items()}
     if counts != {"curves": 8, "matrix": 1, "pictures and overlays": 24}:
         raise WrongResultError(f"the page holds {counts}, expected 8 curves, a matrix, 12 pictures and 12 overlays")
-    return seconds, cpu, page
+    return seconds, cpu
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write. Exits with the reason when a report lacks a part."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n\n")[0])
+    parser = argument_parser("report", __doc__)
     parser.add_argument("--repeats", type=int, default=3, help="reports that are timed")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
     options = parser.parse_args(arguments)
-    prepare_process()
-    scratch = Path(tempfile.mkdtemp())
-    try:
-        write_run(scratch / "run", scratch / "images")
-        made = [make_report(scratch / "run") for _ in range(options.repeats)]
-        size = made[-1][2].stat().st_size / 1e6
-    except WrongResultError as error:
-        raise SystemExit(f"nothing is reported that is wrong: {error}") from error
-    finally:
-        shutil.rmtree(scratch)
-    seconds, cpu = (Spread.of(each[i] for each in made) for i in (0, 1))
+    prepare_process(options.threads)
+    with tempfile.TemporaryDirectory() as scratch, gated():
+        run = Path(scratch) / "run"
+        write_run(run, Path(scratch) / "images")
+        made = [make_report(run) for _ in range(options.repeats)]
+        size = (run / "report.html").stat().st_size / 1e6
+    seconds, cpu = Spread.of(wall for wall, _ in made), Spread.of(cpu for _, cpu in made)
     rows = [("seconds", seconds.text()), ("seconds of CPU", cpu.text()), ("MB", f"{size:.2f}")]
     print_table(f"{EPOCHS} epochs, {IMAGES:,} predictions: median (smallest to largest)", ("", "report"), rows)
     bars = [
@@ -177,17 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Bar("MB of its page", size, SIZE_BAR_MB, "at most"),
     ]
     print_bars(bars)
-    device = torch.device("cpu")
-    path = result_path(options.output, "report", device, "json")
-    content = {
-        "program": "benchmarks.report",
-        "environment": environment(device),
-        "seconds": asdict(seconds),
-        "cpu_seconds": asdict(cpu),
-        "mb": size,
-        "bars": [bar.as_json() for bar in bars],
-    }
-    write_json(path, content)
+    content = {"repeats": options.repeats, "seconds": asdict(seconds), "cpu_seconds": asdict(cpu), "mb": size}
+    path = write_result(options.output, "report", torch.device("cpu"), content, bars)
     print(f"\nwrote {path.name} to {options.output}")
 
 

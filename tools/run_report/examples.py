@@ -60,7 +60,7 @@ class _Unreachable(Exception):
 def _load(run: Run, rows: list[int], data_path: str | None) -> "list[Tensor]":
     """The images as the model saw them, uint8 (3, H, W) each."""
     from data import build_source
-    from data.datasets import decode
+    from data.datasets import Picture, decode
     from data.shards import ShardSplit
     from data.transforms import evaluation_transform
 
@@ -74,6 +74,7 @@ def _load(run: Run, rows: list[int], data_path: str | None) -> "list[Tensor]":
         config.freeze()
     source, transform = build_source(config, "val"), evaluation_transform(config)
     loaded = []
+    image: Picture
     for row in rows:
         index, file = int(run.predictions.index[row]), str(run.predictions.file[row])
         if isinstance(source, ShardSplit):
