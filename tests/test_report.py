@@ -60,7 +60,7 @@ def digits_run(folder: Path, options: str = "", *, names: list[str] | None = Non
     store_arrays(folder / "predictions.npz", arrays)
     (folder / "config.yaml").write_text(config.dump())
     torch.save({"model": build_model(config, 10).state_dict(), "config": config.dump()}, folder / "max_acc.pth")
-    start = {"started": "2026-01-02T03:04:05+00:00", "torch": "2.11.0", "device": "CPU (1 threads a process)"}
+    start = {"started": "2026-01-02T03:04:05+00:00", "torch": "2.11.0", "device": "CPU, threads per process: 1"}
     (folder / "environment.json").write_text(json.dumps([start, start]))
     return folder
 

@@ -87,7 +87,7 @@ class CurvesInBackground:
 
     def epoch_ended(self) -> None:
         """Start a drawing if one is due."""
-        if time.monotonic() - self.started < self.pause or not self._idle():
+        if not self._idle() or time.monotonic() - self.started < self.pause:
             return
         self.started = time.monotonic()
         try:

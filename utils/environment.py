@@ -33,7 +33,9 @@ def describe(device: "torch.device", processes: int) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "commit": _commit(),
         "processes": processes,
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU ({torch.get_num_threads()} threads a process)",
+        "device": torch.cuda.get_device_name(device)
+        if cuda
+        else f"CPU, threads per process: {torch.get_num_threads()}",
         "device_memory_gib": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1) if cuda else None,
         "cpu": _cpu(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -117,8 +117,13 @@ def swatch(colour: int, style: str = "solid") -> str:
     return f'<svg class="swatch" viewBox="0 0 22 8" aria-hidden="true">{line}</svg>'
 
 
-def line_chart(title: str, unit: str, lines: Sequence[Line], *, x_label: str = "epoch", note: str = "") -> str:
-    """A <figure> with axes, legend and hidden values; empty where no line has a finite value."""
+def line_chart(
+    title: str, unit: str, lines: Sequence[Line], *, x_label: str = "epoch", spikes: bool = False, note: str = ""
+) -> str:
+    """A <figure> with axes, legend and hidden values; empty where no line has a finite value.
+
+    spikes: values that span more than LOG_RANGE get a logarithmic axis.
+    """
     drawn = []
     for line in lines:
         x, y = thin(line.x, line.y, POINTS)
@@ -129,8 +134,9 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], *, x_label: str = "
     xs = np.concatenate([line.x for line in drawn])
     ys = np.concatenate([line.y[np.isfinite(line.y)] for line in drawn])
     across = _axis(xs, LEFT, WIDTH - RIGHT, 6, tight=True)
-    up = _axis(ys, HEIGHT - BOTTOM, TOP, 5, tight=False, allow_log=True)
-    scale = ", log scale" if up.log else ""
+    up = _axis(ys, HEIGHT - BOTTOM, TOP, 5, tight=False, allow_log=spikes)
+    if up.log:
+        unit += ", log scale"
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title} by {x_label}")}" tabindex="0">'
     ]
@@ -168,7 +174,7 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], *, x_label: str = "
         ],
     }
     return (
-        f'<figure class="chart"><figcaption><b>{escape(title)}</b> <span class="unit">{escape(unit + scale)}</span>'
+        f'<figure class="chart"><figcaption><b>{escape(title)}</b> <span class="unit">{escape(unit)}</span>'
         f'</figcaption><div class="plot">{"".join(parts)}</div>{legend}'
         + (f'<p class="note">{escape(note)}</p>' if note else "")
         + f'<script type="application/json">{embedded(values)}</script></figure>'

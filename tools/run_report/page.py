@@ -34,6 +34,7 @@ CURVES: dict[str, tuple[str, str, float]] = {
     "communication_time": ("Waiting for gradients of other processes", "ms per step", 1000),
     "memory_mb": ("Largest memory use so far", "MiB, rank 0", 1),
 }
+SPIKES = ("grad_norm", "data_time", "communication_time")  # whose outliers would flatten everything else
 DEFAULT_CURVES = ("loss", "top1", "top5", "lr", "grad_norm", "images_per_s", "data_time")
 KINDS = {"train": ("training", "faint"), "val": ("validation", "solid"), "ema": ("validation, EMA", "dashed")}
 ENVIRONMENT = {
@@ -269,12 +270,12 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
                 Line(KINDS[kind][0], x, factor * y, 0, "solid" if single else KINDS[kind][1])
                 for kind, ((_, x, y),) in found.items()
             ]
-            charts.append(line_chart(title, unit, lines, note=_gaps(lines)))
+            charts.append(line_chart(title, unit, lines, spikes=name in SPIKES, note=_gaps(lines)))
             continue
         for kind, per_run in found.items():
             named = title if len(found) == 1 and kind == "train" else f"{title}, {KINDS[kind][0]}"
             lines = [Line(runs[i].name, x, factor * y, i) for i, x, y in per_run if len(x)]
-            charts.append(line_chart(named, unit, lines, note=_gaps(lines)))
+            charts.append(line_chart(named, unit, lines, spikes=name in SPIKES, note=_gaps(lines)))
     tables = _each(runs, [_details("Values by epoch", _epoch_table(run)) for run in runs])
     return f'<div class="charts">{"".join(charts)}</div>{tables}'
 
