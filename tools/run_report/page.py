@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from config import KEYS, value_of
-from tools.run_report.charts import Line, line_chart, matrix_picture, number, swatch
+from tools.run_report.charts import POINTS, Line, line_chart, matrix_picture, number, swatch
 from tools.run_report.classes import ByClass, by_class, error_blocks
 from tools.run_report.examples import Gallery, gallery
 from tools.run_report.runs import NOTHING, ReportError, Run
+from utils.curves import thin
 
 HERE = Path(__file__).parent
 MAX_RUNS = 8  # colours that can be told apart
@@ -37,6 +38,7 @@ CURVES: dict[str, tuple[str, str, float]] = {
 SPIKES = ("grad_norm", "data_time", "communication_time")  # whose outliers would flatten everything else
 DEFAULT_CURVES = ("loss", "top1", "top5", "lr", "grad_norm", "images_per_s", "data_time")
 KINDS = {"train": ("training", "faint"), "val": ("validation", "solid"), "ema": ("validation, EMA", "dashed")}
+LINE_POINTS = {"train": 150, "val": POINTS, "ema": POINTS}  # training lines are many, and noisy
 ENVIRONMENT = {
     "started": "started (UTC)",
     "command": "command",
@@ -124,7 +126,16 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -
 
 
 def _details(summary: str, body: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
+    return f"<details><summary>{summary}</summary>{body}</details>"
+
+
+def _details_of_each(runs: Sequence[Run], title: str, bodies: Sequence[str]) -> str:
+    """Something long of every run, folded away under its name."""
+    if len(runs) == 1:
+        return _details(title, bodies[0])
+    return "".join(
+        _details(f"{title}: {_run_label(i, run)}", body) for i, (run, body) in enumerate(zip(runs, bodies, strict=True))
+    )
 
 
 def _bar(value: float, colour: int, text: str) -> str:
@@ -262,7 +273,10 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
     charts = []
     for name in names:
         title, unit, factor = CURVES[name]
-        found = {kind: [(i, *run.series(kind, name)) for i, run in enumerate(runs)] for kind in KINDS}
+        found = {
+            kind: [(i, *thin(*run.series(kind, name), LINE_POINTS[kind])) for i, run in enumerate(runs)]
+            for kind in KINDS
+        }
         found = {kind: lines for kind, lines in found.items() if any(len(x) for _, x, _ in lines)}
         if len(runs) == 1:
             single = len(found) == 1
@@ -276,7 +290,7 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
             named = title if len(found) == 1 and kind == "train" else f"{title}, {KINDS[kind][0]}"
             lines = [Line(runs[i].name, x, factor * y, i) for i, x, y in per_run if len(x)]
             charts.append(line_chart(named, unit, lines, spikes=name in SPIKES, note=_gaps(lines)))
-    tables = _each(runs, [_details("Values by epoch", _epoch_table(run)) for run in runs])
+    tables = _details_of_each(runs, "Values by epoch", [_epoch_table(run) for run in runs])
     return f'<div class="charts">{"".join(charts)}</div>{tables}'
 
 
@@ -346,7 +360,8 @@ def _configuration(runs: Sequence[Run]) -> str:
     else:
         text, head = "Keys in which the runs differ.", ["key", *(_run_label(i, run) for i, run in known), "default"]
     table = _table(head, rows) if rows else f"<p>{'None' if len(runs) == 1 else 'The configurations are equal'}.</p>"
-    whole = _each(runs, [_details("Whole configuration", f"<pre>{escape(run.config_text)}</pre>") for run in runs])
+    texts = [f"<pre>{escape(run.config_text)}</pre>" for run in runs]
+    whole = _details_of_each(runs, "Whole configuration", texts)
     return f'<p class="lead">{text}</p>{table}{whole}'
 
 
@@ -389,7 +404,7 @@ def _classes(runs: Sequence[Run], results: Sequence[ByClass | None]) -> str:
     ]
     if len(runs) == 1:
         return f'<div class="two"><div>{bodies[0]}</div>{profile}</div>'
-    return f'<div class="two">{profile}<div>{_differences(known)}</div></div>{_each(runs, bodies)}'
+    return f'<div class="charts">{profile}</div>{_differences(known)}{_each(runs, bodies)}'
 
 
 def _worst_classes(colour: int, run: Run, result: ByClass) -> str:

@@ -1,6 +1,7 @@
 """What a run folder holds, read without trust, and what is damaged or missing in it."""
 
 import json
+import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from utils.environment import ENVIRONMENT_FILE
 METRICS_FILE = "metrics.jsonl"
 PREDICTIONS_FILE = "predictions.npz"
 NOTHING = -1
+WORDNET_ID = re.compile(r"n\d{8}")
 MARKERS = ("STOPPED", "PREEMPTED")  # each says why the run ended early
 
 
@@ -78,7 +80,7 @@ def read_predictions(path: Path) -> Predictions:
     ]:
         raise ReportError(f"{path}: arrays of other shapes than its {len(label)} labels ask for: {', '.join(wrong)}")
     highest = int(max(label.max(), guesses.max()))
-    classes = [str(name) for name in arrays["classes"]] or [str(number) for number in range(highest + 1)]
+    classes = readable_classes(arrays["classes"].tolist()) or [str(number) for number in range(highest + 1)]
     if label.min() < 0 or guesses.min() < NOTHING or highest >= len(classes):
         raise ReportError(f"{path}: class {highest} or a negative one, expected 0 to {len(classes) - 1}")
     return Predictions(
@@ -92,6 +94,20 @@ def read_predictions(path: Path) -> Predictions:
         epoch=int(arrays["epoch"]),
         checkpoint=str(arrays["checkpoint"]),
     )
+
+
+def readable_classes(names: list[str]) -> list[str]:
+    """WordNet ids with the word that ImageNet has for them, `tench (n01440764)`; other names as they are."""
+    if not names or not all(WORDNET_ID.fullmatch(name) for name in names):
+        return names
+    from timm.data import ImageNetInfo  # slow to import
+
+    info = ImageNetInfo("imagenet-22k")
+    known = set(info.label_names())
+    return [
+        f"{info.label_name_to_description(name).partition(',')[0]} ({name})" if name in known else name
+        for name in names
+    ]
 
 
 @dataclass
