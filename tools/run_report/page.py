@@ -404,7 +404,7 @@ def _classes(runs: Sequence[Run], results: Sequence[ByClass | None]) -> str:
     ]
     if len(runs) == 1:
         return f'<div class="two"><div>{bodies[0]}</div>{profile}</div>'
-    return f'<div class="charts">{profile}</div>{_differences(known)}{_each(runs, bodies)}'
+    return f'<div class="charts">{profile}</div>{_differences(known)}<div class="two">{_each(runs, bodies)}</div>'
 
 
 def _worst_classes(colour: int, run: Run, result: ByClass) -> str:
