@@ -270,7 +270,11 @@ KEYS: dict[str, Key] = {
         "autocast type; auto: bfloat16 where the device has it, else float16 with a gradient scaler",
     ),
     "COMPILE": Key(False, boolean(), "compile the model with torch.compile"),
-    "TENSORBOARD": Key(False, boolean(), "write TensorBoard scalars to the run folder"),
+    "TENSORBOARD": Key(
+        False,
+        boolean(),
+        "write TensorBoard files to the run folder: scalars, a few augmented inputs, histograms of the exponents",
+    ),
     "OUTPUT": Key("", text(), "root of the run folders; empty means `output` (--output)"),
     "TAG": Key("default", text(), "last part of the run folder OUTPUT/NAME/TAG (--tag)"),
     "SAVE_FREQ": Key(1, integer(1), "epochs between checkpoints; the last epoch is always saved"),
