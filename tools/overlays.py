@@ -33,9 +33,9 @@ def paint(
     value = F.interpolate(value[None, None].float(), (size[1], size[0]), mode="bilinear", align_corners=False)[0, 0]
     base = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / 255
     grey = base @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    base = 0.6 * grey[..., None] + 0.4 * base  # colours of the image must not read as weights
+    base = 0.8 * grey[..., None] + 0.2 * base  # colours of the image must not read as weights
     level = value.numpy()
-    strength = (0.5 + 0.35 * np.abs(level))[..., None]
+    strength = (0.6 + 0.3 * np.abs(level))[..., None]
     painted = (1 - strength) * base + strength * COLOURS(level / 2 + 0.5)[..., :3]
     return Image.fromarray((painted * 255).round().astype(np.uint8))
 
