@@ -11,7 +11,7 @@ h heads, d channels per head, K kernel size, Q chosen queries.
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -125,8 +125,8 @@ class LayerRecord:
                 blocks = positions.split(QUERY_BLOCK)
                 total = sum(self._window_rows(stream, window, block, heads).sum(dim=2) for block in blocks)
             else:
-                left, right = self._factors(stream, window, heads)
-                total = (left[:, :, positions].sum(dim=2, keepdim=True) @ right.transpose(-2, -1))[:, :, 0]
+                left, right = self._factors(stream, window, positions, heads)
+                total = (left.sum(dim=2, keepdim=True) @ right.transpose(-2, -1))[:, :, 0]
             assert isinstance(total, Tensor)
             out[:, :, self.key_places[window, real]] = total[..., real]
         return out / (self.grid[0] * self.grid[1])
@@ -171,35 +171,50 @@ class LayerRecord:
     def _window_rows(self, stream: str, window: int, positions: Tensor, heads: slice) -> Tensor:
         """(B, h, Q, n) of the queries at `positions` in a window."""
         if stream != "softmax":
-            left, right = self._factors(stream, window, heads)
-            return left[:, :, positions] @ right.transpose(-2, -1)
+            left, right = self._factors(stream, window, positions, heads)
+            return left @ right.transpose(-2, -1)
         q, k = self.q[:, window, heads, positions], self.k[:, window, heads]
         scores = q @ k.transpose(-2, -1) * (self.softmax_scale or q.shape[-1] ** -0.5)
         if self.bias is not None:
             scores = scores + self.bias[window % len(self.bias), heads][:, positions]
         return scores.masked_fill(self.key_places[window] < 0, -torch.inf).softmax(dim=-1)
 
-    def _factors(self, stream: str, window: int, heads: slice) -> tuple[Tensor, Tensor]:
-        """left (B, h, N, f) and right (B, h, n, f) with rows = left rightᵀ: linear attention with its normaliser."""
-        q, k = self.q[:, window, heads], self.k[:, window, heads]
-        padding = (self.key_places[window] < 0)[:, None]
-        count = max(1, int((~padding).sum()))
-
-        def normalised(query_features: Tensor, key_features: Tensor) -> Tensor:
-            mean = key_features.sum(dim=2, keepdim=True) / count
-            return query_features / (((query_features * mean).sum(dim=-1, keepdim=True) + EPS) * count)
-
+    def _factors(self, stream: str, window: int, positions: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
+        """left (B, h, Q, f) and right (B, h, n, f) with rows = left rightᵀ: linear attention with its normaliser."""
         if stream == "relu":
-            right = torch.relu(k).masked_fill(padding, 0.0)
-            return normalised(torch.relu(q), right), right
-        assert self.exponent is not None
-        power = self.exponent[heads, None]
-        positive, negative = torch.relu(q) ** power, torch.relu(-q) ** power
-        right = torch.cat([torch.relu(k) ** power, torch.relu(-k) ** power], dim=-1).masked_fill(padding, 0.0)
-        same = normalised(torch.cat([positive, negative], dim=-1), right)
-        opposite = normalised(torch.cat([negative, positive], dim=-1), right)
+            right = torch.relu(self.k[:, window, heads]).masked_fill((self.key_places[window] < 0)[:, None], 0.0)
+            return self._normalised(torch.relu(self.q[:, window, heads, positions]), right, window), right
+        right = self._key_features[:, window, heads]
+        features = self._query_features[:, window, heads, positions]
+        sides = []
+        if stream != "opposite":
+            sides.append(self._normalised(features, right, window))
+        if stream != "same":  # the halves of its query features change places
+            sides.append(self._normalised(features.roll(features.shape[-1] // 2, dims=-1), right, window))
+        if len(sides) == 1:
+            return sides[0], right
         share = len(self.channels("same")) / self.v.shape[-1]
-        return {"same": same, "opposite": opposite, "combined": share * same + (1 - share) * opposite}[stream], right
+        return share * sides[0] + (1 - share) * sides[1], right
+
+    def _normalised(self, query_features: Tensor, key_features: Tensor, window: int) -> Tensor:
+        count = max(1, int((self.key_places[window] >= 0).sum()))
+        mean = key_features.sum(dim=2, keepdim=True) / count
+        return query_features / ((query_features @ mean.transpose(-2, -1) + EPS) * count)
+
+    @cached_property
+    def _query_features(self) -> Tensor:
+        """[φ₊(q), φ₋(q)], (B, W, h, N, 2d)."""
+        return self._features(self.q)
+
+    @cached_property
+    def _key_features(self) -> Tensor:
+        """[φ₊(k), φ₋(k)], (B, W, h, n, 2d), 0 for padding."""
+        return self._features(self.k).masked_fill_((self.key_places < 0)[:, None, :, None], 0.0)
+
+    def _features(self, u: Tensor) -> Tensor:
+        assert self.exponent is not None
+        size = u.abs().pow_(self.exponent[:, None])
+        return torch.cat([size.where(u > 0, 0.0), size.where(u < 0, 0.0)], dim=-1)
 
     def _by_window(self, index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """For every window with one of the queries: its number, which queries they are, and their positions in it."""

@@ -14,7 +14,7 @@ from models.attention import PolaLinearAttention
 from models.maps import LayerRecord, MapError, attention_layers, record
 from models.pola_pvt import PolaPVT
 from models.pola_swin import PolaSwin
-from tools.overlays import last_polarity_layer, overlay, paint
+from tools.overlays import ground, last_polarity_layer, overlay, paint
 
 SWIN = {"patch_size": 4, "embed_dim": 10, "num_heads": (1, 2, 2, 4), "kernel_size": 3, "num_classes": 3}
 PVT = {
@@ -202,15 +202,15 @@ def test_maps_of_a_low_precision_run_are_float32():
 
 
 def test_painted_map_is_brightest_where_the_weight_is_and_blue_where_it_is_negative():
-    pixels = np.full((32, 32, 3), 128, dtype=np.uint8)
+    pixels = torch.full((3, 32, 32), 128, dtype=torch.uint8)
     weights = torch.zeros(4, 4)
     weights[0, 3], weights[3, 0] = 1.0, -1.0
-    painted = np.asarray(paint(pixels, weights)).astype(int)
+    painted = np.asarray(paint(ground(pixels), weights)).astype(int)
     assert painted.shape == (32, 32, 3)
     positive, negative, empty = painted[2, 29], painted[29, 2], painted[16, 16]
     assert positive[0] > negative[0] and positive.sum() > 2 * empty.sum()
     assert negative[2] > positive[2] and negative.sum() > 2 * empty.sum()
-    assert np.asarray(paint(pixels, weights, size=(48, 40))).shape == (40, 48, 3)
+    assert np.asarray(paint(ground(pixels, (48, 40)), weights)).shape == (40, 48, 3)
 
 
 def test_overlay_of_a_query_shows_the_mean_row_over_heads_of_the_patch_under_the_pixel():
@@ -218,10 +218,9 @@ def test_overlay_of_a_query_shows_the_mean_row_over_heads_of_the_patch_under_the
     pixels = torch.randint(0, 256, (3, 32, 64), dtype=torch.uint8)
     layer = record(model, Normalise(torch.device("cpu"))(pixels[None])).layers["block2.0"]
     row = layer.rows([1 * 8 + 5])[0, :, 0].mean(dim=0).reshape(layer.key_grid)  # a patch has 8×8 pixels
-    picture = pixels.permute(1, 2, 0).numpy()
-    assert overlay(model, pixels, "block2.0", (40, 8)).tobytes() == paint(picture, row).tobytes()
+    assert overlay(model, pixels, "block2.0", (40, 8)).tobytes() == paint(ground(pixels), row).tobytes()
     mean = layer.received()[0].mean(dim=0).reshape(layer.key_grid)
-    assert overlay(model, pixels, "block2.0").tobytes() == paint(picture, mean).tobytes()
+    assert overlay(model, pixels, "block2.0").tobytes() == paint(ground(pixels), mean).tobytes()
     with pytest.raises(MapError, match="point 64,8 is outside of the 64×32 image"):
         overlay(model, pixels, query=(64, 8))
 

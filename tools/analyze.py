@@ -90,6 +90,8 @@ def gate_halves(layer: LayerRecord) -> tuple[Tensor, Tensor]:
 
 
 def _entropy(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[Measurement]:
+    if layer.k.shape[3] == 1:
+        return  # one key: nothing to choose
     limit = math.log(layer.k.shape[3])
     for stream in layer.streams:
         for head in range(layer.num_heads):

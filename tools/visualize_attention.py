@@ -29,7 +29,7 @@ from data.transforms import Normalise, evaluation_transform
 from models.loading import LoadedModel, load_model
 from models.maps import STREAMS, LayerRecord, MapError, attention_layers, choose_layers, record
 from tools.images import find_images, read_image
-from tools.overlays import COLOURS, key_map, paint, token_at
+from tools.overlays import COLOURS, ground, key_map, paint, token_at
 from utils.checkpoint import CheckpointError
 
 DEPTHWISE = "+depthwise"
@@ -38,6 +38,7 @@ DEFAULT_MAPS = ("combined", "same", "opposite", "combined+depthwise")
 DEFAULT_POINTS = ((0.5, 0.5), (0.25, 0.25), (0.75, 0.75))  # fractions of width and height
 CELL = 192  # side of one map in the pictures, in pixels
 SIGNED_GAMMA = 0.5  # the convolution's weights are far larger than attention's: without it nothing else would show
+Point = tuple[float, float]  # x, y in pixels of the model's input
 MEANING = {
     "combined": "mean of both streams over the value channels that read them",
     "same": "same-signed stream: read by the first half of each head's value channels",
@@ -116,26 +117,27 @@ def draw_page(
     *,
     layers: Sequence[str],
     heads: Sequence[int] | str | None,
-    points: Sequence[tuple[float, float]],
+    points: Sequence[Point],
     maps: Sequence[str],
 ) -> Page:
     """All maps of one image, uint8 (3, H, W). `heads`: numbers, "all", or None for their mean."""
-    size = (pixels.shape[2], pixels.shape[1])
+    base = ground(pixels, _cell(pixels))
     seen = record(loaded.model, Normalise(torch.device("cpu"))(pixels[None]), layers)
     rows = []
     for layer in layers:
-        rows += _layer_rows(seen.layers[layer], pixels, size, heads, points, maps)
+        rows += _layer_rows(seen.layers[layer], pixels, base, heads, points, maps)
     return Page(name, _marked(pixels, points), _prediction(seen.output[0], loaded.classes), rows)
 
 
 def _layer_rows(
     layer: LayerRecord,
     pixels: Tensor,
-    size: tuple[int, int],
+    base: np.ndarray,
     heads: Sequence[int] | str | None,
-    points: Sequence[tuple[float, float]],
+    points: Sequence[Point],
     maps: Sequence[str],
 ) -> list[Row]:
+    size = (pixels.shape[2], pixels.shape[1])
     queries = [token_at(point, size, layer.grid) for point in points]
     chosen = range(layer.num_heads) if heads == "all" else heads
     rows = []
@@ -145,26 +147,23 @@ def _layer_rows(
             assert not isinstance(head, str)
             weights = layer.rows(queries, head=head, stream=stream, depthwise=depthwise)[0].mean(dim=0)
             panels = [
-                Panel(_panel(pixels, layer, row, depthwise, point), f"{number}", _range(row, depthwise))
+                Panel(_panel(base, pixels, layer, row, depthwise, point), f"{number}", _range(row, depthwise))
                 for number, (point, row) in enumerate(zip(points, weights, strict=True), start=1)
             ]
             if not depthwise:
                 received = layer.received(head=head, stream=stream)[0].mean(dim=0)
-                panels.append(Panel(_panel(pixels, layer, received, False), "all queries", _range(received, False)))
+                panels.append(
+                    Panel(_panel(base, pixels, layer, received, False), "all queries", _range(received, False))
+                )
             uniform = 1 / layer.k.shape[3]
             rows.append(Row(layer.name, layer.kind, layer.key_grid, head, name, uniform, panels))
     return rows
 
 
 def _panel(
-    pixels: Tensor, layer: LayerRecord, weights: Tensor, depthwise: bool, point: tuple[float, float] | None = None
+    base: np.ndarray, pixels: Tensor, layer: LayerRecord, weights: Tensor, depthwise: bool, point: Point | None = None
 ) -> Image.Image:
-    picture = paint(
-        pixels.permute(1, 2, 0).numpy(),
-        key_map(layer, weights),
-        gamma=SIGNED_GAMMA if depthwise else 1.0,
-        size=_cell(pixels),
-    )
+    picture = paint(base, key_map(layer, weights), gamma=SIGNED_GAMMA if depthwise else 1.0)
     if point is not None:
         _ring(ImageDraw.Draw(picture), point, pixels)
     return picture
@@ -176,7 +175,7 @@ def _cell(pixels: Tensor) -> tuple[int, int]:
     return round(CELL * width / max(height, width)), round(CELL * height / max(height, width))
 
 
-def _ring(draw: ImageDraw.ImageDraw, point: tuple[float, float], pixels: Tensor, number: int | None = None) -> None:
+def _ring(draw: ImageDraw.ImageDraw, point: Point, pixels: Tensor, number: int | None = None) -> None:
     width, height = _cell(pixels)
     x, y = (point[0] + 0.5) * width / pixels.shape[2], (point[1] + 0.5) * height / pixels.shape[1]
     for radius, colour in ((6, "#05040c"), (5, "#ffffff")):
@@ -186,7 +185,7 @@ def _ring(draw: ImageDraw.ImageDraw, point: tuple[float, float], pixels: Tensor,
         draw.text((left, y - 9), str(number), "#ffffff", _font(15, bold=True), stroke_width=2, stroke_fill="#05040c")
 
 
-def _marked(pixels: Tensor, points: Sequence[tuple[float, float]]) -> Image.Image:
+def _marked(pixels: Tensor, points: Sequence[Point]) -> Image.Image:
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(_cell(pixels), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     for number, point in enumerate(points, start=1):
@@ -348,7 +347,7 @@ def _img(picture: Image.Image, alt: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _point(text: str) -> tuple[float, float]:
+def _point(text: str) -> Point:
     try:
         x, y = (float(part) for part in text.split(","))
     except ValueError as error:
@@ -429,7 +428,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         taken = sum(Path(other.name).stem == path.stem for other in pages)
         file = arguments.output / f"{path.stem}{f'-{taken + 1}' if taken else ''}.png"
-        draw_grid(page).save(file, optimize=True)
+        draw_grid(page).save(file)
         pages.append(page)
         print(f"{path}: {file}")
     target = arguments.output / "index.html"
