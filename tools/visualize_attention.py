@@ -125,7 +125,7 @@ def draw_page(
     seen = record(loaded.model, Normalise(torch.device("cpu"))(pixels[None]), layers)
     rows = []
     for layer in layers:
-        rows += _layer_rows(seen.layers[layer], pixels, base, heads, points, maps)
+        rows += _layer_rows(seen.layers.pop(layer), pixels, base, heads, points, maps)
     return Page(name, _marked(pixels, points), _prediction(seen.output[0], loaded.classes), rows)
 
 
