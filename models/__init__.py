@@ -1,29 +1,23 @@
-"""Models by configuration: `build_model` reads MODEL.TYPE and the keys that shape it."""
+"""Models by name and by configuration.
 
-from collections.abc import Sequence
+Importing this package registers every variant with timm, so that `timm.create_model("pola_swin_tiny")` finds it.
+`build_model` reads MODEL.TYPE and the keys that shape it.
+"""
 
 from yacs.config import CfgNode
 
 from config import MODEL_TYPES, image_size, parse_sr_ratios
+from models import pola_pvt, pola_swin
 from models.classifier import Classifier
-from models.pola_pvt import PolaPVT
+from models.pola_pvt import PVT_DEPTHS, PolaPVT
 from models.pola_swin import PolaSwin
 
-# Blocks per stage of each Pola-PVT (the rows of the paper's table; `large` is its B).
-PVT_DEPTHS: dict[str, Sequence[int]] = {
-    "pola_pvt_tiny": (2, 2, 2, 2),
-    "pola_pvt_small": (3, 4, 6, 3),
-    "pola_pvt_medium": (3, 4, 18, 3),
-    "pola_pvt_large": (3, 8, 27, 3),
-}
+assert ("pola_swin", *PVT_DEPTHS) == MODEL_TYPES, "config.MODEL_TYPES and the models that exist differ"
 
 
 def list_models() -> list[str]:
-    """The values that MODEL.TYPE accepts."""
-    return ["pola_swin", *PVT_DEPTHS]
-
-
-assert tuple(list_models()) == MODEL_TYPES, "config.MODEL_TYPES and the models that exist differ"
+    """The names that `timm.create_model` accepts for the models of this package."""
+    return [*pola_swin.default_cfgs, *pola_pvt.default_cfgs]
 
 
 def build_model(config: CfgNode, num_classes: int | None = None) -> Classifier:
@@ -56,9 +50,12 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> Classifier:
             qk_scale=config.MODEL.SWIN.QK_SCALE,
             ape=config.MODEL.SWIN.APE,
             patch_norm=config.MODEL.SWIN.PATCH_NORM,
-            drop_rate=config.MODEL.DROP_RATE,
+            proj_drop_rate=config.MODEL.DROP_RATE,
             drop_path_rate=config.MODEL.DROP_PATH_RATE,
             backend=config.MODEL.LA.BACKEND,
+            attention=config.MODEL.LA.ATTENTION,
+            learn_exponent=config.MODEL.LA.LEARN_EXPONENT,
+            gate=config.MODEL.LA.GATE,
         )
     elif config.MODEL.TYPE in PVT_DEPTHS:
         model = PolaPVT(
@@ -70,11 +67,14 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> Classifier:
             sr_ratios=parse_sr_ratios(config.MODEL.LA.PVT_LA_SR_RATIOS),
             alpha=config.MODEL.LA.ALPHA,
             kernel_size=config.MODEL.LA.KERNEL_SIZE,
-            drop_rate=config.MODEL.DROP_RATE,
+            proj_drop_rate=config.MODEL.DROP_RATE,
             drop_path_rate=config.MODEL.DROP_PATH_RATE,
             backend=config.MODEL.LA.BACKEND,
+            attention=config.MODEL.LA.ATTENTION,
+            learn_exponent=config.MODEL.LA.LEARN_EXPONENT,
+            gate=config.MODEL.LA.GATE,
         )
     else:
-        raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r} is unknown, expected one of {', '.join(list_models())}")
+        raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r} is unknown, expected one of {', '.join(MODEL_TYPES)}")
     model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
     return model

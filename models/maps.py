@@ -26,8 +26,9 @@ from models.attention import (
     WindowAttention,
     reduce_tokens,
 )
+from models.classifier import Classifier
 from models.layers import Grid, window_partition
-from models.pola_swin import PolaSwinBlock
+from models.pola_swin import PolaSwinBlock, Tiling
 
 STREAMS = {"polarity": ("combined", "same", "opposite"), "softmax": ("softmax",)}
 # Other attention over the same queries and keys: what a layer would look at if it were of that kind.
@@ -295,8 +296,13 @@ def record(model: nn.Module, images: Tensor, layers: Iterable[str] | None = None
         layers: names from `attention_layers`; None: all.
 
     Raises:
-        MapError: a layer that the model does not have.
+        MapError: a layer that the model does not have, or images of a size for which its position tables are resized.
     """
+    if isinstance(model, Classifier) and (size := tuple(images.shape[-2:])) != model.img_size:
+        raise MapError(
+            f"maps are recorded at the size that a model is made for, {model.img_size}, and the images are {size}:"
+            f" call model.set_input_size({size}) first"
+        )
     chosen = list(attention_layers(model)) if layers is None else choose_layers(model, layers)
     records: dict[str, LayerRecord] = {}
     with _watched(model, chosen, records):
@@ -313,8 +319,8 @@ def _watched(model: nn.Module, names: Sequence[str], records: dict[str, LayerRec
     def watch(module: PolaLinearAttention, name: str) -> None:
         attend = module.attend
 
-        def recorded(q: Tensor, k: Tensor, v: Tensor, g: Tensor, grid: Grid, *rest: Any, **named: Any) -> Tensor:
-            records[name] = _polarity_record(model, name, module, (q, k, v, g), grid)
+        def recorded(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, grid: Grid, *rest: Any, **named: Any) -> Tensor:
+            records[name] = _polarity_record(model, name, module, (q, k, v), g, grid)
             return attend(q, k, v, g, grid, *rest, **named)
 
         module.attend = recorded  # type: ignore[method-assign]
@@ -340,17 +346,26 @@ def _watched(model: nn.Module, names: Sequence[str], records: dict[str, LayerRec
 
 
 def _polarity_record(
-    model: nn.Module, name: str, module: PolaLinearAttention, tokens: tuple[Tensor, Tensor, Tensor, Tensor], grid: Grid
+    model: nn.Module,
+    name: str,
+    module: PolaLinearAttention,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    g: Tensor | None,
+    grid: Grid,
 ) -> LayerRecord:
+    if module.attention != "polarity":
+        raise MapError(
+            f"{name} has MODEL.LA.ATTENTION {module.attention}: maps are made of polarity and softmax (S) layers"
+        )
     h = module.num_heads
     dtype = torch.promote_types(tokens[0].dtype, torch.float32)
-    q, k, v, g = (token.detach().to(dtype) for token in tokens)
+    q, k, v = (token.detach().to(dtype) for token in tokens)
     scale = F.softplus(module.scale.to(dtype))
     q, k = q / scale, (k + module.positional_encoding.to(dtype)) / scale
     if isinstance(module, PolaWindowAttention):
         block = model.get_submodule(name)
         assert isinstance(block, PolaSwinBlock)
-        full, keys, places = block.grid, block.grid, _window_places(block).to(q.device)
+        full, keys, places = block.tiling.grid, block.tiling.grid, _window_places(block.tiling).to(q.device)
         key_places = places
     else:
         assert isinstance(module, PolaReductionAttention)
@@ -366,7 +381,7 @@ def _polarity_record(
         q=_split(q, windows, h),
         k=_split(k, windows, h),
         v=_split(v, windows, h).masked_fill(padding, 0.0),
-        g=_split(g, windows, h),
+        g=None if g is None else _split(g.detach().to(dtype), windows, h),
         query_places=places,
         key_places=key_places,
         exponent=module.exponent().to(dtype),
@@ -376,22 +391,22 @@ def _polarity_record(
 
 
 def _window_softmax_record(
-    model: nn.Module, name: str, module: WindowAttention, x: Tensor, mask: Tensor | None = None
+    model: nn.Module, name: str, module: WindowAttention, x: Tensor, mask: Tensor | None, window: Grid
 ) -> LayerRecord:
     block = model.get_submodule(name)
     assert isinstance(block, PolaSwinBlock)
     dtype = torch.promote_types(x.dtype, torch.float32)
     q, k, v = module.qkv(x).detach().to(dtype).chunk(3, dim=-1)
-    bias = module.relative_position_bias_table[module.relative_position_index].permute(2, 0, 1)[None].to(dtype)
+    bias = module.relative_bias(window).permute(2, 0, 1)[None].to(dtype)
     if mask is not None:
         bias = bias + mask[:, None].to(dtype)
-    places = _window_places(block).to(x.device)
+    places = _window_places(block.tiling).to(x.device)
     padding = (places < 0)[:, None, :, None]
     return LayerRecord(
         name=name,
         kind="softmax",
-        grid=block.grid,
-        key_grid=block.grid,
+        grid=block.tiling.grid,
+        key_grid=block.tiling.grid,
         q=_split(q, len(places), module.num_heads),
         k=_split(k, len(places), module.num_heads),
         v=_split(v, len(places), module.num_heads).masked_fill(padding, 0.0),
@@ -433,10 +448,10 @@ def _whole_map(grid: Grid, device: torch.device) -> Tensor:
     return torch.arange(grid[0] * grid[1], device=device)[None]
 
 
-def _window_places(block: PolaSwinBlock) -> Tensor:
+def _window_places(tiling: Tiling) -> Tensor:
     """(W, N): the place in the block's map of each token of its (shifted, padded) windows, -1 for padding."""
-    H, W = block.grid
+    H, W = tiling.grid
     places = torch.arange(H * W).reshape(H, W)
-    places = F.pad(places, (0, block.padding[1], 0, block.padding[0]), value=-1)
-    places = torch.roll(places, (-block.shift[0], -block.shift[1]), dims=(0, 1))
-    return window_partition(places[None, :, :, None], block.window)[:, :, 0]
+    places = F.pad(places, (0, tiling.padding[1], 0, tiling.padding[0]), value=-1)
+    places = torch.roll(places, (-tiling.shift[0], -tiling.shift[1]), dims=(0, 1))
+    return window_partition(places[None, :, :, None], tiling.window)[:, :, 0]

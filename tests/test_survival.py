@@ -450,7 +450,7 @@ def test_two_runs_in_one_folder_by_mistake_the_second_refuses(tiny, monkeypatch)
 def test_checkpoints_by_the_clock_do_not_mind_a_clock_that_goes_backwards(tiny, monkeypatch):
     """Every minute of a clock that the test drives: a minute a step, wall time running backwards meanwhile."""
     clock = iter(range(0, 10**9, 10))
-    monkeypatch.setattr(main.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(time, "time", lambda: 1e9 - next(clock))
     names: list[str] = []
     at_step(
