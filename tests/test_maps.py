@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from data.transforms import Normalise
 from models.attention import PolaLinearAttention
 from models.maps import LayerRecord, MapError, attention_layers, record
+from models.ops.linear_attention import KINDS
 from models.pola_pvt import PolaPVT
 from models.pola_swin import PolaSwin
 from tools.overlays import ground, last_polarity_layer, overlay, paint
@@ -36,6 +37,21 @@ MODELS = {
     "pvt": lambda: PolaPVT(img_size=(32, 64), depths=(1, 1, 1, 1), attn_type="LLLL", **PVT),
     "pvt, reduced keys": lambda: PolaPVT(
         img_size=(32, 64), depths=(1, 1, 1, 1), attn_type="LLLL", sr_ratios=(4, 2, 2, 1), **PVT
+    ),
+    **{
+        f"pvt, {kind} in place of polarity": lambda kind=kind: PolaPVT(
+            img_size=(32, 64),
+            depths=(1, 1, 1, 1),
+            attn_type="LLLL",
+            attention=kind,
+            gate=kind != "elu",
+            sr_ratios=(1, 2, 1, 1),
+            **PVT,
+        )
+        for kind in KINDS
+    },
+    "swin, padded windows of focused attention": lambda: PolaSwin(
+        img_size=(64, 32), depths=(1, 1, 1, 1), attn_type="LLSS", window_size=5, attention="focused", **SWIN
     ),
     "pvt, softmax": lambda: PolaPVT(img_size=(64, 32), depths=(1, 1, 1, 1), attn_type="SSSS", **PVT),
 }
@@ -81,17 +97,24 @@ def _through_rows(layer: LayerRecord, module: nn.Module) -> Tensor:
     keys = layer.key_grid[0] * layer.key_grid[1]
     values = _unwindowed(layer.v.transpose(2, 3).flatten(3), layer.key_places, keys)
     values = values.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)  # (B, h, n, d)
-    if layer.kind == "softmax":
+    if layer.kernel is None:
         mixed = layer.rows(queries) @ values
         return module.proj(mixed.transpose(1, 2).flatten(2))
     mixed = torch.empty_like(values[:, :, :1]).repeat(1, 1, len(queries), 1)
-    for stream in ("same", "opposite"):
+    for stream in _streams(layer):
         rows = layer.rows(queries, stream=stream)
         for channel in layer.channels(stream):
             own = rows + layer.depthwise_rows(queries, [channel])
             mixed[..., channel] = (own @ values[..., channel, None])[..., 0] + module.dwc.bias[channel]
-    gate = _unwindowed(layer.g.transpose(2, 3).flatten(3), layer.query_places, len(queries))
-    return module.proj(mixed.transpose(1, 2).flatten(2) * gate)
+    mixed = mixed.transpose(1, 2).flatten(2)
+    if layer.g is not None:
+        mixed = mixed * _unwindowed(layer.g.transpose(2, 3).flatten(3), layer.query_places, len(queries))
+    return module.proj(mixed)
+
+
+def _streams(layer: LayerRecord) -> tuple[str, ...]:
+    """Those that between them are applied to every value channel once."""
+    return ("same", "opposite") if layer.kind == "polarity" else (layer.kind,)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -119,13 +142,13 @@ def test_combined_map_with_the_depthwise_branch_is_the_mean_over_channels(name):
     for layer in record(model, _images(model, 1)).layers.values():
         last = layer.grid[0] * layer.grid[1] - 1
         queries = [0, last // 2, last]
-        if layer.kind == "softmax":
+        if layer.kernel is None:
             with pytest.raises(MapError, match="softmax map has no depthwise branch"):
                 layer.rows(queries, depthwise=True)
             continue
         d = layer.v.shape[-1]
         by_channel = []
-        for stream in ("same", "opposite"):
+        for stream in _streams(layer):
             for channel in layer.channels(stream):
                 by_channel.append(layer.rows(queries, stream=stream) + layer.depthwise_rows(queries, [channel]))
         assert len(by_channel) == d
@@ -192,7 +215,7 @@ def test_maps_of_a_low_precision_run_are_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layers = record(model, torch.randn(1, 3, 32, 32)).layers
     for layer in layers.values():
-        rows = layer.rows([0], depthwise=layer.kind == "polarity")
+        rows = layer.rows([0], depthwise=layer.kernel is not None)
         assert rows.dtype == torch.float32 and rows.isfinite().all()
 
 

@@ -11,7 +11,7 @@ import csv
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +100,10 @@ def _entropy(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[
 
 
 def _rank(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[Measurement]:
-    maps = ("combined", WITH_DEPTHWISE) if layer.kind == "polarity" else ()
+    own = layer.own_streams[0]
+    maps = (own, f"{own}+depthwise") if layer.kernel is not None else (own,)
     limit = min(len(queries), layer.key_grid[0] * layer.key_grid[1])
-    for name in (*maps, "softmax", "relu"):
+    for name in (*maps, *layer.comparisons):
         for head in range(layer.num_heads):  # one by one: a map of all queries and heads could be large
             stream, _, branch = name.partition("+")
             rows = layer.rows(queries, head=head, stream=stream, depthwise=bool(branch))[0, 0]
@@ -135,7 +136,7 @@ def exponent_measurements(model: nn.Module, layers: Iterable[str]) -> list[Measu
     modules, found = attention_layers(model), []
     for name in layers:
         module = modules[name]
-        if not isinstance(module, PolaLinearAttention):
+        if not isinstance(module, PolaLinearAttention) or module.attention != "polarity":
             continue
         for head, values in enumerate(module.exponent().detach()):
             numbers = {"mean": values.mean().item(), "standard deviation": values.std(correction=0).item()}
@@ -179,10 +180,7 @@ def analyze(
                     collected.setdefault(key, []).append(found)
             if "gate" in metrics and layer.g is not None and layer.v.shape[-1] > 1:
                 gates[layer.name] = gate_halves(layer)
-    averaged = [
-        Measurement(*astuple(each[0])[:-2], math.fsum(m.value for m in each) / len(each), each[0].limit)
-        for each in collected.values()
-    ]
+    averaged = [replace(each[0], value=math.fsum(m.value for m in each) / len(each)) for each in collected.values()]
     return averaged + (exponent_measurements(model, layers) if "exponent" in metrics else []), gates
 
 
@@ -205,6 +203,12 @@ COLOUR = {
     WITH_DEPTHWISE: "#1f9e77",
     "softmax": "#333333",
     "relu": "#a0a0a0",
+    "elu": "#c9a227",
+    "focused": "#d1438b",
+    "softmax+depthwise": "#66a98f",
+    "relu+depthwise": "#8fd0b8",
+    "elu+depthwise": "#0f5a42",
+    "focused+depthwise": "#3f8f2f",
     PAIRED: "#7b2d8b",
     TOKEN_MEANS: "#d9541e",
 }
@@ -213,8 +217,8 @@ LABEL = {
     "same": "polarity, same-signed",
     "opposite": "polarity, opposite-signed",
     WITH_DEPTHWISE: "polarity, combined + depthwise",
-    "softmax": "softmax, same q and k",
-    "relu": "plain ReLU linear, same q and k",
+    "softmax": "softmax on the same q and k",
+    "relu": "plain ReLU linear on the same q and k",
     PAIRED: "paired channels",
     TOKEN_MEANS: "means over each half's channels",
 }
@@ -308,7 +312,7 @@ def _dots(
             means.append(sum(heights) / len(heights) if heights else math.nan)
             axes.scatter([place + shift] * len(heights), heights, s=11, color=COLOUR[name], alpha=0.45, linewidths=0)
         places = [place + shift for place in range(len(layers))]
-        axes.plot(places, means, "-o", color=COLOUR[name], linewidth=1.1, markersize=5, label=LABEL[name])
+        axes.plot(places, means, "-o", color=COLOUR[name], linewidth=1.1, markersize=5, label=LABEL.get(name, name))
     _layer_axis(axes, layers, range(len(layers)))
     if legend:
         axes.legend(fontsize=8, framealpha=0.85)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from data.transforms import Normalise
 from models.layers import Grid
-from models.maps import LayerRecord, MapError, attention_layers, record
+from models.maps import LayerRecord, MapError, attention_layers, kind_of, record
 
 # −1 to 1: negative weights blue, none dark, positive from violet over orange to light yellow.
 COLOURS = LinearSegmentedColormap.from_list(
@@ -64,7 +64,7 @@ def token_at(point: tuple[float, float], size: tuple[int, int], grid: Grid) -> i
 def last_polarity_layer(model: nn.Module) -> str:
     """The deepest polarity attention layer, or the deepest of all where there is none."""
     layers = attention_layers(model)
-    polarity = [name for name, module in layers.items() if hasattr(module, "power")]
+    polarity = [name for name, module in layers.items() if kind_of(module) == "polarity"]
     return polarity[-1] if polarity else list(layers)[-1]
 
 

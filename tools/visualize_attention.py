@@ -27,13 +27,13 @@ from config import ConfigError, load_config
 from data.datasets import DataError
 from data.transforms import Normalise, evaluation_transform
 from models.loading import LoadedModel, load_model
-from models.maps import STREAMS, LayerRecord, MapError, attention_layers, choose_layers, record
+from models.maps import POLARITY_STREAMS, LayerRecord, MapError, attention_layers, choose_layers, kind_of, record
 from tools.images import find_images, read_image
 from tools.overlays import COLOURS, ground, key_map, paint, token_at
 from utils.checkpoint import CheckpointError
 
 DEPTHWISE = "+depthwise"
-MAPS = (*STREAMS["polarity"], *(stream + DEPTHWISE for stream in STREAMS["polarity"]))
+MAPS = (*POLARITY_STREAMS, *(stream + DEPTHWISE for stream in POLARITY_STREAMS))
 DEFAULT_MAPS = ("combined", "same", "opposite", "combined+depthwise")
 DEFAULT_POINTS = ((0.5, 0.5), (0.25, 0.25), (0.75, 0.75))  # fractions of width and height
 CELL = 192  # side of one map in the pictures, in pixels
@@ -43,7 +43,10 @@ MEANING = {
     "combined": "mean of both streams over the value channels that read them",
     "same": "same-signed stream: read by the first half of each head's value channels",
     "opposite": "opposite-signed stream: read by the second half",
-    "softmax": "softmax attention of this layer, with its position bias and mask",
+    "softmax": "softmax attention of this layer, with its position bias and mask where it has them",
+    "relu": "plain ReLU linear attention of this layer",
+    "elu": "linear attention of this layer with 1 + ELU features",
+    "focused": "focused linear attention of this layer",
     DEPTHWISE: "with the depthwise convolution's weights added; colour follows the square root of the weight",
 }
 
@@ -104,9 +107,10 @@ def describe(model: nn.Module) -> str:
     lines = []
     shown = last_of_each_stage(model)
     for name, module in attention_layers(model).items():
-        kind = "polarity" if hasattr(module, "power") else "softmax"
         heads = module.num_heads
-        lines.append(f"{name:<20} {kind:<9} heads 0 to {heads - 1:<3}{' (default)' if name in shown else ''}".rstrip())
+        lines.append(
+            f"{name:<20} {kind_of(module):<9} heads 0 to {heads - 1:<3}{' (default)' if name in shown else ''}".rstrip()
+        )
     return "\n".join(lines)
 
 
@@ -141,7 +145,12 @@ def _layer_rows(
     queries = [token_at(point, size, layer.grid) for point in points]
     chosen = range(layer.num_heads) if heads == "all" else heads
     rows = []
-    for name in maps if layer.kind == "polarity" else STREAMS[layer.kind]:
+    if layer.kind == "polarity":
+        names = list(maps)
+    else:  # one map, with and without the depthwise branch where that is asked for and there is one
+        with_branch = layer.kernel is not None and any(name.endswith(DEPTHWISE) for name in maps)
+        names = [layer.kind] + [layer.kind + DEPTHWISE] * with_branch
+    for name in names:
         stream, depthwise = name.removesuffix(DEPTHWISE), name.endswith(DEPTHWISE)
         for head in [None] if chosen is None else chosen:
             assert not isinstance(head, str)
