@@ -31,6 +31,7 @@ from models.layers import Grid, window_partition
 from models.ops.linear_attention import feature_map
 from models.pola_swin import PolaSwinBlock, Tiling
 
+Attention = PolaLinearAttention | WindowAttention | SpatialReductionAttention
 POLARITY_STREAMS = ("combined", "same", "opposite")
 COMPARISONS = ("softmax", "relu")  # over the queries and keys of a layer of another kind
 EPS = 1e-6  # of the normalisers, as in models.ops.polarity_attention
@@ -283,13 +284,14 @@ class Recording(NamedTuple):
     layers: dict[str, LayerRecord]
 
 
-def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+def attention_layers(model: nn.Module) -> dict[str, Attention]:
     """The attention modules by the name of their block (`layers.0.blocks.1`, `block3.0`), in order of computation."""
-    kinds = (PolaLinearAttention, WindowAttention, SpatialReductionAttention)
-    return {name.removesuffix(".attn"): module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {
+        name.removesuffix(".attn"): module for name, module in model.named_modules() if isinstance(module, Attention)
+    }
 
 
-def kind_of(attention: nn.Module) -> str:
+def kind_of(attention: Attention) -> str:
     """The kind of a module of `attention_layers`: polarity, or one of models.ops.linear_attention.KINDS."""
     return attention.attention if isinstance(attention, PolaLinearAttention) else "softmax"
 

@@ -102,14 +102,14 @@ def test_page_and_grid_hold_every_layer_map_and_query(folder, capsys):
 
 def test_png_shows_the_rows_of_the_chosen_layer_head_and_point(folder):
     output = folder / "chosen"
-    arguments = "--layers layers.1.blocks.0 --heads 1 --points 9,21 --streams opposite".split()
+    arguments = "--layers layers.1.blocks.0 --heads 1 --points 9,21 --streams opposite --size 160".split()
     image = str(folder / "images" / "noise.png")
     checkpoint = ["--checkpoint", str(folder / "checkpoint.pth"), "--output", str(output)]
     assert visualize_attention.main([image, *arguments, *checkpoint]) == 0
     pixels, layers = _recorded(folder)
     layer = layers["layers.1.blocks.0"]  # 4×4 tokens of 8×8 pixels: pixel (9, 21) is in row 2, column 1
     grid = np.asarray(Image.open(output / "noise.png").convert("RGB")).astype(int)
-    cell = visualize_attention.CELL
+    cell = 160
     maps = [
         layer.rows([2 * 4 + 1], head=1, stream="opposite")[0, 0, 0],
         layer.received(head=1, stream="opposite")[0, 0],
@@ -278,6 +278,7 @@ def test_a_mistake_is_answered_in_one_line(folder, capsys, tool, arguments, mess
         (visualize_attention, "x.png --heads first", "'first': expected mean, all, or numbers such as 0,2"),
         (visualize_attention, "x.png --points 5", "'5' is not a point; expected x,y in pixels"),
         (visualize_attention, "x.png --streams same,negative", "no map 'negative', expected some of combined, same,"),
+        (visualize_attention, "x.png --size 64", "'64' is not a whole number from 128 on"),
         (visualize_attention, "", "name at least one IMAGE"),
         (analyze, "--metrics entropy,speed", "no metric 'speed', expected some of entropy, rank, exponent, gate"),
         (analyze, "--tolerance 2", "'2' is not a number between 0 and 1"),

@@ -36,7 +36,8 @@ DEPTHWISE = "+depthwise"
 MAPS = (*POLARITY_STREAMS, *(stream + DEPTHWISE for stream in POLARITY_STREAMS))
 DEFAULT_MAPS = ("combined", "same", "opposite", "combined+depthwise")
 DEFAULT_POINTS = ((0.5, 0.5), (0.25, 0.25), (0.75, 0.75))  # fractions of width and height
-CELL = 192  # side of one map in the pictures, in pixels
+SIZE = 192  # longer side of one map in the pictures, in pixels
+SMALLEST_SIZE = 128  # the text beside a row of maps needs that much
 SIGNED_GAMMA = 0.5  # the convolution's weights are far larger than attention's: without it nothing else would show
 Point = tuple[float, float]  # x, y in pixels of the model's input
 MEANING = {
@@ -123,14 +124,18 @@ def draw_page(
     heads: Sequence[int] | str | None,
     points: Sequence[Point],
     maps: Sequence[str],
+    size: int = SIZE,
 ) -> Page:
-    """All maps of one image, uint8 (3, H, W). `heads`: numbers, "all", or None for their mean."""
-    base = ground(pixels, _cell(pixels))
+    """All maps of one image, uint8 (3, H, W), `size` pixels on its longer side. `heads`: numbers, "all", or None for
+    their mean."""
+    height, width = pixels.shape[1:]
+    cell = (round(size * width / max(height, width)), round(size * height / max(height, width)))
+    base = ground(pixels, cell)
     seen = record(loaded.model, Normalise(torch.device("cpu"))(pixels[None]), layers)
     rows = []
     for layer in layers:
         rows += _layer_rows(seen.layers.pop(layer), pixels, base, heads, points, maps)
-    return Page(name, _marked(pixels, points), _prediction(seen.output[0], loaded.classes), rows)
+    return Page(name, _marked(pixels, points, cell), _prediction(seen.output[0], loaded.classes), rows)
 
 
 def _layer_rows(
@@ -174,18 +179,13 @@ def _panel(
 ) -> Image.Image:
     picture = paint(base, key_map(layer, weights), gamma=SIGNED_GAMMA if depthwise else 1.0)
     if point is not None:
-        _ring(ImageDraw.Draw(picture), point, pixels)
+        _ring(picture, point, pixels)
     return picture
 
 
-def _cell(pixels: Tensor) -> tuple[int, int]:
-    """(width, height) of a panel: CELL on the longer side."""
-    height, width = pixels.shape[1:]
-    return round(CELL * width / max(height, width)), round(CELL * height / max(height, width))
-
-
-def _ring(draw: ImageDraw.ImageDraw, point: Point, pixels: Tensor, number: int | None = None) -> None:
-    width, height = _cell(pixels)
+def _ring(picture: Image.Image, point: Point, pixels: Tensor, number: int | None = None) -> None:
+    draw = ImageDraw.Draw(picture)
+    width, height = picture.size
     x, y = (point[0] + 0.5) * width / pixels.shape[2], (point[1] + 0.5) * height / pixels.shape[1]
     for radius, colour in ((6, "#05040c"), (5, "#ffffff")):
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=2)
@@ -194,11 +194,10 @@ def _ring(draw: ImageDraw.ImageDraw, point: Point, pixels: Tensor, number: int |
         draw.text((left, y - 9), str(number), "#ffffff", _font(15, bold=True), stroke_width=2, stroke_fill="#05040c")
 
 
-def _marked(pixels: Tensor, points: Sequence[Point]) -> Image.Image:
-    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(_cell(pixels), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(picture)
+def _marked(pixels: Tensor, points: Sequence[Point], cell: tuple[int, int]) -> Image.Image:
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(cell, Image.Resampling.BICUBIC)
     for number, point in enumerate(points, start=1):
-        _ring(draw, point, pixels, number)
+        _ring(picture, point, pixels, number)
     return picture
 
 
@@ -230,10 +229,11 @@ def draw_grid(page: Page) -> Image.Image:
     width, height = page.picture.size
     label, gap, caption, margin = 210, 8, 20, 20
     columns = max(len(row.panels) for row in page.rows)
-    top = margin + height + 2 * margin
+    pitch = max(height, SMALLEST_SIZE) + caption + gap
+    top = margin + max(height, SMALLEST_SIZE) + 2 * margin
     canvas = Image.new(
         "RGB",
-        (2 * margin + label + columns * (width + gap) - gap, top + len(page.rows) * (height + caption + gap) + margin),
+        (2 * margin + label + columns * (width + gap) - gap, top + len(page.rows) * pitch + margin),
         "#ffffff",
     )
     draw = ImageDraw.Draw(canvas)
@@ -242,12 +242,12 @@ def draw_grid(page: Page) -> Image.Image:
     draw.text((margin, margin), page.name, fill="#111111", font=_font(15, bold=True))
     draw.text((x, margin), "\n".join(page.prediction.split(", ")), fill="#333333", font=_font(13), spacing=6)
     legend = Image.fromarray((COLOURS(np.linspace(0, 1, 180))[None, :, :3] * 255).astype(np.uint8)).resize((180, 12))
-    canvas.paste(legend, (x, margin + height - 34))
-    draw.text((x, margin + height - 17), "−largest", fill="#333333", font=_font(11))
-    draw.text((x + 90, margin + height - 17), "0", fill="#333333", font=_font(11), anchor="ma")
-    draw.text((x + 180, margin + height - 17), "largest", fill="#333333", font=_font(11), anchor="ra")
+    canvas.paste(legend, (x, top - 74))
+    draw.text((x, top - 57), "−largest", fill="#333333", font=_font(11))
+    draw.text((x + 90, top - 57), "0", fill="#333333", font=_font(11), anchor="ma")
+    draw.text((x + 180, top - 57), "largest", fill="#333333", font=_font(11), anchor="ra")
     for number, row in enumerate(page.rows):
-        y = top + number * (height + caption + gap)
+        y = top + number * pitch
         first = number == 0 or page.rows[number - 1].layer != row.layer
         if first:
             draw.line((margin, y - gap, canvas.width - margin, y - gap), fill="#bbbbbb")
@@ -283,7 +283,7 @@ section { border-top: 1px solid var(--line); padding: 1.2rem 0; }
 .subject { display: flex; gap: 1rem; flex-wrap: wrap; align-items: flex-start; }
 .layer { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .9rem;
   margin-top: 1rem; }
-.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(9rem, 44%), 1fr)); gap: .7rem;
+.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(11rem, 44%), 1fr)); gap: .7rem;
   margin: .3rem 0 1rem; }
 figure { margin: 0; } img { max-width: 100%; height: auto; border-radius: 6px; display: block; }
 .maps img { width: 100%; } figcaption { font-size: .8rem; color: var(--quiet); margin-top: .2rem; }
@@ -372,6 +372,12 @@ def _heads(text: str) -> list[int] | str | None:
     return [int(part) for part in text.split(",")]
 
 
+def _size(text: str) -> int:
+    if not text.isdecimal() or int(text) < SMALLEST_SIZE:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {SMALLEST_SIZE} on")
+    return int(text)
+
+
 def _maps(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
@@ -410,6 +416,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--streams", metavar="A,B", type=_maps, default=DEFAULT_MAPS, help=f"maps of polarity layers: {', '.join(MAPS)}"
     )
+    parser.add_argument(
+        "--size", metavar="PIXELS", type=_size, default=SIZE, help=f"longer side of each map (default {SIZE})"
+    )
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("attention"), help="default: attention")
     return parser
 
@@ -433,7 +442,14 @@ def run(arguments: argparse.Namespace) -> None:
         height, width = pixels.shape[1:]
         points = arguments.points or [(int(x * width), int(y * height)) for x, y in DEFAULT_POINTS]
         page = draw_page(
-            loaded, pixels, path.name, layers=layers, heads=arguments.heads, points=points, maps=arguments.streams
+            loaded,
+            pixels,
+            path.name,
+            layers=layers,
+            heads=arguments.heads,
+            points=points,
+            maps=arguments.streams,
+            size=arguments.size,
         )
         taken = sum(Path(other.name).stem == path.stem for other in pages)
         file = arguments.output / f"{path.stem}{f'-{taken + 1}' if taken else ''}.png"
