@@ -58,12 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             records.append(pool.submit(measure, name, options.repeats, options.threads).result())
     print_table(
         "Attention maps of one image: all layers, 3 query points and all queries, mean of heads",
-        ("model", "layers", "forward (ms)", "recording (ms)", "all maps, painted (ms)", "process (MiB)", "before"),
+        ("model", "layers", "forward (ms)", "recording (ms)", "all maps, painted (ms)", "CPU time", "MiB", "before"),
         (
             (
                 f"{each['model']}, {each['image_size']}²",
                 str(each["layers"]),
                 *(Spread(**each[key]).text(1e3, 0) for key in ("forward", "recording", "maps")),
+                f"{each['maps_cpu_seconds'] * 1e3:.0f}",
                 f"{each['peak_mib']:.0f}",
                 f"{each['before_mib']:.0f}",
             )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import attention_maps
+from benchmarks.common import WrongResultError
 from data.transforms import Normalise
 from models.attention import PolaLinearAttention
 from models.maps import LayerRecord, MapError, attention_layers, record
@@ -252,3 +254,13 @@ def test_overlay_of_a_query_shows_the_mean_row_over_heads_of_the_patch_under_the
 def test_overlay_takes_the_deepest_polarity_layer(letters, layer):
     model = PolaPVT(img_size=(64, 64), depths=(1, 1, 1, 1), attn_type=letters, **PVT)
     assert last_polarity_layer(model) == layer
+
+
+def test_benchmark_times_no_rows_that_give_other_outputs_than_the_op(monkeypatch):
+    model = MODELS["pvt"]().eval()
+    layers = record(model, torch.randn(1, 3, 32, 64)).layers
+    attention_maps.check_rows(layers)
+    rows = LayerRecord.rows
+    monkeypatch.setattr(LayerRecord, "rows", lambda *arguments, **named: 1.001 * rows(*arguments, **named))
+    with pytest.raises(WrongResultError, match="rows of block1.0 give other outputs"):
+        attention_maps.check_rows(layers)
