@@ -18,6 +18,8 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -109,7 +111,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         raise OSError(f"checkpoint {path} could not be written: {_reason(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def _reason(error: Exception) -> str:
@@ -131,6 +133,12 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
+        _remove(temporary)
+
+
+def _remove(temporary: Path) -> None:
+    """As far as the disk lets it: the next start tries again, and the reason of the failure is what has to be told."""
+    with suppress(OSError):
         temporary.unlink(missing_ok=True)
 
 
@@ -166,6 +174,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, keep: int, unusable: frozenset[Path] = frozenset()) -> None:
         """`unusable` files, left by an accident, do not count as kept."""
         self.folder, self.keep, self.unusable = folder, keep, set(unusable)
+        self.waiting: Callable[[], None] = lambda: None  # called once a second while somebody waits for a write
         self._best_copy: Path | None = None  # holds the best weights, because the best file could not be written
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
@@ -183,7 +192,9 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Return when nothing is being written any more. Raises OSError when the last write failed."""
         if self._thread is not None:
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(1.0)
+                self.waiting()
             self._thread = None
         self.raise_problem()
 
@@ -284,8 +295,9 @@ def stored_position(checkpoint: dict[str, Any]) -> Position:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove what writes that were killed left behind."""
-    for path in folder.glob(".*.tmp"):
+    """Remove what writes and removals that were killed left behind: temporary files, and sidecars of no checkpoint."""
+    orphans = [path for path in folder.glob("*.pth.json") if not path.with_suffix("").exists()]
+    for path in (*folder.glob(".*.tmp"), *orphans):
         path.unlink(missing_ok=True)
 
 
