@@ -4,6 +4,7 @@
 # BENCH=--compile make bench    also the compiled models (10 minutes more); BENCH is passed to benchmarks.model_step
 # make bench-input   set up, then time the input pipeline on one core (2 minutes); needs the optional simplejpeg, which it installs
 # make bench-training  set up, then time what the training loop and its checkpoints cost (5 minutes)
+# make bench-features  set up, then time feature pyramids against the plain forward pass (2 minutes)
 # PYTHON=/path/to/python make …   uses that environment as it is and installs nothing
 
 ifdef PYTHON
@@ -16,7 +17,7 @@ else
   SETUP_DEV := .venv/installed-dev
 endif
 
-.PHONY: quickstart test test-slow lint reference bench bench-input bench-training
+.PHONY: quickstart test test-slow lint reference bench bench-input bench-training bench-features
 
 quickstart: $(SETUP)
 	PYTHON=$(RUN) TAG=$$(date +%Y%m%d-%H%M%S) bash pretrain.sh
@@ -47,6 +48,9 @@ bench-input: $(SETUP_DEV)
 
 bench-training: $(SETUP)
 	$(RUN) -m benchmarks.training_loop --threads 1
+
+bench-features: $(SETUP)
+	$(RUN) -m benchmarks.features
 
 .venv/installed: requirements.txt
 	@echo "setting up .venv (torch is large: this takes minutes on a slow line)"
