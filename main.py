@@ -98,12 +98,14 @@ def setup(config: CfgNode) -> torch.device:
         backend = choose_backend(config.MODEL.LA.BACKEND, device)
     except ValueError as problem:
         raise ConfigError(str(problem)) from None
+    kind = config.MODEL.LA.ATTENTION
     get_logger().info(
-        "%d × %s, torch %s, polarity attention backend: %s",
+        "%d × %s, torch %s, %s attention%s",
         distributed.world_size(),
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)",
         torch.__version__,
-        backend,
+        kind,
+        f" backend: {backend}" if kind == "polarity" else "",
     )
     return device
 

@@ -53,6 +53,9 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> Classifier:
             proj_drop_rate=config.MODEL.DROP_RATE,
             drop_path_rate=config.MODEL.DROP_PATH_RATE,
             backend=config.MODEL.LA.BACKEND,
+            attention=config.MODEL.LA.ATTENTION,
+            learn_exponent=config.MODEL.LA.LEARN_EXPONENT,
+            gate=config.MODEL.LA.GATE,
         )
     elif config.MODEL.TYPE in PVT_DEPTHS:
         model = PolaPVT(
@@ -67,6 +70,9 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> Classifier:
             proj_drop_rate=config.MODEL.DROP_RATE,
             drop_path_rate=config.MODEL.DROP_PATH_RATE,
             backend=config.MODEL.LA.BACKEND,
+            attention=config.MODEL.LA.ATTENTION,
+            learn_exponent=config.MODEL.LA.LEARN_EXPONENT,
+            gate=config.MODEL.LA.GATE,
         )
     else:
         raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r} is unknown, expected one of {', '.join(MODEL_TYPES)}")

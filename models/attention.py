@@ -8,10 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from config import ATTENTIONS
 from models.layers import Grid, resize_table
+from models.ops.linear_attention import KINDS, kernel_attention
 from models.ops.polarity_attention import polarity_attention
 
-torch.fx.wrap("polarity_attention")  # checks its input's values and shapes: torch.fx takes it as one operation
+# they check their input's values and shapes: torch.fx takes each as one operation
+torch.fx.wrap("polarity_attention")
+torch.fx.wrap("kernel_attention")
+assert ("polarity", *KINDS) == ATTENTIONS, "the values of ATTENTION and the kinds of attention that exist differ"
 
 
 class PolaLinearAttention(nn.Module):
@@ -21,27 +26,50 @@ class PolaLinearAttention(nn.Module):
 
     Parameters: `power` (1, h, 1, d), the raw learnable exponent; `scale` (1, 1, C), softplus of which divides q and k;
     `positional_encoding` (1, n, C), added to k.
+
+    Args:
+        attention: the kernel between queries and keys: polarity, or for comparison one of models.ops.linear_attention,
+            everything around it staying the same. Those have no exponent, so no `power`.
+        learn_exponent: False fixes the exponent at 1 + α/2, where a learnable one starts, and there is no `power`.
+        gate: False leaves the gate out, and its part of the projection with it.
     """
 
     proj: nn.Linear
     dwc: nn.Conv2d
 
     def __init__(
-        self, dim: int, num_heads: int, key_grid: Grid, *, alpha: float, kernel_size: int, backend: str
+        self,
+        dim: int,
+        num_heads: int,
+        key_grid: Grid,
+        *,
+        alpha: float,
+        kernel_size: int,
+        backend: str,
+        attention: str,
+        learn_exponent: bool,
+        gate: bool,
     ) -> None:
         super().__init__()
+        if attention not in ATTENTIONS:
+            raise ValueError(f"ATTENTION {attention!r} is unknown, expected one of {', '.join(ATTENTIONS)}")
         if kernel_size % 2 == 0:
             raise ValueError(f"KERNEL_SIZE {kernel_size} of the depthwise convolution is even, expected an odd number")
         self.num_heads = num_heads
         self.alpha = alpha
         self.key_grid = key_grid
         self.backend = backend
-        self.power = nn.Parameter(torch.zeros(1, num_heads, 1, dim // num_heads))
+        self.attention = attention
+        self.gate = gate
+        learns = attention == "polarity" and learn_exponent
+        self.power = nn.Parameter(torch.zeros(1, num_heads, 1, dim // num_heads)) if learns else None
         self.scale = nn.Parameter(torch.zeros(1, 1, dim))
         self.positional_encoding = nn.Parameter(torch.zeros(1, key_grid[0] * key_grid[1], dim))
 
     def exponent(self) -> Tensor:
-        """p = 1 + α·sigmoid(power), (h, d)."""
+        """p = 1 + α·sigmoid(power), (h, d); without `power` 1 + α/2, its value at power 0."""
+        if self.power is None:
+            return torch.full_like(self.scale[0, 0], 1 + self.alpha / 2).unflatten(-1, (self.num_heads, -1))
         return 1 + self.alpha * torch.sigmoid(self.power[0, :, 0])
 
     def position(self, key_grid: Grid) -> Tensor:
@@ -55,7 +83,7 @@ class PolaLinearAttention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        g: Tensor,
+        g: Tensor | None,
         grid: Grid,
         key_mask: Tensor | None = None,
         key_grid: Grid | None = None,
@@ -64,17 +92,26 @@ class PolaLinearAttention(nn.Module):
         heads = (self.num_heads, -1)
         if key_mask is not None:
             v = v.masked_fill(~key_mask[:, :, None], 0.0)
-        out = polarity_attention(
-            q.unflatten(-1, heads),
-            k.unflatten(-1, heads),
-            v.unflatten(-1, heads),
-            self.exponent(),
-            scale=F.softplus(self.scale[0, 0]).unflatten(-1, heads),
-            position=self.position(key_grid or self.key_grid).unflatten(-1, heads),
-            key_mask=key_mask,
-            backend=self.backend,
-        )
-        return self.proj((out.flatten(2) + self.local_branch(v, grid)) * g)
+        queries, keys, values = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
+        scale = F.softplus(self.scale[0, 0]).unflatten(-1, heads)
+        position = self.position(key_grid or self.key_grid).unflatten(-1, heads)
+        if self.attention == "polarity":
+            out = polarity_attention(
+                queries,
+                keys,
+                values,
+                self.exponent(),
+                scale=scale,
+                position=position,
+                key_mask=key_mask,
+                backend=self.backend,
+            )
+        else:
+            out = kernel_attention(
+                self.attention, queries, keys, values, scale=scale, position=position, key_mask=key_mask
+            )
+        out = out.flatten(2) + self.local_branch(v, grid)
+        return self.proj(out if g is None else out * g)
 
     def local_branch(self, v: Tensor, grid: Grid) -> Tensor:
         """Depthwise convolution over v (B, n, C) as a map of N = H·W tokens; all heads share the kernel: (B, N, C)."""
@@ -105,7 +142,7 @@ def _head_convolution(dim: int, num_heads: int, kernel_size: int) -> nn.Conv2d:
 
 
 class PolaWindowAttention(PolaLinearAttention):
-    """Polarity-aware linear attention inside windows (Pola-Swin): one projection gives q, k, v, g."""
+    """Polarity-aware linear attention inside windows (Pola-Swin): one projection gives q, k, v and, if gated, g."""
 
     def __init__(
         self,
@@ -118,9 +155,22 @@ class PolaWindowAttention(PolaLinearAttention):
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
         backend: str = "auto",
+        attention: str = "polarity",
+        learn_exponent: bool = True,
+        gate: bool = True,
     ) -> None:
-        super().__init__(dim, num_heads, window, alpha=alpha, kernel_size=kernel_size, backend=backend)
-        self.qkvg = nn.Linear(dim, 4 * dim, bias=qkv_bias)
+        super().__init__(
+            dim,
+            num_heads,
+            window,
+            alpha=alpha,
+            kernel_size=kernel_size,
+            backend=backend,
+            attention=attention,
+            learn_exponent=learn_exponent,
+            gate=gate,
+        )
+        self.qkvg = nn.Linear(dim, (4 if gate else 3) * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.dwc = _head_convolution(dim, num_heads, kernel_size)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -128,7 +178,11 @@ class PolaWindowAttention(PolaLinearAttention):
     def forward(self, x: Tensor, key_mask: Tensor | None = None, window: Grid | None = None) -> Tensor:
         """x (windows·B, N, C); key_mask (windows·B, N) bool, False for padding; window None: the one built for."""
         window = window or self.key_grid
-        q, k, v, g = self.qkvg(x).chunk(4, dim=-1)
+        g = None
+        if self.gate:
+            q, k, v, g = self.qkvg(x).chunk(4, dim=-1)
+        else:
+            q, k, v = self.qkvg(x).chunk(3, dim=-1)
         return self.proj_drop(self.attend(q, k, v, g, window, key_mask, window))
 
 
@@ -147,10 +201,23 @@ class PolaReductionAttention(PolaLinearAttention):
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
         backend: str = "auto",
+        attention: str = "polarity",
+        learn_exponent: bool = True,
+        gate: bool = True,
     ) -> None:
         key_grid = reduced_grid(grid, sr_ratio)
-        super().__init__(dim, num_heads, key_grid, alpha=alpha, kernel_size=kernel_size, backend=backend)
-        self.qg = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        super().__init__(
+            dim,
+            num_heads,
+            key_grid,
+            alpha=alpha,
+            kernel_size=kernel_size,
+            backend=backend,
+            attention=attention,
+            learn_exponent=learn_exponent,
+            gate=gate,
+        )
+        self.qg = nn.Linear(dim, (2 if gate else 1) * dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.reduction = sr_ratio
@@ -162,7 +229,7 @@ class PolaReductionAttention(PolaLinearAttention):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """x (B, H·W, C) with its grid (H, W), which the reduction ratio divides."""
-        q, g = self.qg(x).chunk(2, dim=-1)
+        q, g = self.qg(x).chunk(2, dim=-1) if self.gate else (self.qg(x), None)
         k, v = self.kv(reduce_tokens(self, x, grid)).chunk(2, dim=-1)
         return self.proj_drop(self.attend(q, k, v, g, grid, key_grid=reduced_grid(grid, self.reduction)))
 

@@ -304,8 +304,8 @@ def _watched(model: nn.Module, names: Sequence[str], records: dict[str, LayerRec
     def watch(module: PolaLinearAttention, name: str) -> None:
         attend = module.attend
 
-        def recorded(q: Tensor, k: Tensor, v: Tensor, g: Tensor, grid: Grid, *rest: Any, **named: Any) -> Tensor:
-            records[name] = _polarity_record(model, name, module, (q, k, v, g), grid)
+        def recorded(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, grid: Grid, *rest: Any, **named: Any) -> Tensor:
+            records[name] = _polarity_record(model, name, module, (q, k, v), g, grid)
             return attend(q, k, v, g, grid, *rest, **named)
 
         module.attend = recorded  # type: ignore[method-assign]
@@ -331,11 +331,20 @@ def _watched(model: nn.Module, names: Sequence[str], records: dict[str, LayerRec
 
 
 def _polarity_record(
-    model: nn.Module, name: str, module: PolaLinearAttention, tokens: tuple[Tensor, Tensor, Tensor, Tensor], grid: Grid
+    model: nn.Module,
+    name: str,
+    module: PolaLinearAttention,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    g: Tensor | None,
+    grid: Grid,
 ) -> LayerRecord:
+    if module.attention != "polarity":
+        raise MapError(
+            f"{name} has MODEL.LA.ATTENTION {module.attention}: maps are made of polarity and softmax (S) layers"
+        )
     h = module.num_heads
     dtype = torch.promote_types(tokens[0].dtype, torch.float32)
-    q, k, v, g = (token.detach().to(dtype) for token in tokens)
+    q, k, v = (token.detach().to(dtype) for token in tokens)
     scale = F.softplus(module.scale.to(dtype))
     q, k = q / scale, (k + module.positional_encoding.to(dtype)) / scale
     if isinstance(module, PolaWindowAttention):
@@ -357,7 +366,7 @@ def _polarity_record(
         q=_split(q, windows, h),
         k=_split(k, windows, h),
         v=_split(v, windows, h).masked_fill(padding, 0.0),
-        g=_split(g, windows, h),
+        g=None if g is None else _split(g.detach().to(dtype), windows, h),
         query_places=places,
         key_places=key_places,
         exponent=module.exponent().to(dtype),

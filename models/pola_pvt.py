@@ -85,6 +85,9 @@ class PolaPVT(Classifier):
         dynamic_img_size: bool = False,
         strict_img_size: bool = True,
         backend: str = "auto",
+        attention: str = "polarity",
+        learn_exponent: bool = True,
+        gate: bool = True,
     ) -> None:
         super().__init__()
         letters, _ = parse_attention_types(attn_type, len(depths))
@@ -113,6 +116,9 @@ class PolaPVT(Classifier):
                         kernel_size=kernel_size,
                         proj_drop=proj_drop_rate,
                         backend=backend,
+                        attention=attention,
+                        learn_exponent=learn_exponent,
+                        gate=gate,
                     )
                 else:
                     attn = SpatialReductionAttention(

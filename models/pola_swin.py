@@ -106,6 +106,9 @@ class PolaSwinBlock(nn.Module):
         drop: float,
         drop_path: float,
         backend: str,
+        attention: str,
+        learn_exponent: bool,
+        gate: bool,
     ) -> None:
         super().__init__()
         self.linear, self.shifted = linear, shifted
@@ -123,6 +126,9 @@ class PolaSwinBlock(nn.Module):
                 qkv_bias=qkv_bias,
                 proj_drop=drop,
                 backend=backend,
+                attention=attention,
+                learn_exponent=learn_exponent,
+                gate=gate,
             )
         else:
             self.attn = WindowAttention(
@@ -246,6 +252,9 @@ class PolaSwin(Classifier):
         dynamic_img_size: bool = False,
         strict_img_size: bool = True,
         backend: str = "auto",
+        attention: str = "polarity",
+        learn_exponent: bool = True,
+        gate: bool = True,
     ) -> None:
         super().__init__()
         letters, first_linear = parse_attention_types(attn_type, len(depths))
@@ -280,6 +289,9 @@ class PolaSwin(Classifier):
                     drop=proj_drop_rate,
                     drop_path=rate,
                     backend=backend,
+                    attention=attention,
+                    learn_exponent=learn_exponent,
+                    gate=gate,
                 )
                 for j, rate in enumerate(rates)
             ]

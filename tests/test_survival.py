@@ -336,6 +336,15 @@ def test_a_process_that_waits_for_another_says_for_whom(monkeypatch, caplog):
     assert "waiting for rank 1 of 2 since 0 s; present: " + os.uname().nodename in caplog.text
 
 
+def test_a_process_whose_launcher_is_gone_when_it_starts_does_not_wait_for_it(monkeypatch):
+    monkeypatch.setattr(distributed, "LAUNCHER_PATIENCE", 1.0)
+    surroundings = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1}
+    for name, value in (surroundings | {"TORCHELASTIC_USE_AGENT_STORE": True}).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(distributed.LaunchError, match=r"the launcher .* did not answer at localhost:\d+ within 1 s"):
+        distributed.init(timeout=1800)
+
+
 def wait_until(found: Callable[[], Iterator[Path]], timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while not list(found()):

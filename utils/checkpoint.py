@@ -25,8 +25,14 @@ from yacs.config import CfgNode
 from config import config_from_tree, image_size, value_of
 from logger import get_logger
 
-# Keys that change what a model computes without changing any shape: a file must have been written with the same.
-FUNCTION_KEYS = ("MODEL.LA.ALPHA", "MODEL.SWIN.QK_SCALE")
+# Keys that change what a model computes, some without changing any shape: a file must have been written with the same.
+FUNCTION_KEYS = (
+    "MODEL.LA.ALPHA",
+    "MODEL.LA.ATTENTION",
+    "MODEL.LA.LEARN_EXPONENT",
+    "MODEL.LA.GATE",
+    "MODEL.SWIN.QK_SCALE",
+)
 
 # What a file system says when it cannot deliver a file, which says nothing about the file.
 UNREACHABLE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES)
