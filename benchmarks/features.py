@@ -1,33 +1,30 @@
 """What a pyramid of feature maps costs over the plain forward pass: python -m benchmarks.features
 
-Of each variant, in evaluation mode and interleaved in one process: `model(x)`, `model.forward_intermediates(x)` with all
-stages, and `timm.create_model(…, features_only=True)(x)`. A gate comes first: the intermediates' last tokens are those of
-`forward_features`, and both ways give the same maps.
+Of each variant, in evaluation mode and interleaved in one process: `model(x)`, `model.forward_intermediates(x)` with
+all stages, and `timm.create_model(…, features_only=True)(x)`. A gate comes first: the intermediates' last tokens are
+those of `forward_features`, and both ways give the same maps.
 """
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 
 from benchmarks.common import (
-    RESULTS,
     Bar,
     Spread,
     WrongResultError,
-    environment,
+    argument_parser,
+    gated,
     interleaved,
     prepare_process,
     print_bars,
     print_table,
     ratios,
-    result_path,
     timed,
-    write_json,
+    write_result,
 )
 from models import list_models
 
@@ -64,30 +61,25 @@ def measure(name: str, batch_size: int, image_size: int, repeats: int, device: t
     }
 
 
+def _seconds(device: torch.device, call: Callable[[], object]) -> float:
+    return timed(device, call)[0]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Gate, measure, print, write. Exits with the reason, before anything is timed, when the gate finds an error."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.features",
-        description=(__doc__ or "").split("\n\n")[0],
-        epilog="example: python -m benchmarks.features --models pola_swin_tiny --batch-size 16 --device cuda",
-    )
+    parser = argument_parser("features", __doc__ or "", device=True)
     defaults = ["pola_swin_tiny", "pola_pvt_tiny"]
     parser.add_argument("--models", nargs="+", choices=list_models(), default=defaults, metavar="NAME")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
     parser.add_argument("--repeats", type=int, default=25, help="timed rounds")
-    parser.add_argument("--threads", type=int, help="default: what PyTorch chooses")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
     options = parser.parse_args(arguments)
     prepare_process(options.threads)
     device = torch.device(options.device)
-    records = []
-    for name in options.models:
-        try:
-            records.append(measure(name, options.batch_size, options.image_size, options.repeats, device))
-        except WrongResultError as error:
-            raise SystemExit(f"nothing is timed that is wrong: {error}") from error
+    with gated():
+        records = [
+            measure(name, options.batch_size, options.image_size, options.repeats, device) for name in options.models
+        ]
     rows = []
     bars = []
     for record in records:
@@ -99,17 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     title = f"batch {options.batch_size}, {options.image_size}²: median (smallest to largest)"
     print_table(title, ("model", "call", "ms", "× forward"), rows)
     print_bars(bars)
-    path = result_path(options.output, "features", device, "json")
     content = {
-        "program": "benchmarks.features",
-        "environment": environment(device),
         "batch_size": options.batch_size,
         "image_size": options.image_size,
         "repeats": options.repeats,
         "models": records,
-        "bars": [bar.as_json() for bar in bars],
     }
-    write_json(path, content)
+    path = write_result(options.output, "features", device, content, bars, packages=["timm"])
     print(f"\nwrote {path.name} to {options.output}")
 
 
