@@ -387,6 +387,8 @@ class Sample(NamedTuple):
     image: torch.Tensor  # uint8 (3, H, W)
     label: int
     unreadable: tuple[str, ...] = ()  # what was skipped to find it
+    position: int = -1  # in the data set; of evaluation only, and so is the name
+    name: str = ""
 
 
 class EvalDataset(Dataset[Sample]):
@@ -399,7 +401,8 @@ class EvalDataset(Dataset[Sample]):
         return len(self.source.labels)
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(self.transform(self.source.load(index)), int(self.source.labels[index]))
+        image, label = self.transform(self.source.load(index)), int(self.source.labels[index])
+        return Sample(image, label, position=index, name=self.source.name(index))
 
 
 class TrainDataset(Dataset[Sample]):
