@@ -365,7 +365,7 @@ def write_page(runs: Sequence[Run], docs: Path, jobs: int) -> Path:
     longest, bar = max((entry["wall_s"] for entry in times), default=0.0), f"{BAR_S:.0f} s"
     over = sum(entry["wall_s"] > BAR_S for entry in times)
     page = PAGE.format(
-        parameters=max(parameters(run) for run in finished),
+        parameters=max(parameters(run) for run in {run.variant: run for run in finished}.values()),
         image=image.relative_to(docs).as_posix(),
         bar=bar,
         results="\n".join(
