@@ -28,6 +28,7 @@ DATASETS = ("imagenet", "digits")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULERS = ("cosine", "linear", "step")
 DECODERS = ("pillow", "simplejpeg")
+ATTENTIONS = ("polarity", "softmax", "relu", "elu", "focused")
 BACKENDS = ("auto", "eager", "triton", "reference")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")  # those that warping augmentations take too
 AUGMENT_POLICY = re.compile(
@@ -142,6 +143,16 @@ KEYS: dict[str, Key] = {
     "MODEL.LA.PVT_LA_SR_RATIOS": Key(
         1111, integer(1), "spatial reduction of the L stages of Pola-PVT, one digit per stage"
     ),
+    "MODEL.LA.ATTENTION": Key(
+        "polarity",
+        choice(*ATTENTIONS),
+        "kernel of the L blocks, for comparisons; all else in them stays the same: softmax, or linear attention of"
+        " relu(x), of 1 + elu(x), of focused powers of relu(x), of both polarities",
+    ),
+    "MODEL.LA.LEARN_EXPONENT": Key(
+        True, boolean(), "learn the exponent of polarity attention; False fixes it at 1 + ALPHA/2, its initial value"
+    ),
+    "MODEL.LA.GATE": Key(True, boolean(), "multiply the output of the L blocks' attention by a gate from its input"),
     "MODEL.LA.BACKEND": Key("auto", choice(*BACKENDS), "implementation of the polarity attention op"),
     # -- training
     "TRAIN.START_EPOCH": Key(0, integer(0), "first epoch of a run that resumes nothing"),

@@ -104,8 +104,8 @@ class Interval:
 class Keeper(Protocol):
     """Asked after every optimizer step, and every batch of a validation, whether to save or to stop; collective."""
 
-    def decide(self, epoch: int, done: int) -> Decision:
-        """What to do after `done` steps of `epoch`."""
+    def decide(self, done: int) -> Decision:
+        """What to do after `done` steps of the epoch."""
         ...
 
     def save(self, epoch: int, done: int, interval: Interval, stop: bool) -> None:
@@ -250,7 +250,7 @@ def train_one_epoch(
             training.scheduler.step_update(step)
             if training.profiler:
                 training.profiler.step()
-            if keeper and any(decision := keeper.decide(epoch, done)):
+            if keeper and any(decision := keeper.decide(done)):
                 guard.look_everywhere()
                 keeper.save(epoch, done, interval, decision.stop)
     except NonFiniteError as error:

@@ -23,12 +23,9 @@ if __name__ == "__main__":
 import os
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from datetime import timedelta
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from timm.utils import ModelEmaV3
@@ -37,7 +34,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from config import KEYS, batch_plan, run_folder, value_of
+from config import batch_plan, run_folder
 from data import DataError, Loaders, build_loaders
 from data.check import run_check
 from data.transforms import TrainBatch, mixup_enabled
@@ -48,7 +45,7 @@ from models import build_model
 from models.classifier import Classifier
 from models.loading import load_pretrained, load_weights
 from models.ops.polarity_attention import choose_backend
-from optimizer import build_optimizer, load_optimizer_state
+from optimizer import build_optimizer
 from utils import distributed
 from utils.checkpoint import (
     CheckpointError,
@@ -56,44 +53,27 @@ from utils.checkpoint import (
     file_digest,
     load_checkpoint,
     num_classes_of,
-    stored_config,
 )
 from utils.checkpoint_store import (
     BEST_FILE,
     CheckpointWriter,
     Found,
-    Position,
     newest_checkpoint,
-    remove_temporary_files,
-    run_checkpoints,
     run_file,
     set_aside,
-    stored_position,
 )
 from utils.curves import draw_curves
+from utils.keeper import CheckpointKeeper
 from utils.metrics import Accuracy
 from utils.precision import autocast_dtype
-from utils.preemption import Agreement, Decision, PeersLostError, Preempted, StopRequest, leave_marker, remove_marker
-from utils.randomness import deterministic, generator_states, restore_generators, seed_everything
-from utils.run_lock import RunFolderBusyError, RunLock
+from utils.preemption import PeersLostError, Preempted, StopRequest
+from utils.profiling import step_profiler
+from utils.randomness import deterministic, seed_everything
+from utils.run_lock import RunFolderBusyError, open_folder, own_folder
+from utils.run_state import Progress, check_classes, restore
 from utils.watchdog import Watchdog
 
-CHECKPOINT_VERSION = 2
-STOPPED = "STOPPED"  # in the run folder: why a run ended that would end alike if torchrun started it again
 REFERENCE_BATCH = 512  # images per step that BASE_LR, WARMUP_LR and MIN_LR are given for
-
-
-class Progress(NamedTuple):
-    """Where a run stands: finished epochs, the best validation top-1 so far in percent, and optimizer steps done in the
-    epoch after the finished ones (all of them: only its validation is missing)."""
-
-    epoch: int = 0
-    best: float = 0.0
-    done: int = 0
-
-    @property
-    def position(self) -> Position:
-        return Position(self.epoch, self.done)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,9 +87,7 @@ def setup(config: CfgNode) -> torch.device:
     device = distributed.init(config.LOCAL_RANK, config.DIST.TIMEOUT)
     folder = run_folder(config)
     if not config.THROUGHPUT_MODE:
-        problem = _open_folder(folder) if distributed.rank() == 0 else None
-        if problem := distributed.broadcast_object(problem):  # every rank ends with the reason, not with a lost peer
-            raise ConfigError(str(problem))
+        open_folder(folder)
         setup_logger(distributed.rank(), folder / "log.txt")
     # sizes are fixed, so the search for fast kernels pays
     torch.backends.cudnn.benchmark = not config.EVAL_MODE and not config.DETERMINISTIC
@@ -120,26 +98,16 @@ def setup(config: CfgNode) -> torch.device:
         backend = choose_backend(config.MODEL.LA.BACKEND, device)
     except ValueError as problem:
         raise ConfigError(str(problem)) from None
+    kind = config.MODEL.LA.ATTENTION
     get_logger().info(
-        "%d × %s, torch %s, polarity attention backend: %s",
+        "%d × %s, torch %s, %s attention%s",
         distributed.world_size(),
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)",
         torch.__version__,
-        backend,
+        kind,
+        f" backend: {backend}" if kind == "polarity" else "",
     )
     return device
-
-
-def _open_folder(folder: Path) -> str | None:
-    """Make the run folder; returns what is wrong with it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        return f"the run folder {folder} cannot be written ({error.strerror}); --output names another root"
-    return None
 
 
 def place(model: Classifier, device: torch.device) -> Classifier:
@@ -151,23 +119,6 @@ def place(model: Classifier, device: torch.device) -> Classifier:
         if isinstance(module, nn.Conv2d) and module.groups == 1:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
     return model.to(device)
-
-
-def check_classes(checkpoint: dict[str, Any], loaders: Loaders, source: str) -> None:
-    """Raise CheckpointError unless the checkpoint's classes are the data set's: by name, else by number."""
-    stored, head = checkpoint.get("classes"), num_classes_of(checkpoint, source)
-    if stored and loaders.classes:
-        stored, own = tuple(stored), loaders.classes
-        if stored == own:
-            return
-        lacking, strange = sorted(set(stored) - set(own)), sorted(set(own) - set(stored))
-        raise CheckpointError(
-            f"{source} was trained on {len(stored)} classes, the data set has {len(own)}, and their names differ:"
-            f" missing in the data set: {', '.join(lacking[:5]) or 'none'}; unknown to the checkpoint:"
-            f" {', '.join(strange[:5]) or 'none'}" + ("" if lacking or strange else "; the order differs")
-        )
-    if head != loaders.num_classes:
-        raise CheckpointError(f"{source} has {head} classes, the data set {loaders.num_classes}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,233 +269,6 @@ def resume(config: CfgNode, training: Training, loaders: Loaders) -> tuple[Progr
     return progress, interval, found
 
 
-def restore(
-    config: CfgNode, training: Training, loaders: Loaders, checkpoint: dict[str, Any], source: str
-) -> tuple[Progress, Interval]:
-    """Put everything a checkpoint holds back, the configuration's schedule and hyperparameters staying in force.
-
-    Raises CheckpointError where it belongs to another model, data set, function or optimizer, or was written after a
-    part of an epoch that this configuration divides into other steps.
-    """
-    if differing := differing_function_keys(checkpoint, config, source):
-        raise CheckpointError("; ".join(differing))
-    check_classes(checkpoint, loaders, source)
-    if not isinstance(checkpoint.get("epoch"), int):
-        raise CheckpointError(f"{source} has no epoch to continue from; --pretrained starts from its weights")
-    _log_changed_keys(checkpoint, config, source)
-    continuation = checkpoint.get("continuation") or {}
-    _check_plan(config, training, continuation, source)
-    _check_epoch(config, loaders, continuation, source)
-    load_weights(training.bare_model, checkpoint["model"], source)
-    load_optimizer_state(training.optimizer, training.bare_model, checkpoint.get("optimizer"), source)
-    if training.ema:
-        load_weights(training.ema.module, checkpoint.get("model_ema") or checkpoint["model"], source)
-    if training.scaler and checkpoint.get("scaler"):
-        training.scaler.load_state_dict(checkpoint["scaler"])
-    training.skipped = continuation.get("skipped", 0)
-    states, position = checkpoint.get("rng"), stored_position(checkpoint)
-    interval = Interval(training.device)
-    if states and len(states) == distributed.world_size():
-        restore_generators(states[distributed.rank()])
-        if sums := continuation.get("intervals"):
-            interval.load_state(sums[distributed.rank()])
-    else:  # another number of processes, or a file that stores none
-        seed_everything(config.SEED, distributed.rank(), *position)
-        get_logger().info("random generators start from SEED, rank and position: the file has none for each process")
-    if position.done and loaders.train and loaders.train.is_stream:
-        get_logger().info(
-            "inside an epoch of shards: it continues exactly with the batch size, processes, DATA.NUM_WORKERS and"
-            " DATA.SHUFFLE_BUFFER it began with; with others its rest is another draw of the images"
-        )
-    return Progress(position.epoch, checkpoint.get("max_accuracy", 0.0), position.done), interval
-
-
-def _check_plan(config: CfgNode, training: Training, continuation: dict[str, Any], source: str) -> None:
-    """Refuse a change of the global batch that nobody asked for, or that a part of an epoch does not survive."""
-    stored = continuation.get("global_batch", training.global_batch)
-    if stored == training.global_batch:
-        if continuation.get("world_size", distributed.world_size()) != distributed.world_size():
-            get_logger().warning(
-                "%s was written by %d processes, this run has %d: the global batch stays %d, and so does the schedule",
-                source,
-                continuation["world_size"],
-                distributed.world_size(),
-                stored,
-            )
-        return
-    if config.TRAIN.GLOBAL_BATCH is None:
-        raise CheckpointError(
-            f"{source} was trained with {stored} images per step ({continuation['world_size']} processes), this run"
-            f" would use {training.global_batch}: --opts TRAIN.GLOBAL_BATCH {stored} keeps them and the schedule,"
-            f" TRAIN.GLOBAL_BATCH {training.global_batch} changes them on purpose"
-        )
-    if continuation["done"]:
-        raise CheckpointError(
-            f"{source} lies inside an epoch of {stored} images per step, which does not continue with"
-            f" TRAIN.GLOBAL_BATCH {training.global_batch}; finish the epoch with {stored} first"
-        )
-
-
-def _check_epoch(config: CfgNode, loaders: Loaders, continuation: dict[str, Any], source: str) -> None:
-    """Refuse to continue inside an epoch whose order of images was another one."""
-    assert loaders.train is not None
-    mine = {"images": loaders.train.num_images, "seed": config.SEED}
-    changed = [name for name, value in mine.items() if continuation.get(name, value) != value]
-    if continuation.get("done") and changed:
-        raise CheckpointError(
-            f"{source} lies inside an epoch of {continuation['images']} images drawn with SEED {continuation['seed']};"
-            f" now there are {mine['images']} and SEED is {mine['seed']}, so its rest would be other images. Restore"
-            " them, or continue from a checkpoint between two epochs with --opts TRAIN.AUTO_RESUME False --resume FILE"
-        )
-
-
-def _log_changed_keys(checkpoint: dict[str, Any], config: CfgNode, source: str) -> None:
-    """Name every training key that changed since a checkpoint of ours was written; the new values apply."""
-    if not isinstance(checkpoint.get("config"), str):
-        get_logger().info(
-            "%s stores no unscaled learning rates: schedule and optimizer follow the configuration", source
-        )
-        return
-    stored = stored_config(checkpoint, source)
-    assert stored is not None
-    changed = [
-        f"{key} {value_of(stored, key)} → {value_of(config, key)}"
-        for key in KEYS
-        if key.startswith(("TRAIN.", "DATA.", "AUG.", "EMA.", "MODEL.", "AMP", "SEED"))
-        and value_of(stored, key) != value_of(config, key)
-    ]
-    if changed:
-        get_logger().warning("changed since %s, the new values apply: %s", source, "; ".join(changed))
-
-
-def checkpoint_state(
-    config: CfgNode, training: Training, loaders: Loaders, progress: Progress, interval: Interval
-) -> dict[str, Any]:
-    """Everything a run continues from, as tensors and plain values; collective, because every rank has generators."""
-    return {
-        "model": training.bare_model.state_dict(),
-        "optimizer": training.optimizer.state_dict(),
-        "lr_scheduler": {
-            name: value
-            for name, value in training.scheduler.state_dict().items()
-            if not isinstance(value, torch.Tensor)
-        },
-        "scaler": training.scaler.state_dict() if training.scaler else None,
-        "model_ema": training.ema.module.state_dict() if training.ema else None,
-        "epoch": progress.epoch,
-        "step": progress.epoch * training.steps_per_epoch + progress.done,
-        "continuation": {
-            "done": progress.done,
-            "intervals": distributed.gather_objects(interval.state()),
-            "skipped": training.skipped,
-            "global_batch": training.global_batch,
-            "images": loaders.train.num_images if loaders.train else 0,
-            "seed": config.SEED,
-            "world_size": distributed.world_size(),
-        },
-        "max_accuracy": progress.best,
-        "rng": distributed.gather_objects(generator_states()),
-        "classes": list(loaders.classes) if loaders.classes else None,
-        "config": config.dump(),
-        "version": CHECKPOINT_VERSION,
-    }
-
-
-class CheckpointKeeper:
-    """When and what a run saves, apart from the end of an epoch: every so many steps or minutes, and told to stop.
-
-    A write that fails does not end the run while older checkpoints are there to continue from: it is logged, and the
-    next one tries again. Only the last one of a run has to succeed.
-    """
-
-    def __init__(
-        self,
-        config: CfgNode,
-        training: Training,
-        loaders: Loaders,
-        writer: CheckpointWriter | None,
-        best: float,
-        request: StopRequest,
-        all_alive: Callable[[], bool],
-    ) -> None:
-        self.config, self.training, self.loaders = config, training, loaders
-        self.writer = writer  # rank 0's
-        self.best = best
-        self.request = request
-        self.agreement = Agreement(request, timedelta(seconds=config.DIST.TIMEOUT + 30), all_alive)
-        self.owed = False  # a checkpoint was due at the end of the epoch
-        self.saved_at = time.monotonic()
-
-    def decide(self, epoch: int, done: int) -> Decision:
-        if self.writer:
-            self._report(self.writer.raise_problem)
-        minutes, steps = self.config.CHECKPOINT.EVERY_MINUTES, self.config.CHECKPOINT.EVERY_STEPS
-        due = minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
-        decision = self.agreement.decide(due)
-        save = decision.save or (steps > 0 and done % steps == 0)
-        if done == self.training.steps_per_epoch:  # the checkpoint of the epoch follows
-            self.owed |= save
-            save = False
-        return Decision(decision.stop, save)
-
-    def save(self, epoch: int, done: int, interval: Interval, stop: bool) -> None:
-        if stop:  # the loader processes were told to stop too, and are not waited for while it saves
-            close_loaders(self.loaders)
-        self.write(Progress(epoch, self.best, done), interval, last=stop)
-        if stop:
-            folder, reason = run_folder(self.config), self.request.signal
-            why = f"told to stop by {reason.name if reason else 'another rank'}"
-            where = f"after {epoch} epochs and {done} of {self.training.steps_per_epoch} steps"
-            if distributed.rank() == 0:
-                leave_marker(folder, f"{why}, saved {where}")
-            raise Preempted(f"{why}: saved {where}; the same command continues")
-
-    def write(
-        self,
-        progress: Progress,
-        interval: Interval,
-        *,
-        best: bool = False,
-        own: bool = True,
-        last: bool = False,
-    ) -> None:
-        """Save a position, collectively; returns while rank 0 still writes unless this is the `last` one.
-
-        Raises OSError on every rank when the last one cannot be written.
-        """
-        state = checkpoint_state(self.config, self.training, self.loaders, progress, interval)
-        problem = None
-        if self.writer:
-            self._report(self.writer.wait)
-            self.writer.save(state, progress.position, best=best, own=own)
-            if last:
-                try:
-                    self.writer.wait()
-                except Exception as error:  # whatever it is, every rank has to hear of it
-                    problem = str(error)
-        if last and (problem := distributed.broadcast_object(problem)):
-            raise OSError(problem)
-        self.saved_at, self.owed = time.monotonic(), False
-
-    def _report(self, check: Callable[[], None]) -> None:
-        try:
-            check()
-        except Exception as error:
-            newest = newest_name(run_folder(self.config))
-            get_logger().error("%s. The run goes on; it could continue from %s", error, newest or "nothing yet")
-
-
-def close_loaders(loaders: Loaders) -> None:
-    for batches in (loaders.train, loaders.val):
-        if batches:
-            batches.close()
-
-
-def newest_name(folder: Path) -> str | None:
-    """The newest checkpoint's name, unverified."""
-    return next((path.name for _, path in run_checkpoints(folder)), None)
-
-
 def validate_epoch(
     config: CfgNode,
     training: Training,
@@ -625,27 +349,12 @@ def run_training(config: CfgNode, device: torch.device, request: StopRequest) ->
                     watchdog.explain(error)
                 raise
     finally:
-        close_loaders(loaders)
+        loaders.close()
     metrics.close()
     if is_main:
         summarise(config, progress)
     distributed.barrier()
     return progress
-
-
-def step_profiler(config: CfgNode, folder: Path) -> torch.profiler.profile | None:
-    """Traces PROFILE steps, after 5 others, to `trace_rank_<rank>.json` (chrome://tracing, ui.perfetto.dev)."""
-    if not config.PROFILE:
-        return None
-    path = folder / f"trace_rank_{distributed.rank()}.json"
-
-    def write(profiler: torch.profiler.profile) -> None:
-        profiler.export_chrome_trace(str(path))
-        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=50)
-        get_logger().info("profile of %d steps: %s\n%s", config.PROFILE, path, table)
-
-    steps = torch.profiler.schedule(skip_first=4, wait=0, warmup=1, active=config.PROFILE, repeat=1)
-    return torch.profiler.profile(schedule=steps, on_trace_ready=write, acc_events=True)
 
 
 def run_epoch(
@@ -675,7 +384,7 @@ def run_epoch(
     def after_batch() -> None:
         done = training.steps_per_epoch
         training.beat((epoch + 1) * done, "validation")
-        if keeper.decide(epoch, done).stop:
+        if keeper.decide(done).stop:
             keeper.save(epoch, done, Interval(training.device), stop=True)
 
     top1 = validate_epoch(config, training, loaders, epoch + 1, metrics, after_batch).top1
@@ -746,42 +455,9 @@ def main(config: CfgNode) -> None:
         request = StopRequest()
         with request.listening():  # told to stop while it starts, a run stops at its first step
             device = setup(config)
-            with own_folder(run_folder(config)):
+            with own_folder(run_folder(config), LASTING):
                 run_training(config, device, request)
     distributed.cleanup()
-
-
-@contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of the run folder, and note there why this one ended if it would end alike again.
-
-    Raises RunFolderBusyError, on every rank, where another run is in it, and ConfigError where torchrun has started
-    processes again after such an end.
-    """
-    lock, problem = None, None
-    if distributed.rank() == 0:
-        try:
-            lock = RunLock(folder)
-        except RunFolderBusyError as error:
-            problem = str(error)
-    if problem := distributed.broadcast_object(problem):
-        raise RunFolderBusyError(problem)
-    stopped = folder / STOPPED
-    try:
-        if distributed.restarts() and stopped.exists():
-            raise ConfigError(f"not tried again: {stopped.read_text(encoding='utf-8').strip()}")
-        if lock:
-            remove_temporary_files(folder)
-            remove_marker(folder)
-            stopped.unlink(missing_ok=True)
-        yield
-    except LASTING as problem:
-        if not stopped.exists():
-            stopped.write_text(f"{problem}\n", encoding="utf-8")
-        raise
-    finally:
-        if lock:
-            lock.release()
 
 
 if __name__ == "__main__":

@@ -22,22 +22,22 @@ from benchmarks.baseline import literal_polarity_attention
 from benchmarks.common import (
     DTYPES,
     MEBIBYTE,
-    RESULTS,
     Bar,
     Spread,
     WrongResultError,
+    argument_parser,
     copy_bandwidth,
     environment,
+    gated,
     interleaved,
     prepare_process,
     print_bars,
     print_table,
     ratios,
     relative_error,
-    result_path,
     saved_bytes,
     timed,
-    write_json,
+    write_result,
 )
 from models.ops.polarity_attention import polarity_attention
 from utils.precision import autocast, exact_float32
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prepare_process(options.threads)
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     backends: dict[str, Op] = {name: partial(polarity_attention, backend=name) for name in options.backends}
-    try:
+    with gated():
         errors = {
             f"{h} heads of {d}": require_correct(backends, (h, d), dtype, device) for _, _, h, d in options.shapes
         }
@@ -98,8 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             compiled = options.compile == "all" or (options.compile == "first" and index == 0)
             shapes.append(measure_shape(shape, backends, dtype, device, options, compiled, copied.median))
             print_shape(shapes[-1])
-    except WrongResultError as error:
-        raise SystemExit(f"nothing is timed that is wrong: {error}") from error
     lengths = measure_lengths(options.lengths, backends, dtype, device, options)
     print_lengths(lengths)
     bars = [bar for record in shapes for bar in shape_bars(record, device, options.dtype)]
@@ -107,11 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bars += growth_bars(growth)
     print_bars(bars)
 
-    program = f"attention-{options.dtype}"
-    path = result_path(options.output, program, device, "json")
+    variant = f"-{options.dtype}"
     content = {
-        "program": "benchmarks.attention",
-        "environment": environment(device),
         "dtype": options.dtype,
         "backends": options.backends,
         "repeats": options.repeats,
@@ -122,17 +117,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "shapes": shapes,
         "lengths": lengths,
         "growth": growth,
-        "bars": [bar.as_json() for bar in bars],
     }
-    write_json(path, content)
-    picture = result_path(options.output, program, device, "png")
-    draw_lengths(lengths, picture, f"{content['environment']['device_name']}, {options.dtype}")
+    path = write_result(options.output, "attention", device, content, bars, variant=variant)
+    picture = path.with_suffix(".png")
+    draw_lengths(lengths, picture, f"{environment(device)['device_name']}, {options.dtype}")
     print(f"\nwrote {path.name} and {picture.name} to {options.output}")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argument_parser("attention", __doc__, device=True)
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="B,N,h,d", help="default: those of the bars")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: eager, and triton on a GPU")
@@ -146,9 +139,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=_repeats, default=9, help="timed rounds, at least 9")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N", help="of the length sweep")
     parser.add_argument("--surroundings", action="store_true", help="with division by scale and position of keys")
-    parser.add_argument("--threads", type=int, help="default: what PyTorch chooses")
     parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="on a GPU, time without CUDA graphs")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
     options = parser.parse_args(arguments)
     options.dtype = options.dtype or {"cpu": "float32", "cuda": "bfloat16"}[options.device]
     options.shapes = options.shapes or SHAPES[options.device]

@@ -1,13 +1,16 @@
-"""What both benchmarks share: process setup, timing, bytes saved for backward, bars, tables and result files."""
+"""What the benchmarks share: arguments, process setup, timing, bytes saved for backward, bars, tables, result files."""
 
+import argparse
 import gc
+import importlib.metadata
 import json
 import platform
 import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -34,9 +37,29 @@ class WrongResultError(RuntimeError):
     """What was to be timed computes something else than the baseline."""
 
 
+@contextmanager
+def gated() -> Iterator[None]:
+    """End the program with the reason where a gate inside finds a wrong result."""
+    try:
+        yield
+    except WrongResultError as error:
+        raise SystemExit(f"nothing is timed that is wrong: {error}") from error
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Process and device
+# Arguments, process and device
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def argument_parser(program: str, doc: str, *, device: bool = False, threads: bool = True) -> argparse.ArgumentParser:
+    """A parser with the arguments that programs share; its description is the first paragraph of the module's `doc`."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=doc.split("\n\n")[0])
+    if device:
+        parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    if threads:
+        parser.add_argument("--threads", type=int, help="default: what PyTorch chooses")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
+    return parser
 
 
 def prepare_process(threads: int | None = None) -> None:
@@ -252,5 +275,23 @@ def result_path(folder: Path, program: str, device: torch.device, suffix: str) -
     return folder / f"{program}-{device_slug(device)}-{date.today().isoformat()}.{suffix}"
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def write_result(
+    folder: Path,
+    program: str,
+    device: torch.device,
+    content: Mapping[str, Any],
+    bars: Sequence[Bar],
+    *,
+    variant: str = "",
+    packages: Sequence[str] = (),
+) -> Path:
+    """Write what a program measured, with its environment (versions of `packages` too) and bars; returns the file."""
+    path = result_path(folder, program + variant, device, "json")
+    record = {
+        "program": f"benchmarks.{program}",
+        "environment": environment(device) | {name: importlib.metadata.version(name) for name in packages},
+        **content,
+        "bars": [bar.as_json() for bar in bars],
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path

@@ -8,7 +8,6 @@ Images are made from the two photographs that ship with scikit-learn, in a tempo
 """
 
 import argparse
-import importlib.metadata
 import io
 import random
 import tempfile
@@ -30,20 +29,19 @@ from yacs.config import CfgNode
 
 from benchmarks.common import (
     MEBIBYTE,
-    RESULTS,
     ROOT,
     Bar,
     Spread,
     WrongResultError,
-    environment,
+    argument_parser,
+    gated,
     interleaved,
     prepare_process,
     print_bars,
     print_table,
     ratios,
-    result_path,
     timed,
-    write_json,
+    write_result,
 )
 from config import image_size, load_config
 from data import Batches, DataError, build_loaders
@@ -96,10 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{options.images} JPEGs of {SIZE[0]}×{SIZE[1]}, quality {QUALITY}, 4:2:0: {data['mean_kb']:.0f} kB each,"
             f" {data['prepared_mean_kb']:.0f} kB at short side {SHORT_SIDE}"
         )
-        try:
+        with gated():
             deviations = require_correct(folder)
-        except WrongResultError as error:
-            raise SystemExit(f"nothing is timed that is wrong: {error}") from error
         print_deviations(deviations)
         loaders = measure_loaders(folder, options)
         print_loaders(loaders)
@@ -109,36 +105,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_memory(memory)
     bars = speed_bars(loaders) + memory_bars(memory)
     print_bars(bars)
-    path = result_path(options.output, "input_pipeline", CPU, "json")
+    content = {
+        "recipe": RECIPE,
+        "batch_size": options.batch_size,
+        "repeats": options.repeats,
+        "data": data,
+        "deviations": deviations,
+        "loaders": loaders,
+        "steps": steps,
+        "memory": memory,
+    }
     packages = ("torchvision", "timm", "pillow", "simplejpeg", "numpy")
-    write_json(
-        path,
-        {
-            "program": "benchmarks.input_pipeline",
-            "environment": environment(CPU) | {name: importlib.metadata.version(name) for name in packages},
-            "recipe": RECIPE,
-            "batch_size": options.batch_size,
-            "repeats": options.repeats,
-            "data": data,
-            "deviations": deviations,
-            "loaders": loaders,
-            "steps": steps,
-            "memory": memory,
-            "bars": [bar.as_json() for bar in bars],
-        },
-    )
+    path = write_result(options.output, "input_pipeline", CPU, content, bars, packages=packages)
     print(f"\nwrote {path.name} to {options.output}")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.input_pipeline", description=__doc__.split("\n\n")[0])
+    parser = argument_parser("input_pipeline", __doc__, threads=False)
     parser.add_argument("--images", type=int, default=320, help="that are made and read in each round")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds, at least 9")
     parser.add_argument(
         "--entries", nargs=2, type=int, default=(2000, 20000), metavar=("FEW", "MANY"), help="of the zip files"
     )
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
     options = parser.parse_args(arguments)
     if options.repeats < 9:
         parser.error(f"--repeats {options.repeats}: expected at least 9")

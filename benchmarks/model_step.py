@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import timm
@@ -27,23 +26,22 @@ from benchmarks.baseline import literal_polarity_attention, patched_model_attent
 from benchmarks.common import (
     DTYPES,
     MEBIBYTE,
-    RESULTS,
     ROOT,
     Bar,
     Spread,
     WrongResultError,
+    argument_parser,
     cpu_flags,
-    environment,
+    gated,
     interleaved,
     prepare_process,
     print_bars,
     print_table,
     ratios,
     relative_error,
-    result_path,
     saved_bytes,
     timed,
-    write_json,
+    write_result,
 )
 from config import load_config
 from models import build_model
@@ -87,10 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setting = Setting(
             name, options.batch_size, options.image_size, options.repeats, options.device, options.threads
         )
-        try:
+        with gated():
             record = measure_eager(setting, options.precision)
-        except WrongResultError as error:
-            raise SystemExit(f"nothing is timed that is wrong: {error}") from error
         print_memory(record)
         print_steps(record)
         steps.append(record)
@@ -109,25 +105,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bars += [bar for record in throughputs for bar in throughput_bars(record)]
     print_bars(bars)
 
-    path = result_path(options.output, "model_step", device, "json")
     content = {
-        "program": "benchmarks.model_step",
-        "environment": environment(device),
         "batch_size": options.batch_size,
         "image_size": options.image_size,
         "precisions": options.precision,
         "repeats": options.repeats,
         "steps": steps,
         "throughput": throughputs,
-        "bars": [bar.as_json() for bar in bars],
     }
-    write_json(path, content)
+    path = write_result(options.output, "model_step", device, content, bars)
     print(f"\nwrote {path.name} to {options.output}")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model_step", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argument_parser("model_step", __doc__, device=True)
     parser.add_argument("--models", nargs="+", default=["pola_pvt_t", "pola_swin_t"], help="names of files in configs/")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--image-size", type=int, default=224)
@@ -139,7 +130,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="also whole models under torch.compile, ours (the default) or the baseline's too: minutes each",
     )
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
-    parser.add_argument("--threads", type=int, help="default: what PyTorch chooses")
     parser.add_argument(
         "--timm-sizes",
         nargs="*",
@@ -147,7 +137,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="image sizes at which Pola-Swin-T trains against timm's Swin-T; default: 224 and 512 on a GPU, else none",
     )
     parser.add_argument("--timm-batch-size", type=int, default=128, help="halved until it fits the GPU's memory")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
     options = parser.parse_args(arguments)
     if options.compile is None:
         options.compile = []

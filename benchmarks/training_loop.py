@@ -5,9 +5,7 @@ optimizer and batches, on a model whose step takes about 5 ms. And by how much a
 whose steps take 100 ms or more. A gate comes first: both loops leave the same weights, bit for bit.
 """
 
-import argparse
 import copy
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -20,27 +18,27 @@ from torch.nn.utils import clip_grad_norm_
 from yacs.config import CfgNode
 
 from benchmarks.common import (
-    RESULTS,
     ROOT,
     Bar,
     Spread,
     WrongResultError,
-    environment,
+    argument_parser,
+    gated,
     interleaved,
     prepare_process,
     print_bars,
     print_table,
-    result_path,
     timed,
-    write_json,
+    write_result,
 )
 from config import load_config
 from data import Batches, Loaders
 from engine import Training, train_one_epoch
 from logger import MetricsWriter
-from main import CheckpointKeeper, build_training
+from main import build_training
 from models import build_model
 from utils.checkpoint_store import CheckpointWriter
+from utils.keeper import CheckpointKeeper
 from utils.preemption import StopRequest
 
 SMALL = "MODEL.SWIN.EMBED_DIM 8 MODEL.SWIN.DEPTHS [1,1,1,1] MODEL.SWIN.NUM_HEADS [1,2,2,4] DATA.IMG_SIZE 32"
@@ -189,27 +187,21 @@ def measure_checkpoints(folder: Path, batch_size: int, repeats: int) -> dict[str
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Gate, measure, print, write. Exits with the reason, before anything is timed, when the gate finds an error."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_loop", description=__doc__.split("\n\n")[0])
+    parser = argument_parser("training_loop", __doc__)
     parser.add_argument("--steps", type=int, default=100, help="steps of a timed loop of the small model")
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds of the small model")
     parser.add_argument(
         "--checkpoint-repeats", type=int, default=5, help="timed rounds of 100 steps; 0 leaves them out"
     )
     parser.add_argument("--batch-size", type=int, default=1, help="of Pola-PVT-T")
-    parser.add_argument("--threads", type=int, help="default: what PyTorch chooses")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
     options = parser.parse_args(arguments)
     prepare_process(options.threads)
-    folder = Path(tempfile.mkdtemp())
-    try:
+    with tempfile.TemporaryDirectory() as name, gated():
+        folder = Path(name)
         overhead = measure_overhead(folder, options.steps, options.repeats)
         checkpoints = None
         if options.checkpoint_repeats:
             checkpoints = measure_checkpoints(folder, options.batch_size, options.checkpoint_repeats)
-    except WrongResultError as error:
-        raise SystemExit(f"nothing is timed that is wrong: {error}") from error
-    finally:
-        shutil.rmtree(folder)
     rows = [(f"{name} loop", Spread(**each).text(digits=2)) for name, each in overhead["step_ms"].items()]
     rows.append(("difference", Spread(**overhead["overhead_ms"]).text(digits=2)))
     print_table("a small Pola-Swin: median (smallest to largest)", ("", "ms per step"), rows)
@@ -225,15 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bars.append(Bar("% that a checkpoint every 50 steps adds", added, CHECKPOINT_BAR, "at most"))
     print_bars(bars)
     device = torch.device("cpu")
-    path = result_path(options.output, "training_loop", device, "json")
-    content = {
-        "program": "benchmarks.training_loop",
-        "environment": environment(device),
-        "overhead": overhead,
-        "checkpoints": checkpoints,
-        "bars": [bar.as_json() for bar in bars],
-    }
-    write_json(path, content)
+    content = {"overhead": overhead, "checkpoints": checkpoints}
+    path = write_result(options.output, "training_loop", device, content, bars)
     print(f"\nwrote {path.name} to {options.output}")
 
 

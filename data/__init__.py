@@ -130,6 +130,11 @@ class Loaders(NamedTuple):
     classes: tuple[str, ...] | None
     num_classes: int
 
+    def close(self) -> None:
+        for batches in (self.train, self.val):
+            if batches:
+                batches.close()
+
 
 def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
     # straight into one tensor, in a worker one in shared memory: it is not copied on its way to the main process

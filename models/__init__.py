@@ -1,29 +1,66 @@
-"""Models by configuration: `build_model` reads MODEL.TYPE and the keys that shape it."""
+"""Models by name and by configuration.
 
-from collections.abc import Sequence
+Importing this package registers every variant with timm, so that `timm.create_model("pola_swin_tiny")` finds it.
+`build_model` reads MODEL.TYPE and the keys that shape it.
+"""
+
+from typing import Any
 
 from yacs.config import CfgNode
 
 from config import MODEL_TYPES, image_size, parse_sr_ratios
+from models import pola_pvt, pola_swin
 from models.classifier import Classifier
-from models.pola_pvt import PolaPVT
+from models.pola_pvt import PVT_DEPTHS, PolaPVT
 from models.pola_swin import PolaSwin
 
-# Blocks per stage of each Pola-PVT (the rows of the paper's table; `large` is its B).
-PVT_DEPTHS: dict[str, Sequence[int]] = {
-    "pola_pvt_tiny": (2, 2, 2, 2),
-    "pola_pvt_small": (3, 4, 6, 3),
-    "pola_pvt_medium": (3, 4, 18, 3),
-    "pola_pvt_large": (3, 8, 27, 3),
-}
+assert ("pola_swin", *PVT_DEPTHS) == MODEL_TYPES, "config.MODEL_TYPES and the models that exist differ"
 
 
 def list_models() -> list[str]:
-    """The values that MODEL.TYPE accepts."""
-    return ["pola_swin", *PVT_DEPTHS]
+    """The names that `timm.create_model` accepts for the models of this package."""
+    return [*pola_swin.default_cfgs, *pola_pvt.default_cfgs]
 
 
-assert tuple(list_models()) == MODEL_TYPES, "config.MODEL_TYPES and the models that exist differ"
+def model_arguments(config: CfgNode) -> dict[str, Any]:
+    """What a configuration says to the constructor of its model, apart from the number of classes.
+
+    Raises ValueError for an unknown MODEL.TYPE.
+    """
+    shared = {
+        "img_size": image_size(config),
+        "in_chans": config.MODEL.SWIN.IN_CHANS,
+        "attn_type": config.MODEL.LA.ATTN_TYPE,
+        "alpha": config.MODEL.LA.ALPHA,
+        "kernel_size": config.MODEL.LA.KERNEL_SIZE,
+        "proj_drop_rate": config.MODEL.DROP_RATE,
+        "drop_path_rate": config.MODEL.DROP_PATH_RATE,
+        "backend": config.MODEL.LA.BACKEND,
+        "attention": config.MODEL.LA.ATTENTION,
+        "learn_exponent": config.MODEL.LA.LEARN_EXPONENT,
+        "gate": config.MODEL.LA.GATE,
+    }
+    if config.MODEL.TYPE in PVT_DEPTHS:
+        return {
+            **shared,
+            "depths": PVT_DEPTHS[config.MODEL.TYPE],
+            "sr_ratios": parse_sr_ratios(config.MODEL.LA.PVT_LA_SR_RATIOS),
+        }
+    if config.MODEL.TYPE == "pola_swin":
+        return {
+            **shared,
+            "patch_size": config.MODEL.SWIN.PATCH_SIZE,
+            "embed_dim": config.MODEL.SWIN.EMBED_DIM,
+            "depths": config.MODEL.SWIN.DEPTHS,
+            "num_heads": config.MODEL.SWIN.NUM_HEADS,
+            "window_size": config.MODEL.SWIN.WINDOW_SIZE,
+            "mlp_ratio": config.MODEL.SWIN.MLP_RATIO,
+            "qkv_bias": config.MODEL.SWIN.QKV_BIAS,
+            "qk_scale": config.MODEL.SWIN.QK_SCALE,
+            "ape": config.MODEL.SWIN.APE,
+            "patch_norm": config.MODEL.SWIN.PATCH_NORM,
+        }
+    raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r} is unknown, expected one of {', '.join(MODEL_TYPES)}")
 
 
 def build_model(config: CfgNode, num_classes: int | None = None) -> Classifier:
@@ -35,46 +72,8 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> Classifier:
     Raises:
         ValueError: an unknown MODEL.TYPE, or sizes that do not fit it.
     """
-    if num_classes is None:
-        num_classes = config.MODEL.NUM_CLASSES
-    model: Classifier
-    if config.MODEL.TYPE == "pola_swin":
-        model = PolaSwin(
-            img_size=image_size(config),
-            patch_size=config.MODEL.SWIN.PATCH_SIZE,
-            in_chans=config.MODEL.SWIN.IN_CHANS,
-            num_classes=num_classes,
-            embed_dim=config.MODEL.SWIN.EMBED_DIM,
-            depths=config.MODEL.SWIN.DEPTHS,
-            num_heads=config.MODEL.SWIN.NUM_HEADS,
-            window_size=config.MODEL.SWIN.WINDOW_SIZE,
-            attn_type=config.MODEL.LA.ATTN_TYPE,
-            alpha=config.MODEL.LA.ALPHA,
-            kernel_size=config.MODEL.LA.KERNEL_SIZE,
-            mlp_ratio=config.MODEL.SWIN.MLP_RATIO,
-            qkv_bias=config.MODEL.SWIN.QKV_BIAS,
-            qk_scale=config.MODEL.SWIN.QK_SCALE,
-            ape=config.MODEL.SWIN.APE,
-            patch_norm=config.MODEL.SWIN.PATCH_NORM,
-            drop_rate=config.MODEL.DROP_RATE,
-            drop_path_rate=config.MODEL.DROP_PATH_RATE,
-            backend=config.MODEL.LA.BACKEND,
-        )
-    elif config.MODEL.TYPE in PVT_DEPTHS:
-        model = PolaPVT(
-            depths=PVT_DEPTHS[config.MODEL.TYPE],
-            img_size=image_size(config),
-            in_chans=config.MODEL.SWIN.IN_CHANS,
-            num_classes=num_classes,
-            attn_type=config.MODEL.LA.ATTN_TYPE,
-            sr_ratios=parse_sr_ratios(config.MODEL.LA.PVT_LA_SR_RATIOS),
-            alpha=config.MODEL.LA.ALPHA,
-            kernel_size=config.MODEL.LA.KERNEL_SIZE,
-            drop_rate=config.MODEL.DROP_RATE,
-            drop_path_rate=config.MODEL.DROP_PATH_RATE,
-            backend=config.MODEL.LA.BACKEND,
-        )
-    else:
-        raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r} is unknown, expected one of {', '.join(list_models())}")
+    arguments = model_arguments(config)
+    arguments["num_classes"] = config.MODEL.NUM_CLASSES if num_classes is None else num_classes
+    model = PolaSwin(**arguments) if config.MODEL.TYPE == "pola_swin" else PolaPVT(**arguments)
     model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
     return model

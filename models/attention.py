@@ -8,8 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Grid
+from config import ATTENTIONS
+from models.layers import Grid, resize_table
+from models.ops.linear_attention import KINDS, kernel_attention
 from models.ops.polarity_attention import polarity_attention
+
+# they check their input's values and shapes: torch.fx takes each as one operation
+torch.fx.wrap("polarity_attention")
+torch.fx.wrap("kernel_attention")
+assert ("polarity", *KINDS) == ATTENTIONS, "the values of ATTENTION and the kinds of attention that exist differ"
 
 
 class PolaLinearAttention(nn.Module):
@@ -19,61 +26,113 @@ class PolaLinearAttention(nn.Module):
 
     Parameters: `power` (1, h, 1, d), the raw learnable exponent; `scale` (1, 1, C), softplus of which divides q and k;
     `positional_encoding` (1, n, C), added to k.
+
+    Args:
+        attention: the kernel between queries and keys: polarity, or for comparison one of models.ops.linear_attention,
+            everything around it staying the same. Those have no exponent, so no `power`.
+        learn_exponent: False fixes the exponent at 1 + α/2, where a learnable one starts, and there is no `power`.
+        gate: False leaves the gate out, and its part of the projection with it.
     """
 
     proj: nn.Linear
     dwc: nn.Conv2d
 
     def __init__(
-        self, dim: int, num_heads: int, key_grid: Grid, *, alpha: float, kernel_size: int, backend: str
+        self,
+        dim: int,
+        num_heads: int,
+        key_grid: Grid,
+        *,
+        alpha: float,
+        kernel_size: int,
+        backend: str,
+        attention: str,
+        learn_exponent: bool,
+        gate: bool,
     ) -> None:
         super().__init__()
+        if attention not in ATTENTIONS:
+            raise ValueError(f"ATTENTION {attention!r} is unknown, expected one of {', '.join(ATTENTIONS)}")
         if kernel_size % 2 == 0:
             raise ValueError(f"KERNEL_SIZE {kernel_size} of the depthwise convolution is even, expected an odd number")
         self.num_heads = num_heads
         self.alpha = alpha
         self.key_grid = key_grid
         self.backend = backend
-        self.power = nn.Parameter(torch.zeros(1, num_heads, 1, dim // num_heads))
+        self.attention = attention
+        self.gate = gate
+        learns = attention == "polarity" and learn_exponent
+        self.power = nn.Parameter(torch.zeros(1, num_heads, 1, dim // num_heads)) if learns else None
         self.scale = nn.Parameter(torch.zeros(1, 1, dim))
         self.positional_encoding = nn.Parameter(torch.zeros(1, key_grid[0] * key_grid[1], dim))
 
     def exponent(self) -> Tensor:
-        """p = 1 + α·sigmoid(power), (h, d)."""
+        """p = 1 + α·sigmoid(power), (h, d); without `power` 1 + α/2, its value at power 0."""
+        if self.power is None:
+            return torch.full_like(self.scale[0, 0], 1 + self.alpha / 2).unflatten(-1, (self.num_heads, -1))
         return 1 + self.alpha * torch.sigmoid(self.power[0, :, 0])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, grid: Grid, key_mask: Tensor | None = None) -> Tensor:
+    def position(self, key_grid: Grid) -> Tensor:
+        """The table added to k, (n, C), resized where the keys are of another grid than it was built for."""
+        if key_grid == self.key_grid:
+            return self.positional_encoding[0]
+        return resize_table(self.positional_encoding[0], self.key_grid, key_grid)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        grid: Grid,
+        key_mask: Tensor | None = None,
+        key_grid: Grid | None = None,
+    ) -> Tensor:
         """Attention over q (B, N, C) and k, v (B, n, C), plus the depthwise branch over v, gated by g: (B, N, C)."""
         heads = (self.num_heads, -1)
         if key_mask is not None:
             v = v.masked_fill(~key_mask[:, :, None], 0.0)
-        out = polarity_attention(
-            q.unflatten(-1, heads),
-            k.unflatten(-1, heads),
-            v.unflatten(-1, heads),
-            self.exponent(),
-            scale=F.softplus(self.scale[0, 0]).unflatten(-1, heads),
-            position=self.positional_encoding[0].unflatten(-1, heads),
-            key_mask=key_mask,
-            backend=self.backend,
-        )
-        return self.proj((out.flatten(2) + self.local_branch(v, grid)) * g)
+        queries, keys, values = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
+        scale = F.softplus(self.scale[0, 0]).unflatten(-1, heads)
+        position = self.position(key_grid or self.key_grid).unflatten(-1, heads)
+        if self.attention == "polarity":
+            out = polarity_attention(
+                queries,
+                keys,
+                values,
+                self.exponent(),
+                scale=scale,
+                position=position,
+                key_mask=key_mask,
+                backend=self.backend,
+            )
+        else:
+            out = kernel_attention(
+                self.attention, queries, keys, values, scale=scale, position=position, key_mask=key_mask
+            )
+        out = out.flatten(2) + self.local_branch(v, grid)
+        return self.proj(out if g is None else out * g)
 
     def local_branch(self, v: Tensor, grid: Grid) -> Tensor:
         """Depthwise convolution over v (B, n, C) as a map of N = H·W tokens; all heads share the kernel: (B, N, C)."""
-        H, W = grid
-        if v.shape[1] != H * W:  # reduced keys: back to N tokens, linearly along the token axis
-            v = F.interpolate(v.transpose(1, 2), size=H * W, mode="linear", align_corners=False).transpose(1, 2)
-        image = v.unflatten(1, (H, W)).permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
         # repeated as a matrix: its gradient is then laid out like the parameter, as DDP's buckets want it
         kernel = self.dwc.weight.flatten(1).repeat(self.num_heads, 1).unflatten(1, (1, *self.dwc.kernel_size))
         assert self.dwc.bias is not None
-        bias = self.dwc.bias.repeat(self.num_heads)
-        with torch.autocast("cpu", enabled=False):  # its depthwise weight gradient takes twice as long in bfloat16
-            if v.device.type == "cpu":
-                image = image.to(torch.promote_types(v.dtype, torch.float32))
-            out = F.conv2d(image, kernel, bias, padding=self.dwc.padding, groups=v.shape[-1])
-        return out.permute(0, 2, 3, 1).flatten(1, 2).to(v.dtype)
+        return depthwise_convolution(v, grid, kernel, self.dwc.bias.repeat(self.num_heads))
+
+
+@torch.fx.wrap
+def depthwise_convolution(v: Tensor, grid: Grid, kernel: Tensor, bias: Tensor) -> Tensor:
+    """Convolve each channel of v (B, n, C), as a map of N = H·W tokens, with its (1, K, K) of `kernel`: (B, N, C)."""
+    H, W = grid
+    if v.shape[1] != H * W:  # reduced keys: back to N tokens, linearly along the token axis
+        v = F.interpolate(v.transpose(1, 2), size=H * W, mode="linear", align_corners=False).transpose(1, 2)
+    image = v.unflatten(1, (H, W)).permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
+    with torch.autocast("cpu", enabled=False):  # its depthwise weight gradient takes twice as long in bfloat16
+        if v.device.type == "cpu":
+            image = image.to(torch.promote_types(v.dtype, torch.float32))
+        out = F.conv2d(image, kernel, bias, padding=kernel.shape[-1] // 2, groups=v.shape[-1])
+    return out.permute(0, 2, 3, 1).flatten(1, 2).to(v.dtype)
 
 
 def _head_convolution(dim: int, num_heads: int, kernel_size: int) -> nn.Conv2d:
@@ -83,7 +142,7 @@ def _head_convolution(dim: int, num_heads: int, kernel_size: int) -> nn.Conv2d:
 
 
 class PolaWindowAttention(PolaLinearAttention):
-    """Polarity-aware linear attention inside windows (Pola-Swin): one projection gives q, k, v, g."""
+    """Polarity-aware linear attention inside windows (Pola-Swin): one projection gives q, k, v and, if gated, g."""
 
     def __init__(
         self,
@@ -96,17 +155,35 @@ class PolaWindowAttention(PolaLinearAttention):
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
         backend: str = "auto",
+        attention: str = "polarity",
+        learn_exponent: bool = True,
+        gate: bool = True,
     ) -> None:
-        super().__init__(dim, num_heads, window, alpha=alpha, kernel_size=kernel_size, backend=backend)
-        self.qkvg = nn.Linear(dim, 4 * dim, bias=qkv_bias)
+        super().__init__(
+            dim,
+            num_heads,
+            window,
+            alpha=alpha,
+            kernel_size=kernel_size,
+            backend=backend,
+            attention=attention,
+            learn_exponent=learn_exponent,
+            gate=gate,
+        )
+        self.qkvg = nn.Linear(dim, (4 if gate else 3) * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.dwc = _head_convolution(dim, num_heads, kernel_size)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """x (windows·B, N, C); key_mask (windows·B, N) bool, False for padding."""
-        q, k, v, g = self.qkvg(x).chunk(4, dim=-1)
-        return self.proj_drop(self.attend(q, k, v, g, self.key_grid, key_mask))
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, window: Grid | None = None) -> Tensor:
+        """x (windows·B, N, C); key_mask (windows·B, N) bool, False for padding; window None: the one built for."""
+        window = window or self.key_grid
+        g = None
+        if self.gate:
+            q, k, v, g = self.qkvg(x).chunk(4, dim=-1)
+        else:
+            q, k, v = self.qkvg(x).chunk(3, dim=-1)
+        return self.proj_drop(self.attend(q, k, v, g, window, key_mask, window))
 
 
 class PolaReductionAttention(PolaLinearAttention):
@@ -124,13 +201,23 @@ class PolaReductionAttention(PolaLinearAttention):
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
         backend: str = "auto",
+        attention: str = "polarity",
+        learn_exponent: bool = True,
+        gate: bool = True,
     ) -> None:
-        if grid[0] % sr_ratio or grid[1] % sr_ratio:
-            raise ValueError(f"a {grid[0]}×{grid[1]} map does not divide by the spatial reduction ratio {sr_ratio}")
-        key_grid = (grid[0] // sr_ratio, grid[1] // sr_ratio)
-        super().__init__(dim, num_heads, key_grid, alpha=alpha, kernel_size=kernel_size, backend=backend)
-        self.grid = grid
-        self.qg = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        key_grid = reduced_grid(grid, sr_ratio)
+        super().__init__(
+            dim,
+            num_heads,
+            key_grid,
+            alpha=alpha,
+            kernel_size=kernel_size,
+            backend=backend,
+            attention=attention,
+            learn_exponent=learn_exponent,
+            gate=gate,
+        )
+        self.qg = nn.Linear(dim, (2 if gate else 1) * dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.reduction = sr_ratio
@@ -141,16 +228,17 @@ class PolaReductionAttention(PolaLinearAttention):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """x (B, H·W, C) with its grid (H, W). Raises ValueError for another grid than the module was built for."""
-        if grid != self.grid:
-            raise ValueError(
-                f"polarity attention was built for a {self.grid[0]}×{self.grid[1]} map and received"
-                f" {grid[0]}×{grid[1]}: build the model with the input's IMG_SIZE and load weights with --pretrained,"
-                " which resizes them"
-            )
-        q, g = self.qg(x).chunk(2, dim=-1)
+        """x (B, H·W, C) with its grid (H, W), which the reduction ratio divides."""
+        q, g = self.qg(x).chunk(2, dim=-1) if self.gate else (self.qg(x), None)
         k, v = self.kv(reduce_tokens(self, x, grid)).chunk(2, dim=-1)
-        return self.proj_drop(self.attend(q, k, v, g, grid))
+        return self.proj_drop(self.attend(q, k, v, g, grid, key_grid=reduced_grid(grid, self.reduction)))
+
+
+def reduced_grid(grid: Grid, ratio: int) -> Grid:
+    """The grid of keys. Raises ValueError unless the spatial reduction ratio divides the map."""
+    if grid[0] % ratio or grid[1] % ratio:
+        raise ValueError(f"a {grid[0]}×{grid[1]} map does not divide by the spatial reduction ratio {ratio}")
+    return grid[0] // ratio, grid[1] // ratio
 
 
 def reduce_tokens(module: "PolaReductionAttention | SpatialReductionAttention", x: Tensor, grid: Grid) -> Tensor:
@@ -189,10 +277,24 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (windows·B, N, C); mask (windows, N, N), added to the scores of each window of an image."""
+    def fit(self, window: Grid) -> None:
+        """Index the table for another window; the table is the model's to resize."""
+        self.window = window
+        self.relative_position_index = relative_position_index(window).to(self.relative_position_index.device)
+
+    def relative_bias(self, window: Grid) -> Tensor:
+        """(N, N, h), added to the scores; the table is resized for another window than it was built for."""
+        if window == self.window:
+            return self.relative_position_bias_table[self.relative_position_index]
+        own, other = ((2 * height - 1, 2 * width - 1) for height, width in (self.window, window))
+        table = resize_table(self.relative_position_bias_table, own, other)
+        return table[relative_position_index(window).to(table.device)]
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, window: Grid | None = None) -> Tensor:
+        """x (windows·B, N, C); mask (windows, N, N), added to the scores of each window of an image; window None: the
+        one built for."""
         B, N, C = x.shape
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]  # (1, h, N, N)
+        bias = self.relative_bias(window or self.window).permute(2, 0, 1)[None]  # (1, h, N, N)
         windows = 1
         if mask is not None:  # windows join the heads, so that the sum of bias and mask has no batch axis
             windows = mask.shape[0]

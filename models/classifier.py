@@ -1,16 +1,65 @@
-"""What every model of this framework is: features, a mean over tokens, and a linear head."""
+"""What every model of this framework is: stages that give a pyramid of feature maps, pooling, and a linear head.
+
+`Classifier` is timm's model interface, written once for Pola-Swin and Pola-PVT. docs/models.md shows it in use.
+
+Letters: B batch, C channels, H×W token grid, N = H·W tokens.
+"""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from models.layers import Grid, init_weights
+from models.layers import Grid, init_weights, resize_table
+
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "avg": lambda x: x.mean(dim=1),
+    "max": lambda x: x.amax(dim=1),
+    "avgmax": lambda x: 0.5 * (x.mean(dim=1) + x.amax(dim=1)),
+    "": lambda x: x,  # every token
+}
+# In a `group_matcher`: what matches joins the layer before it (a number that timm reserves).
+PREVIOUS = (99999,)
+OUTPUT_FORMATS = ("NCHW", "NHWC", "NLC")
+
+
+@torch.fx.wrap
+def require_size(x: Tensor, img_size: Grid, model: str) -> Tensor:
+    """`x` itself. Raises ValueError unless it is `img_size` large; torch.fx keeps the call in the graphs it traces."""
+    if tuple(x.shape[-2:]) != img_size:
+        raise ValueError(
+            f"{model} was built for {img_size[0]}×{img_size[1]} pixels and received {x.shape[-2]}×{x.shape[-1]}: set"
+            " IMG_SIZE (img_size) to the input's size, call set_input_size, or build with dynamic_img_size=True"
+        )
+    return x
+
+
+def chosen_stages(stages: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    """Stages counted from the first, and the last of them. Arguments as in `forward_intermediates`.
+
+    Raises ValueError for none, or for one that does not exist.
+    """
+    if indices is None:
+        indices = stages
+    if isinstance(indices, int):
+        if not 1 <= indices <= stages:
+            raise ValueError(f"the last {indices} stages were asked for, expected 1 to {stages}")
+        indices = range(stages - indices, stages)
+    if not indices or any(not -stages <= index < stages for index in indices):
+        raise ValueError(
+            f"stages {list(indices)} were asked for, expected some of 0 to {stages - 1}, or −{stages} to −1"
+        )
+    chosen = sorted({index % stages for index in indices})
+    return chosen, chosen[-1]
 
 
 class Classifier(nn.Module, ABC):
-    """Base of Pola-Swin and Pola-PVT: the head, and what loading and optimising need to know about a model.
+    """Base of Pola-Swin and Pola-PVT: timm's interface, and what loading and optimising need to know about a model.
 
-    Subclasses set `num_features`, call `reset_classifier` once, and define `forward_features`.
+    Subclasses call `_begin` first and `_finish` last in their constructor and define the abstract methods.
     """
 
     # Ends of the names of entries in this family's files that the model derives instead of storing.
@@ -19,36 +68,149 @@ class Classifier(nn.Module, ABC):
     unused_released_parameters: tuple[str, ...] = ()
     # Ends of the names of parameters that are not decayed although they have several dimensions.
     undecayed: tuple[str, ...] = ()
+    # Layout of `forward_features`, in timm's words: batch, tokens, channels.
+    output_fmt = "NLC"
 
+    img_size: Grid
+    dynamic_img_size: bool
+    in_chans: int
     num_features: int
+    head_hidden_size: int
     num_classes: int
+    global_pool: str
+    feature_info: list[dict[str, Any]]
     head: nn.Linear | nn.Identity
 
+    # -- construction
+
+    def _begin(self, img_size: int | Sequence[int], unit: int, in_chans: int, dynamic_img_size: bool) -> None:
+        self.unit = unit  # pixels that one token of the last stage covers in each direction
+        self.img_size = self._fitting(img_size)
+        self.in_chans = in_chans
+        self.dynamic_img_size = dynamic_img_size
+
+    def _finish(
+        self, channels: Sequence[int], modules: Sequence[str], num_classes: int, global_pool: str, drop_rate: float
+    ) -> None:
+        """Describe the stages (channels and module name of each), initialise all weights, and build the head."""
+        first = self.unit // 2 ** (len(channels) - 1)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": first * 2**i, "module": module}
+            for i, (dim, module) in enumerate(zip(channels, modules, strict=True))
+        ]
+        self.num_features = self.head_hidden_size = channels[-1]
+        self.apply(init_weights)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+
+    def _fitting(self, img_size: int | Sequence[int]) -> Grid:
+        """An image size as a pair. Raises ValueError unless the stages divide it."""
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if height % self.unit or width % self.unit:
+            raise ValueError(f"image size {height}×{width} is not a multiple of {self.unit} in both directions")
+        return height, width
+
+    # -- forward
+
+    def _input_size(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """Images and the size that the position tables have to fit. Raises ValueError for a size that is not accepted.
+
+        torch.fx traces a model for its own `img_size`, whatever sizes it accepts otherwise.
+        """
+        if isinstance(x, Proxy) or not self.dynamic_img_size:
+            return require_size(x, self.img_size, type(self).__name__), self.img_size
+        return x, self._fitting(x.shape[-2:])
+
     @abstractmethod
+    def forward_stages(
+        self, x: Tensor, keep: Collection[int] = (), last: int | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Grid]]]:
+        """Images (B, in_chans, height, width) through the stages up to `last` (None: all of them).
+
+        Returns the tokens (B, N, C) that these leave, not normalised, and tokens and grid of the stages in `keep`, each
+        before a reduction to the next stage's grid.
+        """
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """What follows the last stage, on its tokens; only Pola-Swin has something there."""
+        return x
+
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, height, width) to tokens (B, N, num_features)."""
+        """Images (B, in_chans, height, width) to tokens (B, N, num_features) of the last stage."""
+        return self.final_norm(self.forward_stages(x)[0])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, N, C) to the mean over tokens (B, C) and, unless `pre_logits`, to logits."""
-        x = x.mean(dim=1)
+        """Tokens (B, N, C) to pooled features (B, C) and, unless `pre_logits`, to logits."""
+        x = self.head_drop(POOLS[self.global_pool](x))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
-    @abstractmethod
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in backward instead of storing them."""
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The feature maps of chosen stages, beside what `forward_features` returns.
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed although they have several dimensions."""
-        return {name for name, _ in self.named_parameters() if self.undecayed and name.endswith(self.undecayed)}
+        Args:
+            indices: stages, negative ones counted from the last; a number n: the last n; None: all.
+            norm: put the model's final normalisation on the last stage's map.
+            stop_early: compute no stage after the last one chosen; the tokens returned are then that stage's.
+            output_fmt: of the maps: NCHW, NHWC or NLC (tokens).
+            intermediates_only: return the maps alone.
+        """
+        if output_fmt not in OUTPUT_FORMATS:
+            raise ValueError(f"output_fmt {output_fmt!r} is unknown, expected one of {', '.join(OUTPUT_FORMATS)}")
+        stages = len(self.feature_info)
+        keep, last = chosen_stages(stages, indices)
+        x, kept = self.forward_stages(x, keep, last if stop_early else None)
+        normalised = kept[-1][0] if stop_early and last < stages - 1 else self.final_norm(x)
+        if norm and stages - 1 in keep:
+            kept[-1] = (normalised, kept[-1][1])
+        maps = [_formatted(tokens, grid, output_fmt) for tokens, grid in kept]
+        return maps if intermediates_only else (normalised, maps)
+
+    # -- changing a model
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what `forward_intermediates` does not need for these stages; returns them counted from the first."""
+        keep, last = chosen_stages(len(self.feature_info), indices)
+        shortened = last < len(self.feature_info) - 1
+        self._remove_after(last, norm=prune_norm or shortened)
+        if shortened:
+            del self.feature_info[last + 1 :]
+            self.unit = self.feature_info[last]["reduction"]
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return keep
+
+    @abstractmethod
+    def _remove_after(self, last: int, *, norm: bool) -> None:
+        """Remove the stages after `last`, the reduction that leads to them, and the final normalisation if `norm`."""
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a freshly initialised one; 0 classes: features only."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a freshly initialised one; 0 classes: features only.
+
+        Args:
+            global_pool: avg, max, avgmax, or an empty string for every token unpooled; None: as it was.
+        """
+        if global_pool is not None:
+            if global_pool not in POOLS:
+                names = ", ".join(repr(name) for name in POOLS)
+                raise ValueError(f"global_pool {global_pool!r} is unknown, expected one of {names}")
+            self.global_pool = global_pool
         self.num_classes = num_classes
         if num_classes == 0:
             self.head = nn.Identity()
@@ -58,5 +220,41 @@ class Classifier(nn.Module, ABC):
         init_weights(self.head)
 
     @abstractmethod
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in backward instead of storing them."""
+
+    def _resize_tables(self, before: dict[str, Grid]) -> None:
+        """Replace the position tables whose grid differs from `before` by resized ones."""
+        for name, grid in self.position_grids().items():
+            if grid != before[name]:
+                owner, _, leaf = name.rpartition(".")
+                table = self.get_parameter(name)
+                resized = resize_table(table.detach(), before[name], grid)
+                setattr(self.get_submodule(owner), leaf, nn.Parameter(resized, table.requires_grad))
+
+    def _note_arguments(self, **changed: Any) -> None:
+        """Record changed constructor arguments where timm looks for them when it describes a model in a file."""
+        self._traits = {**getattr(self, "_traits", {}), "img_size": self.img_size}
+        self._model_args = {**getattr(self, "_model_args", {}), "img_size": self.img_size, **changed}
+
+    # -- what optimising and loading ask
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed although they have several dimensions."""
+        return {name for name, _ in self.named_parameters() if self.undecayed and name.endswith(self.undecayed)}
+
+    @abstractmethod
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's description of the layers from stem to head by parameter names; `coarse`: a layer is a stage."""
+
+    @abstractmethod
     def position_grids(self) -> dict[str, Grid]:
         """(rows, columns) of each position table, by parameter name."""
+
+
+def _formatted(tokens: Tensor, grid: Grid, output_fmt: str) -> Tensor:
+    """Tokens (B, N, C) as a map of that format."""
+    if output_fmt == "NLC":
+        return tokens
+    image = tokens.unflatten(1, grid)
+    return image if output_fmt == "NHWC" else image.permute(0, 3, 1, 2).contiguous()

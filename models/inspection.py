@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def _watched(model: nn.Module) -> Iterator[tuple[dict[str, dict[str, Any]], dict
 
     for name, module in model.named_modules():
         handles.append(module.register_forward_hook(lambda m, inputs, output, name=name: note(name, m, inputs, output)))
-        if isinstance(module, PolaLinearAttention):
+        if _is_polarity(module):
             _watch_attention(module, name, attention)
     try:
         yield modules, attention
@@ -62,8 +62,13 @@ def _watched(model: nn.Module) -> Iterator[tuple[dict[str, dict[str, Any]], dict
         for handle in handles:
             handle.remove()
         for module in model.modules():
-            if isinstance(module, PolaLinearAttention):
+            if _is_polarity(module):
                 del module.attend
+
+
+def _is_polarity(module: nn.Module) -> TypeGuard[PolaLinearAttention]:
+    """True for the attention whose kernel has an exponent and two normalisers, unlike those it is compared with."""
+    return isinstance(module, PolaLinearAttention) and module.attention == "polarity"
 
 
 def _watch_attention(module: PolaLinearAttention, name: str, records: dict[str, dict[str, Any]]) -> None:

@@ -3,11 +3,14 @@
 Letters: B batch, C channels, H×W token grid, N = H·W tokens.
 """
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 Grid = tuple[int, int]  # (height, width) in tokens or pixels
+
+torch.fx.wrap("rearrange")  # which asks for the type of its input: torch.fx takes it as one operation
 
 
 class Mlp(nn.Module):
@@ -32,23 +35,20 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
         self.norm = nn.LayerNorm(dim, eps=1e-5) if norm else nn.Identity()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Grid]:
-        x = self.proj(x)
-        grid = (x.shape[2], x.shape[3])
-        return self.norm(x.flatten(2).transpose(1, 2)), grid
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).flatten(2).transpose(1, 2))
 
 
 class PatchMerging(nn.Module):
     """Halve the token grid and double the channels: LayerNorm and a linear layer over 2×2 neighbours (Swin)."""
 
-    def __init__(self, grid: Grid, dim: int) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.grid = grid
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(4 * dim, eps=1e-5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        H, W = self.grid
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        H, W = grid
         # channel order: neighbours down the columns first, as the released weights expect
         x = rearrange(x, "B (H dh W dw) C -> B (H W) (dw dh C)", H=H // 2, dh=2, W=W // 2, dw=2)
         return self.reduction(self.norm(x))
@@ -73,11 +73,12 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def resize_grid(table: Tensor, source: Grid, target: Grid) -> Tensor:
-    """Resize a position table (rows · columns, C) bicubically from one grid to another."""
-    image = table.float().unflatten(0, source).permute(2, 0, 1)[None]
-    resized = F.interpolate(image, size=target, mode="bicubic", align_corners=False)
-    return resized[0].flatten(1).T.to(table.dtype)
+def resize_table(table: Tensor, source: Grid, target: Grid, mode: str = "bicubic") -> Tensor:
+    """Resize a position table (…, rows · columns, C) from one grid to another; differentiable."""
+    image = table.reshape(*source, -1).permute(2, 0, 1)[None]
+    image = image.to(torch.promote_types(table.dtype, torch.float32))
+    resized = F.interpolate(image, size=target, mode=mode, align_corners=False)
+    return resized[0].flatten(1).T.reshape(*table.shape[:-2], -1, table.shape[-1]).to(table.dtype)
 
 
 def drop_path_rates(rate: float, depths: list[int] | tuple[int, ...]) -> list[list[float]]:

@@ -5,29 +5,79 @@ PolaFormer, ICLR 2025, arXiv 2501.15061; Swin Transformer, arXiv 2103.14030.
 Letters: B batch, C channels, H×W token grid, N = H·W tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import DropPath
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import parse_attention_types
 from models.attention import PolaWindowAttention, WindowAttention
-from models.classifier import Classifier
+from models.classifier import PREVIOUS, Classifier
 from models.layers import (
     Grid,
     Mlp,
     PatchEmbed,
     PatchMerging,
     drop_path_rates,
-    init_weights,
+    resize_table,
     window_partition,
     window_reverse,
 )
+from models.registry import create_variant, default_cfg
 
 MASKED = -100.0  # score offset between tokens that a cyclic shift brought together
+
+
+class Tiling(NamedTuple):
+    """How windows cover a token grid: clipped to it, shifted along axes they do not cover, padded to whole windows."""
+
+    grid: Grid
+    window: Grid
+    shift: Grid
+    padding: Grid
+
+    @classmethod
+    def of(cls, grid: Grid, window_size: int, shifted: bool) -> "Tiling":
+        H, W = grid
+        wh, ww = min(window_size, H), min(window_size, W)
+        shift = (wh // 2 if shifted and wh < H else 0, ww // 2 if shifted and ww < W else 0)
+        return cls(grid, (wh, ww), shift, (-H % wh, -W % ww))
+
+    def _windows_of(self, image: Tensor) -> Tensor:
+        """(windows, tokens per window) of a padded, unshifted (H + pad, W + pad) image, after the shift."""
+        shifted = torch.roll(image, (-self.shift[0], -self.shift[1]), dims=(0, 1))
+        return window_partition(shifted[None, :, :, None], self.window)[:, :, 0]
+
+    def _real_tokens(self) -> Tensor:
+        H, W = self.grid
+        return self._windows_of(F.pad(torch.ones(H, W), (0, self.padding[1], 0, self.padding[0]))) > 0
+
+    def key_mask(self) -> Tensor | None:
+        """(windows, tokens) bool: True for a real token. A shifted polarity window has no other mask."""
+        return self._real_tokens() if any(self.padding) else None
+
+    def score_mask(self) -> Tensor | None:
+        """(windows, tokens, tokens) added to scores: −100 between shifted regions, −inf for padded keys."""
+        if not any(self.shift) and not any(self.padding):
+            return None
+        regions = torch.zeros(self.grid[0] + self.padding[0], self.grid[1] + self.padding[1])
+        # tokens that the shift wraps around form regions of their own; labels are compared after the shift
+        regions[: self.shift[0]] += 1
+        regions[:, : self.shift[1]] += 2
+        labels = self._windows_of(regions)
+        mask = torch.where(labels[:, :, None] == labels[:, None, :], 0.0, MASKED)
+        return mask.masked_fill(~self._real_tokens()[:, None, :], -torch.inf)
+
+
+@torch.fx.wrap
+def repeat_for_images(mask: Tensor, windows: Tensor) -> Tensor:
+    """A mask's rows, one a window of an image, for the windows (B·windows, …) of a batch."""
+    return mask.repeat(windows.shape[0] // mask.shape[0], 1)
 
 
 class PolaSwinBlock(nn.Module):
@@ -56,81 +106,83 @@ class PolaSwinBlock(nn.Module):
         drop: float,
         drop_path: float,
         backend: str,
+        attention: str,
+        learn_exponent: bool,
+        gate: bool,
     ) -> None:
         super().__init__()
-        self.grid = grid
-        H, W = grid
-        self.window: Grid = (min(window_size, H), min(window_size, W))
-        wh, ww = self.window
-        self.shift: Grid = (wh // 2 if shifted and wh < H else 0, ww // 2 if shifted and ww < W else 0)
-        self.padding: Grid = (-H % wh, -W % ww)
+        self.linear, self.shifted = linear, shifted
+        self.window_size = window_size
+        self.tiling = Tiling.of(grid, window_size, shifted)
         self.norm1 = nn.LayerNorm(dim, eps=1e-5)
         self.attn: PolaWindowAttention | WindowAttention
         if linear:
             self.attn = PolaWindowAttention(
                 dim,
                 num_heads,
-                self.window,
+                self.tiling.window,
                 alpha=alpha,
                 kernel_size=kernel_size,
                 qkv_bias=qkv_bias,
                 proj_drop=drop,
                 backend=backend,
+                attention=attention,
+                learn_exponent=learn_exponent,
+                gate=gate,
             )
-            mask = self._key_mask()
         else:
             self.attn = WindowAttention(
-                dim, num_heads, self.window, qkv_bias=qkv_bias, qk_scale=qk_scale, proj_drop=drop
+                dim, num_heads, self.tiling.window, qkv_bias=qkv_bias, qk_scale=qk_scale, proj_drop=drop
             )
-            mask = self._score_mask()
-        self.register_buffer("attn_mask", mask, persistent=False)
+        self.register_buffer("attn_mask", self._mask(self.tiling), persistent=False)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self._attend(self.norm1(x)))
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        """Tokens (B, H·W, C) of a grid (H, W); None: the one built for. On another one, tables are resized as they are
+        read."""
+        tiling, mask = self.tiling, self.attn_mask
+        if grid is not None and grid != tiling.grid:
+            tiling = Tiling.of(grid, self.window_size_for(grid), self.shifted)
+            mask = self._mask(tiling)
+            mask = None if mask is None else mask.to(x.device)
+        x = x + self.drop_path(self._attend(self.norm1(x), tiling, mask))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def _attend(self, x: Tensor) -> Tensor:
-        H, W = self.grid
-        (pad_h, pad_w), (shift_h, shift_w) = self.padding, self.shift
-        x = F.pad(x.unflatten(1, self.grid), (0, 0, 0, pad_w, 0, pad_h))  # (B, H + pad, W + pad, C)
+    def window_size_for(self, grid: Grid) -> int:
+        """Polarity windows grow with the grid, so that they cover the same share of it; softmax windows stay."""
+        if not self.linear:
+            return self.window_size
+        growth = max(size / own for size, own in zip(grid, self.tiling.grid, strict=True))
+        return max(1, round(self.window_size * growth))
+
+    def fit(self, grid: Grid, window_size: int) -> None:
+        """Build the windows and their masks anew; position tables are the model's to resize."""
+        self.window_size = window_size
+        self.tiling = Tiling.of(grid, window_size, self.shifted)
+        if isinstance(self.attn, PolaWindowAttention):
+            self.attn.key_grid = self.tiling.window
+        else:
+            self.attn.fit(self.tiling.window)
+        mask = self._mask(self.tiling)
+        self.attn_mask = None if mask is None else mask.to(self.norm1.weight.device)
+
+    def _mask(self, tiling: Tiling) -> Tensor | None:
+        return tiling.key_mask() if self.linear else tiling.score_mask()
+
+    def _attend(self, x: Tensor, tiling: Tiling, mask: Tensor | None) -> Tensor:
+        (H, W), window, (shift_h, shift_w), (pad_h, pad_w) = tiling
+        x = F.pad(x.unflatten(1, (H, W)), (0, 0, 0, pad_w, 0, pad_h))  # (B, H + pad, W + pad, C)
         if shift_h or shift_w:
             x = torch.roll(x, (-shift_h, -shift_w), dims=(1, 2))
-        mask = self.attn_mask
-        if isinstance(self.attn, PolaWindowAttention) and mask is not None:
-            mask = mask.repeat(x.shape[0], 1)  # one row per window of the batch
-        windows = self.attn(window_partition(x, self.window), mask)
-        x = window_reverse(windows, self.window, (H + pad_h, W + pad_w))
+        windows = window_partition(x, window)
+        if self.linear and mask is not None:
+            mask = repeat_for_images(mask, windows)
+        x = window_reverse(self.attn(windows, mask, window), window, (H + pad_h, W + pad_w))
         if shift_h or shift_w:
             x = torch.roll(x, (shift_h, shift_w), dims=(1, 2))
         return x[:, :H, :W].flatten(1, 2)
-
-    def _windows_of(self, image: Tensor) -> Tensor:
-        """(windows, tokens per window) of a padded, unshifted (H + pad, W + pad) image, after the shift."""
-        shifted = torch.roll(image, (-self.shift[0], -self.shift[1]), dims=(0, 1))
-        return window_partition(shifted[None, :, :, None], self.window)[:, :, 0]
-
-    def _real_tokens(self) -> Tensor:
-        H, W = self.grid
-        return self._windows_of(F.pad(torch.ones(H, W), (0, self.padding[1], 0, self.padding[0]))) > 0
-
-    def _key_mask(self) -> Tensor | None:
-        """(windows, tokens) bool: True for a real token. A shifted polarity window has no other mask."""
-        return self._real_tokens() if any(self.padding) else None
-
-    def _score_mask(self) -> Tensor | None:
-        """(windows, tokens, tokens) added to scores: −100 between shifted regions, −inf for padded keys."""
-        if not any(self.shift) and not any(self.padding):
-            return None
-        regions = torch.zeros(self.grid[0] + self.padding[0], self.grid[1] + self.padding[1])
-        # tokens that the shift wraps around form regions of their own; labels are compared after the shift
-        regions[: self.shift[0]] += 1
-        regions[:, : self.shift[1]] += 2
-        labels = self._windows_of(regions)
-        mask = torch.where(labels[:, :, None] == labels[:, None, :], 0.0, MASKED)
-        return mask.masked_fill(~self._real_tokens()[:, None, :], -torch.inf)
 
 
 class PolaSwinStage(nn.Module):
@@ -142,22 +194,30 @@ class PolaSwinStage(nn.Module):
         self.downsample = downsample
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, kept: list[tuple[Tensor, Grid]] | None = None) -> Tensor:
+        """Tokens (B, H·W, C) of `grid` to those of the next stage's; the blocks' own output is appended to `kept`."""
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, grid, use_reentrant=False)
             else:
-                x = block(x)
-        return x if self.downsample is None else self.downsample(x)
+                x = block(x, grid)
+        if kept is not None:
+            kept.append((x, grid))
+        return x if self.downsample is None else self.downsample(x, grid)
 
 
 class PolaSwin(Classifier):
     """Pola-Swin classifier: patch embedding, stages, LayerNorm, mean over tokens, linear head.
 
     Args:
-        img_size: (height, width) in pixels, multiples of patch_size · 2^(stages − 1).
+        img_size: a side or (height, width) in pixels, multiples of patch_size · 2^(stages − 1).
         attn_type: one letter a stage: L polarity, S window softmax, M polarity in the first blocks (``MLSS4``).
-        window_size: window of polarity blocks; softmax windows are 7 up to 56 and 12 above.
+        window_size: window of polarity blocks, in tokens.
+        softmax_window_size: window of softmax blocks; None: 7 for a window_size up to 56, 12 above.
+        drop_rate: dropout before the head, timm's sense of the word.
+        proj_drop_rate: dropout after embeddings and projections and in MLPs (MODEL.DROP_RATE).
+        dynamic_img_size: take images of any multiples of that unit, resizing position tables as they are read: what the
+            model computes after `set_input_size`. `strict_img_size=False` is timm's other word for it.
 
     Input (B, in_chans, height, width); output (B, num_classes).
     """
@@ -168,14 +228,16 @@ class PolaSwin(Classifier):
     def __init__(
         self,
         *,
-        img_size: Grid = (224, 224),
+        img_size: int | Sequence[int] = 224,
         patch_size: int = 4,
         in_chans: int = 3,
         num_classes: int = 1000,
+        global_pool: str = "avg",
         embed_dim: int = 96,
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         window_size: int = 56,
+        softmax_window_size: int | None = None,
         attn_type: str = "LLSS",
         alpha: float = 4.0,
         kernel_size: int = 5,
@@ -185,74 +247,140 @@ class PolaSwin(Classifier):
         ape: bool = False,
         patch_norm: bool = True,
         drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
+        dynamic_img_size: bool = False,
+        strict_img_size: bool = True,
         backend: str = "auto",
+        attention: str = "polarity",
+        learn_exponent: bool = True,
+        gate: bool = True,
     ) -> None:
         super().__init__()
         letters, first_linear = parse_attention_types(attn_type, len(depths))
         unit = patch_size * 2 ** (len(depths) - 1)
-        if img_size[0] % unit or img_size[1] % unit:
-            raise ValueError(f"image size {img_size[0]}×{img_size[1]} is not a multiple of {unit} in both directions")
-        self.img_size = img_size
-        self.num_features = embed_dim * 2 ** (len(depths) - 1)
-        grid: Grid = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self._begin(img_size, unit, in_chans, dynamic_img_size or not strict_img_size)
+        self.patch_size, self.window_size = patch_size, window_size
+        self.softmax_window_size = softmax_window_size or (7 if window_size <= 56 else 12)
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        grid = self.grid
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, norm=patch_norm)
         if ape:
             self.absolute_pos_embed = nn.Parameter(torch.zeros(1, grid[0] * grid[1], embed_dim))
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
-        self.grid, self.ape = grid, ape
-        self.pos_drop = nn.Dropout(drop_rate)
+        self.ape = ape
+        self.pos_drop = nn.Dropout(proj_drop_rate)
         stages = []
         for i, rates in enumerate(drop_path_rates(drop_path_rate, list(depths))):
-            dim = embed_dim * 2**i
             linear_blocks = {"L": len(rates), "S": 0, "M": first_linear or 0}[letters[i]]
             blocks = [
                 PolaSwinBlock(
-                    dim,
+                    dims[i],
                     num_heads[i],
                     grid,
                     linear=j < linear_blocks,
-                    window_size=window_size if j < linear_blocks else (7 if window_size <= 56 else 12),
+                    window_size=window_size if j < linear_blocks else self.softmax_window_size,
                     shifted=j % 2 == 1,
                     mlp_ratio=mlp_ratio,
                     qkv_bias=qkv_bias,
                     qk_scale=qk_scale,
                     alpha=alpha,
                     kernel_size=kernel_size,
-                    drop=drop_rate,
+                    drop=proj_drop_rate,
                     drop_path=rate,
                     backend=backend,
+                    attention=attention,
+                    learn_exponent=learn_exponent,
+                    gate=gate,
                 )
                 for j, rate in enumerate(rates)
             ]
             last = i == len(depths) - 1
-            stages.append(PolaSwinStage(blocks, None if last else PatchMerging(grid, dim)))
-            if not last:
-                grid = (grid[0] // 2, grid[1] // 2)
+            stages.append(PolaSwinStage(blocks, None if last else PatchMerging(dims[i])))
+            grid = _halved(grid)
         self.layers = nn.ModuleList(stages)
-        self.norm = nn.LayerNorm(self.num_features, eps=1e-5)
-        self.apply(init_weights)
-        self.reset_classifier(num_classes)
+        self.norm: nn.Module = nn.LayerNorm(dims[-1], eps=1e-5)
+        modules = [f"layers.{i}.blocks.{depth - 1}" for i, depth in enumerate(depths)]
+        self._finish(dims, modules, num_classes, global_pool, drop_rate)
+
+    @property
+    def grid(self) -> Grid:
+        """Tokens of the first stage at `img_size`."""
+        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+
+    def forward_stages(
+        self, x: Tensor, keep: Collection[int] = (), last: int | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Grid]]]:
+        x, size = self._input_size(x)
+        grid: Grid = (size[0] // self.patch_size, size[1] // self.patch_size)
+        x = self.patch_embed(x)
+        if self.ape:
+            table = self.absolute_pos_embed
+            x = x + (table if grid == self.grid else resize_table(table, self.grid, grid))
+        x = self.pos_drop(x)
+        kept: list[tuple[Tensor, Grid]] = []
+        last = len(self.layers) - 1 if last is None else last
+        for i, stage in enumerate(self.layers[: last + 1]):
+            x = stage(x, grid, kept if i in keep else None)
+            grid = _halved(grid)
+        return x, kept
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+    def _remove_after(self, last: int, *, norm: bool) -> None:
+        self.layers = self.layers[: last + 1]
+        stage = self.layers[last]
+        assert isinstance(stage, PolaSwinStage)
+        stage.downsample = None
+        if norm:
+            self.norm = nn.Identity()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.layers:
             assert isinstance(stage, PolaSwinStage)
             stage.grad_checkpointing = enable
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, height, width) to normalised tokens (B, N, C) of the last stage."""
-        if tuple(x.shape[-2:]) != self.img_size:
-            raise ValueError(
-                f"PolaSwin was built for {self.img_size[0]}×{self.img_size[1]} pixels and received"
-                f" {x.shape[-2]}×{x.shape[-1]}: set IMG_SIZE to the input's size"
-            )
-        x, _ = self.patch_embed(x)
-        if self.ape:
-            x = x + self.absolute_pos_embed
-        x = self.pos_drop(x)
+    def set_input_size(
+        self,
+        img_size: int | Sequence[int] | None = None,
+        window_size: int | None = None,
+        softmax_window_size: int | None = None,
+    ) -> None:
+        """Make the model what its constructor would make for another size, with position tables resized bicubically.
+
+        Resized tables are new parameters: build the optimizer afterwards.
+
+        Args:
+            img_size: a side or (height, width) in pixels; None: as it is.
+            window_size: window of polarity blocks; None: grown with the image, so that it covers the same share of it.
+            softmax_window_size: window of softmax blocks; None: as it is.
+        """
+        before, old_grid = self.position_grids(), self.grid
+        self.img_size = self._fitting(self.img_size if img_size is None else img_size)
+        grid = self.grid
+        growth = max(new / old for new, old in zip(grid, old_grid, strict=True))
+        self.window_size = window_size or max(1, round(self.window_size * growth))
+        self.softmax_window_size = softmax_window_size or self.softmax_window_size
         for stage in self.layers:
-            x = stage(x)
-        return self.norm(x)
+            assert isinstance(stage, PolaSwinStage)
+            for block in stage.blocks:
+                assert isinstance(block, PolaSwinBlock)
+                block.fit(grid, self.window_size if block.linear else self.softmax_window_size)
+            grid = _halved(grid)
+        self._resize_tables(before)
+        self._note_arguments(window_size=self.window_size, softmax_window_size=self.softmax_window_size)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        stem = r"^(patch_embed|absolute_pos_embed)"
+        if coarse:
+            return {"stem": stem, "blocks": [(r"^layers\.(\d+)", None), (r"^norm", PREVIOUS)]}
+        blocks = [
+            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
+            (r"^layers\.(\d+)\.downsample", PREVIOUS),
+            (r"^norm", PREVIOUS),
+        ]
+        return {"stem": stem, "blocks": blocks}
 
     def position_grids(self) -> dict[str, Grid]:
         grids: dict[str, Grid] = {"absolute_pos_embed": self.grid} if self.ape else {}
@@ -263,3 +391,48 @@ class PolaSwin(Classifier):
                 height, width = module.window
                 grids[f"{name}.relative_position_bias_table"] = (2 * height - 1, 2 * width - 1)
         return grids
+
+
+def _halved(grid: Grid) -> Grid:
+    return grid[0] // 2, grid[1] // 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Variants: the paper's rows, in timm's registry
+# ---------------------------------------------------------------------------------------------------------------------
+
+default_cfgs = generate_default_cfgs(
+    {
+        "pola_swin_tiny": default_cfg("patch_embed.proj"),
+        "pola_swin_small": default_cfg("patch_embed.proj"),
+        "pola_swin_base": default_cfg("patch_embed.proj"),
+        "pola_swin_base_384": default_cfg("patch_embed.proj", 384, crop_pct=1.0),
+    }
+)
+BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.5}
+
+
+@register_model
+def pola_swin_tiny(pretrained: bool = False, **given: Any) -> nn.Module:
+    """Pola-Swin-T: 29.3 M parameters, 82.6 % top-1 on ImageNet-1K (reported in the paper)."""
+    row = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.2}
+    return create_variant(PolaSwin, "pola_swin_tiny", pretrained, row, given)
+
+
+@register_model
+def pola_swin_small(pretrained: bool = False, **given: Any) -> nn.Module:
+    """Pola-Swin-S: 50.6 M parameters, 83.6 % top-1 (reported in the paper)."""
+    row = {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.3}
+    return create_variant(PolaSwin, "pola_swin_small", pretrained, row, given)
+
+
+@register_model
+def pola_swin_base(pretrained: bool = False, **given: Any) -> nn.Module:
+    """Pola-Swin-B: 89.1 M parameters, 83.8 % top-1 (reported in the paper)."""
+    return create_variant(PolaSwin, "pola_swin_base", pretrained, BASE, given)
+
+
+@register_model
+def pola_swin_base_384(pretrained: bool = False, **given: Any) -> nn.Module:
+    """Pola-Swin-B at 384×384 with windows of 96 (softmax 12): 91.6 M parameters."""
+    return create_variant(PolaSwin, "pola_swin_base_384", pretrained, {**BASE, "window_size": 96}, given)

@@ -1,5 +1,6 @@
 """Shared by all tests: the reference fixtures, the recipe's weights, small configurations, and a way to run main.py."""
 
+import io
 import json
 import os
 import shlex
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 # Without a GPU, Triton's kernels run in its interpreter; it is asked for before anything imports them.
@@ -84,6 +86,14 @@ def largest_deviation(value: Tensor, expected: Tensor | np.ndarray) -> float:
     return ((value - expected).abs().max() / expected.abs().max()).item()
 
 
+def jpeg(seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
+    """A photograph-like JPEG of (width, height)."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
 # A model of a few thousand parameters on the bundled digits: one epoch takes about a second.
 TINY = """
 DATA: {DATASET: digits, IMG_SIZE: 32, BATCH_SIZE: 64, NUM_WORKERS: 0}
@@ -125,6 +135,12 @@ def run_main(
     return result
 
 
+def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess:
+    """Run Python with these arguments in the repository root; its exit code is the caller's to check."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
 @pytest.fixture
 def log(caplog):
     """The run's log as text, although its logger writes to the console itself."""
@@ -145,9 +161,9 @@ def log(caplog):
     logger.handlers.clear()
 
 
-def run(cfg: Path, options: str = "") -> main.Progress | None:
+def run(cfg: Path, options: str = "") -> None:
     """main.main in this process."""
-    return main.main(load_config(str(cfg), shlex.split(options)))
+    main.main(load_config(str(cfg), shlex.split(options)))
 
 
 def folder_of(tiny: Path) -> Path:

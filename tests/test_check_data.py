@@ -13,10 +13,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import config_file, run_main
-from PIL import Image
+from conftest import config_file, jpeg, run_main
 
 import data.check
 import main
@@ -28,13 +26,6 @@ from utils.distributed import LaunchError
 
 CLASSES = ("n01440764", "n01443537", "n02119789")
 FORMATS = ("folder", "zip", "shards")
-
-
-def jpeg(seed: int) -> bytes:
-    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).resize((48, 40), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from config import (
     run_folder,
     value_of,
 )
-from models import list_models
 from tools.config_reference import render
 
 DEFAULTS = read_json("defaults.json")
@@ -132,10 +131,6 @@ def test_every_key_has_a_reader_and_every_read_key_is_declared():
     sections = {key.rsplit(".", 1)[0] for key in config.KEYS if "." in key}
     assert read - set(config.KEYS) - sections == set()
     assert set(config.KEYS) - read == {"BASE"}  # consumed while merging
-
-
-def test_names_of_models_are_those_that_exist():
-    assert list(config.MODEL_TYPES) == list_models()
 
 
 def test_reference_page_is_up_to_date():

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE, config_file
+from conftest import REFERENCE, config_file, jpeg
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from torchvision import transforms
@@ -25,14 +25,6 @@ from data import DataError, build_loaders
 from data.datasets import DigitsSource, TrainDataset, UnreadableImage, ZipSource, warm_page_cache
 from data.samplers import Draw, EvalSampler, TrainSampler
 from data.transforms import Normalise, TrainBatch, evaluation_transform, training_transform
-
-
-def jpeg(seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
-    """A photograph-like JPEG of (width, height)."""
-    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
 
 
 @pytest.fixture

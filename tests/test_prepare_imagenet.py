@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, config_file
+from conftest import ROOT, config_file, jpeg
 from PIL import Image
 
 import tools.prepare_imagenet
@@ -30,13 +30,6 @@ from tools.prepare_imagenet import Options, main, prepare, prepare_image
 
 CLASSES = ("n01440764", "n01443537", "n02119789")
 FORMATS = ("folder", "zip", "shards")
-
-
-def jpeg(seed: int, size: tuple[int, int] = (60, 48)) -> bytes:
-    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -258,7 +251,7 @@ def test_changed_options_and_input_are_refused_by_name(folder, tmp_path, capsys)
     assert main([str(folder), str(tmp_path / "out"), "--short-side", "40", "--quality", "80"]) == 2
     error = capsys.readouterr().err
     assert "was begun with other settings (--short-side 32 → 40; --quality 90 → 80); name another output" in error
-    (folder / "train" / CLASSES[0] / "new.jpg").write_bytes(jpeg(5))
+    (folder / "train" / CLASSES[0] / "new.jpg").write_bytes(jpeg(5, (60, 48)))
     assert main([str(folder), str(tmp_path / "out"), "--short-side", "32"]) == 2
     assert "other input images" in capsys.readouterr().err
 

@@ -478,6 +478,15 @@ def test_a_process_that_waits_for_another_says_for_whom(monkeypatch, caplog):
     assert "waiting for rank 1 of 2 since 0 s; present: " + os.uname().nodename in caplog.text
 
 
+def test_a_process_whose_launcher_is_gone_when_it_starts_does_not_wait_for_it(monkeypatch):
+    monkeypatch.setattr(distributed, "LAUNCHER_PATIENCE", 1.0)
+    surroundings = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1}
+    for name, value in (surroundings | {"TORCHELASTIC_USE_AGENT_STORE": True}).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(distributed.LaunchError, match=r"the launcher .* did not answer at localhost:\d+ within 1 s"):
+        distributed.init(timeout=1800)
+
+
 def wait_until(found: Callable[[], Iterator[Path]], timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while not list(found()):
@@ -598,7 +607,7 @@ def test_two_runs_in_one_folder_by_mistake_the_second_refuses(tiny, monkeypatch)
 def test_checkpoints_by_the_clock_do_not_mind_a_clock_that_goes_backwards(tiny, monkeypatch):
     """Every minute of a clock that the test drives: a minute a step, wall time running backwards meanwhile."""
     clock = iter(range(0, 10**9, 10))
-    monkeypatch.setattr(main.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(time, "time", lambda: 1e9 - next(clock))
     names: list[str] = []
     at_step(

@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 
 WAITING_NOTICE = 30.0  # seconds of waiting for a process before a log line says so, and between two such lines
+LAUNCHER_PATIENCE = 60.0  # seconds for torchrun's store to answer, which is there before the processes are
 
 
 class LaunchError(ValueError):
@@ -72,13 +73,27 @@ def init(single_process_gpu: int = 0, timeout: float = 1800.0) -> torch.device:
     else:
         device, backend = torch.device("cpu"), "gloo"
     if launched and not dist.is_initialized():
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives a restart, and so do its addresses
-            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        store, rank, world_size = _join_store(timeout)
         _await_processes(store, rank, world_size, timeout)
         limit = timedelta(seconds=timeout + 30)  # later than the watchdog, which has a name to give
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     return device
+
+
+def _join_store(timeout: float) -> tuple[Any, int, int]:
+    """The store of the run, this process's rank and the number of processes."""
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    patience = min(timeout, LAUNCHER_PATIENCE) if by_torchrun else timeout
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience)))
+    except dist.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        what = "the launcher that started this process" if by_torchrun else "rank 0"
+        raise LaunchError(f"{what} did not answer at {address} within {patience:g} s") from error
+    store.set_timeout(timedelta(seconds=timeout))
+    if by_torchrun:  # its store outlives a restart, and so do the addresses in it
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store, rank, world_size
 
 
 def _await_processes(store: Any, rank: int, world_size: int, timeout: float) -> None:

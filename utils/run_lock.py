@@ -1,21 +1,47 @@
-"""One run per run folder."""
+"""The run folder: made, and held by one run at a time."""
 
 import errno
 import fcntl
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from config import ConfigError
 from logger import get_logger
+from utils import distributed
+from utils.checkpoint_store import remove_temporary_files
+from utils.preemption import remove_marker
 
 LOCK_FILE = ".lock"
 PATIENCE = 20.0  # seconds that a run waits for an earlier one that may just be saving
+STOPPED = "STOPPED"  # in the run folder: why a run ended that would end alike if torchrun started it again
 
 
 class RunFolderBusyError(ValueError):
     """Another run is writing into the folder."""
+
+
+def open_folder(folder: Path) -> None:
+    """Make the run folder. Raises ConfigError, on every rank, where it cannot be written."""
+    problem = _make(folder) if distributed.rank() == 0 else None
+    if problem := distributed.broadcast_object(problem):  # every rank ends with the reason, not with a lost peer
+        raise ConfigError(str(problem))
+
+
+def _make(folder: Path) -> str | None:
+    """Make a folder; returns what is wrong with it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return f"the run folder {folder} cannot be written ({error.strerror}); --output names another root"
+    return None
 
 
 class RunLock:
@@ -48,6 +74,39 @@ class RunLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+@contextmanager
+def own_folder(folder: Path, lasting: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Keep other runs out of the run folder, and note there why this one ended if it would end alike again (`lasting`).
+
+    Raises RunFolderBusyError, on every rank, where another run is in it, and ConfigError where torchrun has started
+    processes again after such an end.
+    """
+    lock, problem = None, None
+    if distributed.rank() == 0:
+        try:
+            lock = RunLock(folder)
+        except RunFolderBusyError as error:
+            problem = str(error)
+    if problem := distributed.broadcast_object(problem):
+        raise RunFolderBusyError(problem)
+    stopped = folder / STOPPED
+    try:
+        if distributed.restarts() and stopped.exists():
+            raise ConfigError(f"not tried again: {stopped.read_text(encoding='utf-8').strip()}")
+        if lock:
+            remove_temporary_files(folder)
+            remove_marker(folder)
+            stopped.unlink(missing_ok=True)
+        yield
+    except lasting as problem:
+        if not stopped.exists():
+            stopped.write_text(f"{problem}\n", encoding="utf-8")
+        raise
+    finally:
+        if lock:
+            lock.release()
 
 
 def _taken(file: IO[str]) -> bool:
