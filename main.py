@@ -352,6 +352,8 @@ def run_training(config: CfgNode, device: torch.device, request: StopRequest) ->
     watchdog = Watchdog(config.DIST.TIMEOUT)
     keeper = CheckpointKeeper(config, training, loaders, writer, progress.best, request, watchdog.all_alive)
     training.beat = watchdog.beat
+    if writer:
+        writer.waiting = watchdog.go_on
     training.profiler = step_profiler(config, folder)
     try:
         with watchdog.watching(), training.profiler or nullcontext():

@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -15,4 +16,10 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        remove_temporary(temporary)
+
+
+def remove_temporary(path: Path) -> None:
+    """As far as the disk lets it: the next start tries again, and the reason of the failure is what has to be told."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
