@@ -18,10 +18,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.report import write_metrics
+from config import load_config
 from data.datasets import DigitsSource
 from logger import get_logger, read_metrics
+from models import build_model
 from utils.curves import POINTS, CurvesInBackground, draw_curves, thin
 from utils.environment import record_environment
+from utils.observer import exponents
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,11 @@ def test_tensorboard_has_the_exponents_of_every_polarity_layer_by_epoch(trained,
         assert last.min == pytest.approx(exponent.min().item(), rel=1e-5)
         assert last.max == pytest.approx(exponent.max().item(), rel=1e-5)
         assert last.sum == pytest.approx(exponent.sum().item(), rel=1e-5)
+
+
+def test_exponents_that_are_not_learned_have_no_histogram(tiny):
+    model = build_model(load_config(str(tiny), ["MODEL.LA.LEARN_EXPONENT", "False"]), 10)
+    assert exponents(model) == {}
 
 
 def test_the_environment_of_every_start_is_stored_without_names(trained):

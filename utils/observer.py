@@ -40,11 +40,14 @@ class InputWatch:
 
 
 def exponents(model: nn.Module) -> dict[str, Tensor]:
-    """The exponents p of every polarity attention layer by its block's name, (h·d) each; waits for the device once."""
+    """The learned exponents p of every polarity attention layer by its block's name, (h·d) each.
+
+    Empty where none are learned; waits for the device once.
+    """
     found = {
         name.removesuffix(".attn"): module.exponent().detach().flatten()
         for name, module in model.named_modules()
-        if isinstance(module, PolaLinearAttention)
+        if isinstance(module, PolaLinearAttention) and module.power is not None
     }
     if not found:
         return {}
