@@ -7,6 +7,7 @@ those of `forward_features`, and both ways give the same maps.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import timm
@@ -39,8 +40,8 @@ def measure(name: str, batch_size: int, image_size: int, repeats: int, device: t
     Raises:
         WrongResultError: maps or tokens that differ.
     """
-    model = timm.create_model(name, img_size=image_size).eval().to(device)
-    backbone = timm.create_model(name, img_size=image_size, features_only=True).eval().to(device)
+    model: Any = timm.create_model(name, img_size=image_size).eval().to(device)
+    backbone: Any = timm.create_model(name, img_size=image_size, features_only=True).eval().to(device)
     backbone.model.load_state_dict(model.state_dict(), strict=False)
     images = torch.randn(batch_size, 3, image_size, image_size, device=device)
     tokens, maps = model.forward_intermediates(images)
@@ -50,7 +51,7 @@ def measure(name: str, batch_size: int, image_size: int, repeats: int, device: t
         raise WrongResultError(f"{name}: forward_intermediates and features_only differ")
     calls = {"forward": model, "forward_intermediates": model.forward_intermediates, "features_only": backbone}
     samples = interleaved(
-        {key: lambda call=call: timed(device, lambda: call(images))[0] for key, call in calls.items()},
+        {key: partial(_seconds, device, partial(call, images)) for key, call in calls.items()},
         repeats,
         warmup=2,
     )

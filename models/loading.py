@@ -1,7 +1,7 @@
 """Weights into models: strictly, apart from a short named list of allowances, or adapted for fine-tuning."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -121,9 +121,9 @@ def create_model(name: str, *, checkpoint: str | Path | None = None, **arguments
     if name not in list_models():
         raise ValueError(f"model {name!r} is unknown, expected one of {', '.join(list_models())}")
     if checkpoint is None:
-        return timm.create_model(name, **arguments)
+        return cast(Classifier, timm.create_model(name, **arguments))
     source, stored = str(checkpoint), load_checkpoint(checkpoint)
     arguments.setdefault("num_classes", num_classes_of(stored, source))
-    model = timm.create_model(name, **arguments)
+    model = cast(Classifier, timm.create_model(name, **arguments))
     load_pretrained(model, stored, source)
     return model
