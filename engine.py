@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 
 from config import image_size, run_folder
 from data import Batches
-from data.transforms import Normalise, TrainBatch
+from data.transforms import Normalise
 from logger import MetricsWriter, get_logger, progress
 from models.classifier import Classifier
 from models.inspection import inspect_step, plain
@@ -59,7 +59,7 @@ class Training:
     optimizer: Optimizer
     scheduler: Scheduler
     criterion: nn.Module
-    prepare: TrainBatch
+    prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of data.transforms.TrainBatch
     device: torch.device
     steps_per_epoch: int
     global_batch: int  # images per optimizer step, over all processes

@@ -39,7 +39,6 @@ from data import DataError, Loaders, build_loaders
 from data.check import run_check
 from data.transforms import TrainBatch, mixup_enabled
 from engine import Interval, NonFiniteError, Training, evaluate, throughput, train_one_epoch
-from evaluation import Subject, build_benchmark, evaluate_benchmark, keep_predictions, write_evaluation
 from logger import MetricsWriter, get_logger, setup_logger
 from lr_scheduler import build_scheduler
 from models import build_model
@@ -64,9 +63,11 @@ from utils.checkpoint_store import (
     run_file,
     set_aside,
 )
-from utils.curves import draw_curves
+from utils.environment import record_environment
+from utils.evaluation import Subject, build_benchmark, evaluate_benchmark, keep_predictions, write_evaluation
 from utils.keeper import CheckpointKeeper
 from utils.metrics import Accuracy
+from utils.observer import Observer
 from utils.precision import autocast_dtype
 from utils.predictions import PredictionRecorder
 from utils.preemption import PeersLostError, Preempted, StopRequest
@@ -341,6 +342,8 @@ def run_training(config: CfgNode, device: torch.device, request: StopRequest) ->
     writer = CheckpointWriter(folder, config.CHECKPOINT.KEEP, found.skipped) if is_main else None
     if is_main:
         (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
+        record_environment(folder, device, distributed.world_size())
+    observer = Observer(training, folder, metrics) if is_main else None
     wrap(config, training)
     last_epoch = config.TRAIN.EPOCHS + config.TRAIN.COOLDOWN_EPOCHS
     if config.TRAIN.WARMUP_EPOCHS > config.TRAIN.EPOCHS:
@@ -361,15 +364,19 @@ def run_training(config: CfgNode, device: torch.device, request: StopRequest) ->
                 while progress.epoch < last_epoch:
                     progress = run_epoch(config, training, loaders, progress, interval, metrics, keeper)
                     interval = Interval(device)
+                    if observer:
+                        observer.epoch_ended(progress.epoch)
             except RuntimeError as error:
                 if not isinstance(error, EXPECTED):
                     watchdog.explain(error)
                 raise
     finally:
         loaders.close()
+        if observer:
+            observer.close()
     metrics.close()
-    if is_main:
-        summarise(config, progress)
+    if observer:
+        summarise(config, progress, observer.draw_curves())
     distributed.barrier()
     return progress
 
@@ -418,10 +425,9 @@ def run_epoch(
     return progress
 
 
-def summarise(config: CfgNode, progress: Progress) -> None:
+def summarise(config: CfgNode, progress: Progress, curves: Path | None) -> None:
     """Say where the run lies, how good it is, and how to evaluate it again."""
     logger, folder = get_logger(), run_folder(config)
-    curves = draw_curves(folder)
     candidates = [folder / BEST_FILE, run_file(folder, progress.position), Path(config.MODEL.RESUME)]
     checkpoint = next((path for path in candidates if path.is_file()), candidates[0])
     remark = "" if checkpoint == candidates[0] else " (of the run it continued from; not exceeded here)"

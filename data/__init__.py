@@ -189,7 +189,7 @@ def data_format(config: CfgNode, root: Path) -> str:
     return config.DATA.FORMAT
 
 
-def _build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> Source | ShardSplit:
+def build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> Source | ShardSplit:
     if config.DATA.DATASET == "digits":
         return DigitsSource(split, image_size(config))
     if config.DATA.DATASET == "fashion_mnist":
@@ -319,10 +319,10 @@ def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
     if config.MODEL.SWIN.IN_CHANS != 3:
         raise DataError(f"the image loaders deliver 3 channels, MODEL.SWIN.IN_CHANS is {config.MODEL.SWIN.IN_CHANS}")
     if not train:
-        source = _build_source(config, "val")
+        source = build_source(config, "val")
         return Loaders(None, evaluation_batches(config, source), source.classes, source.num_classes)
-    train_source = _build_source(config, "train")
-    val_source = _build_source(config, "val", train_source.classes)
+    train_source = build_source(config, "train")
+    val_source = build_source(config, "val", train_source.classes)
     if config.DATA.TRAIN_FRACTION < 1:
         if isinstance(train_source, ShardSplit):
             raise DataError("DATA.TRAIN_FRACTION needs images that can be read in any order; shards are streamed")

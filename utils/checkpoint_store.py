@@ -306,7 +306,15 @@ def set_aside(folder: Path, named: Path) -> Path | None:
     target = next(path for i in itertools.count() if not (path := folder / (f"{name}-{i}" if i else name)).exists())
     target.mkdir()
     records = [
-        folder / name for name in ("metrics.jsonl", "config.yaml", "curves.png", "tensorboard", "predictions.npz")
+        folder / name
+        for name in (
+            "metrics.jsonl",
+            "config.yaml",
+            "curves.png",
+            "tensorboard",
+            "predictions.npz",
+            "environment.json",
+        )
     ]
     records += [sidecar_of(path) for path in files]
     for path in (*files, *(record for record in records if record.exists())):
