@@ -8,6 +8,7 @@ those of `forward_features`, and both ways give the same maps.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import timm
@@ -53,7 +54,7 @@ def measure(
         raise WrongResultError(f"{name}: forward_intermediates and features_only differ")
     calls = {"forward": model, "forward_intermediates": model.forward_intermediates, "features_only": backbone}
     samples = interleaved(
-        {key: lambda call=call: timed(device, lambda: call(images))[0] for key, call in calls.items()},
+        {key: partial(_seconds, device, partial(call, images)) for key, call in calls.items()},
         repeats,
         warmup=2,
     )
