@@ -5,12 +5,16 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from termcolor import colored
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 COLOURS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
@@ -61,7 +65,7 @@ def progress(steps: Iterable[T], total: int, description: str, rank: int, done: 
 
 
 class MetricsWriter:
-    """Appends one JSON object per line to metrics.jsonl, and scalars to TensorBoard, in rank 0's run folder.
+    """Appends one JSON object per line to metrics.jsonl, and the same scalars to TensorBoard, in rank 0's run folder.
 
     Every record has `kind` (train, val or ema), `epoch` and `step`; times are seconds per step, memory MiB, and what is
     not finite is null. A run continues at `epoch` after `step` optimizer steps: records from there on, which it will
@@ -83,22 +87,43 @@ class MetricsWriter:
         if folder and tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only runs with TENSORBOARD need it
 
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, epoch: int, step: int, **values: float) -> None:
         if self.path is None:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         record: dict[str, Any] = {"kind": kind, "epoch": epoch, "step": step, **finite}
-        try:
+        with self._losing_records():
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             if self.tensorboard:
                 for name, value in values.items():
                     self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
                 self.tensorboard.flush()
-        except OSError as error:  # a full disk costs the record, not the run
-            get_logger().error("%s could not be written: %s", self.path, error.strerror or error)
+
+    def write_images(self, name: str, images: "Tensor", step: int) -> None:
+        """A grid of images (B, 3, H, W), 0 to 1, for TensorBoard alone."""
+        if self.tensorboard:
+            with self._losing_records():
+                self.tensorboard.add_images(name, images, step)
+                self.tensorboard.flush()
+
+    def write_histograms(self, values: Mapping[str, "Tensor"], step: int) -> None:
+        """Distributions by name, for TensorBoard alone."""
+        if self.tensorboard:
+            with self._losing_records():
+                for name, each in values.items():
+                    self.tensorboard.add_histogram(name, each, step)
+                self.tensorboard.flush()
+
+    @contextmanager
+    def _losing_records(self) -> Iterator[None]:
+        """A full disk costs the record, not the run."""
+        try:
+            yield
+        except OSError as error:
+            get_logger().error("%s could not be written: %s", error.filename or self.path, error.strerror or error)
 
     def close(self) -> None:
         if self.tensorboard:
@@ -107,10 +132,20 @@ class MetricsWriter:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    return read_records(path)[0]
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records of a metrics.jsonl, and the numbers (from 1) of the lines that are none."""
+    records, damaged = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+            record = json.loads(line)
+        except ValueError:  # no JSON, or no text
+            record = None
+        whole = isinstance(record, dict) and isinstance(record.get("kind"), str)
+        if whole and all(isinstance(record.get(name), int) for name in ("epoch", "step")):
+            records.append(record)
+        else:
+            damaged.append(number)
+    return records, damaged

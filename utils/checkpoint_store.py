@@ -19,7 +19,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from logger import get_logger
 from utils.checkpoint import CheckpointError, file_digest, load_checkpoint, read_sidecar, sidecar_of
+from utils.files import remove_temporary, write_atomically
 
 BEST_FILE = "max_acc.pth"
 PATIENCE = (1.0, 5.0, 0.0)  # seconds of waiting after each failure of the file system to read a checkpoint
@@ -111,7 +111,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         raise OSError(f"checkpoint {path} could not be written: {_reason(error)}") from error
     finally:
-        _remove(temporary)
+        remove_temporary(temporary)
 
 
 def _reason(error: Exception) -> str:
@@ -124,22 +124,7 @@ def _reason(error: Exception) -> str:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        _remove(temporary)
-
-
-def _remove(temporary: Path) -> None:
-    """As far as the disk lets it: the next start tries again, and the reason of the failure is what has to be told."""
-    with suppress(OSError):
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(content).encode())
 
 
 def _flush_folder(folder: Path) -> None:
@@ -231,8 +216,11 @@ class CheckpointWriter:
         kept = {*self.unusable, self._best_copy}
         older = [path for position, path in run_checkpoints(self.folder) if position <= newest and path not in kept]
         for path in older[self.keep :]:
-            path.unlink(missing_ok=True)
-            sidecar_of(path).unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+                sidecar_of(path).unlink(missing_ok=True)
+            except OSError as error:
+                raise OSError(f"old checkpoint {path} could not be removed: {_reason(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +305,17 @@ def set_aside(folder: Path, named: Path) -> Path | None:
     name = time.strftime("earlier-%Y%m%d-%H%M%S")
     target = next(path for i in itertools.count() if not (path := folder / (f"{name}-{i}" if i else name)).exists())
     target.mkdir()
-    records = [folder / name for name in ("metrics.jsonl", "config.yaml", "curves.png", "tensorboard")]
+    records = [
+        folder / name
+        for name in (
+            "metrics.jsonl",
+            "config.yaml",
+            "curves.png",
+            "tensorboard",
+            "predictions.npz",
+            "environment.json",
+        )
+    ]
     records += [sidecar_of(path) for path in files]
     for path in (*files, *(record for record in records if record.exists())):
         shutil.move(path, target / path.name)

@@ -1,0 +1,178 @@
+"""How long tools/report.py takes for a run of ImageNet's length, and how large its page is: python -m benchmarks.report
+
+The run is synthetic: 300 epochs of log lines and validations, 50,000 predictions over 1,000 classes, an image folder of
+50,000 names (links to one JPEG), and a Pola-Swin-T checkpoint with fresh weights for the attention overlays. The tool
+runs as a user starts it, imports included.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.common import (
+    ROOT,
+    Bar,
+    Spread,
+    WrongResultError,
+    argument_parser,
+    gated,
+    prepare_process,
+    print_bars,
+    print_table,
+    write_result,
+)
+from config import load_config
+from models import build_model
+
+SECONDS_BAR = 10.0
+SIZE_BAR_MB = 8.0
+EPOCHS, IMAGES, CLASSES = 300, 50_000, 1000
+STEPS, PRINT_FREQ = 1251, 100  # optimizer steps of an ImageNet epoch at 1024 images, and between log lines
+
+
+def write_metrics(
+    folder: Path, epochs: int = EPOCHS, steps: int = STEPS, print_freq: int = PRINT_FREQ, seed: int = 0
+) -> None:
+    """A metrics.jsonl as a run of that length writes it, with a learning curve's shape."""
+    draw = np.random.default_rng(seed)
+    lines = []
+    for epoch in range(epochs):
+        progress = (epoch + 1) / epochs
+        for done in sorted({*range(print_freq, steps + 1, print_freq), steps}):
+            record = {
+                "kind": "train",
+                "epoch": epoch,
+                "step": epoch * steps + done,
+                "loss": 2.8 + 4.1 * np.exp(-6 * progress) + 0.03 * draw.normal(),
+                "lr": 5e-6 + 1e-3 * min(1.0, 15 * progress) * (1 + np.cos(np.pi * progress)) / 2,
+                "grad_norm": float(np.exp(0.4 + 0.25 * draw.normal())),
+                "data_time": 0.002 + 0.001 * draw.random(),
+                "communication_time": 0.004,
+                "step_time": 0.42 + 0.01 * draw.normal(),
+                "images_per_s": 2400 + 30 * draw.normal(),
+                "memory_mb": 31_000.0,
+            }
+            lines.append(json.dumps(record))
+        for kind, gain in (("val", 0.0), ("ema", 0.4)):
+            top1 = 82.0 * (1 - np.exp(-5 * progress)) + gain + 0.15 * draw.normal()
+            values = {"loss": 4.6 - 0.046 * top1, "top1": top1, "top5": 55 + 0.5 * top1}
+            lines.append(json.dumps({"kind": kind, "epoch": epoch, "step": (epoch + 1) * steps, **values}))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_predictions(
+    folder: Path, images: int = IMAGES, classes: int = CLASSES, accuracy: float = 0.8, seed: int = 0
+) -> None:
+    """A predictions.npz in which classes differ in difficulty and errors fall mostly on neighbouring classes."""
+    draw = np.random.default_rng(seed)
+    label = np.sort(np.arange(images) % classes)
+    chance = np.clip(accuracy + 0.12 * draw.normal(size=classes), 0.05, 0.99)[label]
+    shift = np.rint(draw.laplace(scale=4, size=images)).astype(int)
+    neighbour = (label + np.where(shift == 0, 1, shift)) % classes
+    right = draw.random(images) < chance
+    k = min(5, classes)
+    guesses = (np.where(right, label, neighbour)[:, None] + np.arange(k)) % classes
+    probability = np.sort(draw.dirichlet(np.ones(k + 1), images)[:, :k], axis=1)[:, ::-1].astype(np.float32)
+    names = [f"n{number:08d}" for number in range(classes)]
+    arrays = {
+        "index": np.arange(images),
+        "label": label,
+        "top5": guesses,
+        "probability": probability,
+        "loss": np.where(right, 0.3, 3.0).astype(np.float32) * draw.gamma(2, 0.5, images).astype(np.float32),
+        "file": np.array([f"val/{names[c]}/ILSVRC2012_val_{i:08d}.JPEG" for i, c in enumerate(label.tolist())]),
+        "classes": np.array(names),
+        "epoch": np.int64(EPOCHS),
+        "checkpoint": np.str_("max_acc.pth"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    store_arrays(folder / "predictions.npz", arrays)
+
+
+def store_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write an .npz, whose arrays may also be called `file`, as an argument of numpy.savez is."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, np.asarray(array))
+
+
+def write_run(folder: Path, root: Path) -> None:
+    """A whole run folder, and at `root` the image folder that it was validated on."""
+    write_metrics(folder)
+    write_predictions(folder)
+    config = load_config(str(ROOT / "configs" / "pola_swin_t.yaml"), ["DATA.DATA_PATH", str(root)])
+    (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
+    torch.save({"model": build_model(config).state_dict(), "config": config.dump()}, folder / "max_acc.pth")
+    noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    root.mkdir()
+    Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC).save(root / "image.jpg")
+    with np.load(folder / "predictions.npz") as predictions:
+        files = predictions["file"].tolist()
+    for parent in {(root / file).parent for file in files}:
+        parent.mkdir(parents=True)
+    for file in files:
+        os.link(root / "image.jpg", root / file)
+
+
+def make_report(folder: Path) -> tuple[float, float]:
+    """Seconds from the command to its end, and seconds of CPU in all its threads.
+
+    Raises WrongResultError where the page in `folder` lacks a part.
+    """
+    start, before = time.perf_counter(), os.times()
+    command = [sys.executable, "-m", "tools.report", str(folder)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    seconds, after = time.perf_counter() - start, os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    page = folder / "report.html"
+    if result.returncode or not page.exists():
+        raise WrongResultError(f"the report failed: {result.stdout}{result.stderr}")
+    text = page.read_text(encoding="utf-8")
+    parts = {"curves": r'class="chart"', "matrix": r'class="matrix"', "pictures and overlays": r"data:image/jpeg"}
+    counts = {name: len(re.findall(pattern, text)) for name, pattern in parts.items()}
+    if counts != {"curves": 8, "matrix": 1, "pictures and overlays": 24}:
+        raise WrongResultError(f"the page holds {counts}, expected 8 curves, a matrix, 12 pictures and 12 overlays")
+    return seconds, cpu
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, write. Exits with the reason when a report lacks a part."""
+    parser = argument_parser("report", __doc__)
+    parser.add_argument("--repeats", type=int, default=3, help="reports that are timed")
+    options = parser.parse_args(arguments)
+    prepare_process(options.threads)
+    with tempfile.TemporaryDirectory() as scratch, gated():
+        run = Path(scratch) / "run"
+        write_run(run, Path(scratch) / "images")
+        made = [make_report(run) for _ in range(options.repeats)]
+        size = (run / "report.html").stat().st_size / 1e6
+    seconds, cpu = Spread.of(wall for wall, _ in made), Spread.of(cpu for _, cpu in made)
+    rows = [("seconds", seconds.text()), ("seconds of CPU", cpu.text()), ("MB", f"{size:.2f}")]
+    print_table(f"{EPOCHS} epochs, {IMAGES:,} predictions: median (smallest to largest)", ("", "report"), rows)
+    bars = [
+        Bar("seconds of a report", seconds.median, SECONDS_BAR, "at most"),
+        Bar("MB of its page", size, SIZE_BAR_MB, "at most"),
+    ]
+    print_bars(bars)
+    content = {"repeats": options.repeats, "seconds": asdict(seconds), "cpu_seconds": asdict(cpu), "mb": size}
+    path = write_result(options.output, "report", torch.device("cpu"), content, bars)
+    print(f"\nwrote {path.name} to {options.output}")
+
+
+if __name__ == "__main__":
+    main()

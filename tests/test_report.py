@@ -1,0 +1,414 @@
+"""The run report: what is read from a run folder, what is counted, and the page as a browser shows it.
+
+pytest tests/test_report.py
+"""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from browser import CHROMIUM, Browser
+from conftest import TINY
+
+from benchmarks.report import store_arrays, write_metrics, write_predictions
+from config import load_config
+from data.datasets import DigitsSource
+from models import build_model
+from tools import report
+from tools.run_report.charts import Line, line_chart
+from tools.run_report.classes import by_class, error_blocks
+from tools.run_report.examples import hardest
+from tools.run_report.page import CURVES, render
+from tools.run_report.runs import Predictions, ReportError, find_runs, names_of, read_predictions, read_run
+
+
+def predictions(
+    label: list[int], guesses: list[list[int]], classes: list[str], loss: list[float] | None = None
+) -> Predictions:
+    N = len(label)
+    return Predictions(
+        index=np.arange(N),
+        label=np.array(label),
+        guesses=np.array(guesses),
+        probability=np.full((N, len(guesses[0])), 0.5, dtype=np.float32),
+        loss=np.array(loss or [1.0] * N, dtype=np.float32),
+        file=np.array([f"val/{i}.png" for i in range(N)]),
+        classes=classes,
+        epoch=1,
+        checkpoint="max_acc.pth",
+    )
+
+
+def digits_run(folder: Path, options: str = "", *, names: list[str] | None = None) -> Path:
+    """A run folder over the digits, with a checkpoint of fresh weights and predictions as if it had made them."""
+    folder.mkdir(parents=True)
+    cfg = folder.parent / "tiny.yaml"
+    cfg.write_text(TINY)
+    config = load_config(str(cfg), options.split())
+    write_metrics(folder, epochs=4, steps=22, print_freq=10)
+    source = DigitsSource("val", (32, 32))
+    write_predictions(folder, images=len(source.labels), classes=10)
+    arrays = dict(np.load(folder / "predictions.npz"))
+    label = np.array(source.labels)
+    arrays["top5"] = (arrays["top5"] - arrays["label"][:, None] + label[:, None]) % 10
+    arrays |= {"label": label, "file": np.array([source.name(i) for i in range(len(label))])}
+    arrays["classes"] = np.array(names or list("0123456789"))
+    store_arrays(folder / "predictions.npz", arrays)
+    (folder / "config.yaml").write_text(config.dump())
+    torch.save({"model": build_model(config, 10).state_dict(), "config": config.dump()}, folder / "max_acc.pth")
+    start = {"started": "2026-01-02T03:04:05+00:00", "torch": "2.11.0", "device": "CPU, threads per process: 1"}
+    (folder / "environment.json").write_text(json.dumps([start, start]))
+    return folder
+
+
+def run_of(folder: Path):
+    return read_run(folder, folder.name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_classes_are_counted_with_their_confusions_most_frequent_first():
+    seen = predictions(
+        [0, 0, 0, 1, 1, 1, 1], [[0, 1], [1, 0], [2, 1], [1, 0], [2, 0], [2, 1], [-1, -1]], ["a", "b", "c"]
+    )
+    result = by_class(seen)
+    assert result.images.tolist() == [3, 4, 0] and result.correct.tolist() == [1, 1, 0]
+    assert result.among_guesses.tolist() == [2, 2, 0]
+    assert result.accuracy[:2].tolist() == pytest.approx([100 / 3, 25]) and np.isnan(result.accuracy[2])
+    pairs = list(
+        zip(result.confused_label.tolist(), result.confused_guess.tolist(), result.confused_count.tolist(), strict=True)
+    )
+    assert pairs == [(1, 2, 2), (0, 1, 1), (0, 2, 1)]  # the image without a finite output is in none
+    assert result.mostly_taken_for() == {1: (2, 2), 0: (1, 1)}
+
+
+def test_blocks_of_a_large_matrix_hold_every_error():
+    draw = np.random.default_rng(0)
+    label, guess = draw.integers(0, 70, 3000), draw.integers(0, 70, 3000)
+    result = by_class(predictions(label.tolist(), guess[:, None].tolist(), [str(i) for i in range(70)]))
+    errors, first = error_blocks(result, 8)
+    assert errors.shape == (8, 8) and first[0] == 0 and np.diff(first).min() >= 8
+    block = np.searchsorted(first, np.arange(70), side="right") - 1
+    expected = np.zeros((8, 8))
+    for i, j in zip(label, guess, strict=True):
+        if i != j:
+            expected[block[i], block[j]] += 1
+    images = np.bincount(block[label], minlength=8)
+    assert np.allclose(errors, 100 * expected / images[:, None])
+
+
+def test_the_hardest_images_are_the_wrong_ones_with_the_highest_loss():
+    seen = predictions([0] * 5, [[1], [0], [1], [1], [0]], ["a", "b"], [2.0, 9.0, 3.0, float("nan"), 0.1])
+    assert hardest(seen, 4) == [3, 2, 0, 1]
+
+
+def test_short_training_lines_join_the_line_before_by_their_steps(tmp_path):
+    lines = [(100, 2.0), (200, 1.0), (210, 6.0), (310, 4.0)]
+    records = [{"kind": "train", "epoch": 0, "step": step, "loss": loss} for step, loss in lines]
+    records.append({"kind": "val", "epoch": 0, "step": 310, "top1": 50.0})
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    epochs, values = run_of(tmp_path).series("train", "loss")
+    assert (epochs * 310).tolist() == pytest.approx([100, 210, 310])
+    assert values.tolist() == pytest.approx([2.0, (1.0 * 100 + 6.0 * 10) / 110, 4.0])
+
+
+def test_training_time_and_waiting_are_sums_over_all_log_lines(tmp_path):
+    write_metrics(tmp_path, epochs=3, steps=25, print_freq=10)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "train":
+            record |= {"step_time": 0.5, "data_time": 0.1, "images_per_s": 200.0}
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    timing = run_of(tmp_path).timing
+    assert timing == pytest.approx({"seconds": 75 * 0.5, "data_share": 0.2, "images_per_s": 200.0})
+
+
+def test_a_line_breaks_where_values_are_not_finite_and_a_lone_value_is_a_dot():
+    y = np.array([1.0, 2.0, np.nan, 3.0, np.nan, 5.0, 6.0])
+    text = line_chart("Loss", "", [Line("run", np.arange(7.0), y, 0)])
+    path = re.search(r'class="line solid c0" d="([^"]+)"', text)[1]
+    assert path.count("M") == 3 and path.count("h.01") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is damaged, absent or unknown
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys):
+    write_metrics(tmp_path / "run", epochs=1, steps=10)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for name, text in (("silent", ""), ("garbage", "no json\n[1]\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    run = str(tmp_path / "run")
+    cases = {
+        (
+            str(tmp_path / "empty"),
+        ): "holds no run: no metrics.jsonl in it or below; main.py writes one into OUTPUT/NAME/TAG",
+        (str(tmp_path / "absent"),): "does not exist; expected a run folder",
+        (str(tmp_path / "file"),): "is no folder",
+        (str(tmp_path / "silent"),): "is empty; the run has logged nothing",
+        (str(tmp_path / "garbage"),): "none of its 2 lines can be read",
+        (run, "--curves", "loss", "accuracy"): "unknown metric accuracy; expected some of " + ", ".join(CURVES),
+        (run, "--output", str(tmp_path / "file" / "page.html")): "page.html cannot be written (",
+    }
+    for arguments, message in cases.items():
+        assert report.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and "Traceback" not in error
+    with pytest.raises(SystemExit, match="2"):
+        report.main([run, "--images", "-1"])
+    assert "--images -1: expected 0 or more" in capsys.readouterr().err
+
+
+def test_more_runs_than_colours_are_refused(tmp_path, capsys):
+    for i in range(9):
+        write_metrics(tmp_path / str(i), epochs=1, steps=10)
+    assert report.main([str(tmp_path)]) == 2
+    assert "9 runs are too many for one page, at most 8" in capsys.readouterr().err
+
+
+def test_damaged_lines_are_left_out_and_counted(tmp_path):
+    write_metrics(tmp_path, epochs=2, steps=10, print_freq=5)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    lines[1:1] = [b'{"kind": "train", "epoch": 0', b"\xff\xfe\x00", b'{"kind": "train", "loss": 1.0}']
+    path.write_bytes(b"\n".join(lines) + b'\n{"kind": "val", "epo')
+    run = run_of(tmp_path)
+    assert len(run.records) == 8
+    assert any("4 damaged lines are left out of metrics.jsonl (number 2, 3, 4, 12)" in note for note in run.notes)
+    assert "4 damaged lines" in render([run])
+
+
+def test_a_run_without_predictions_says_how_to_get_them_and_shows_the_rest(tmp_path):
+    write_metrics(tmp_path, epochs=2, steps=10)
+    page = render([run_of(tmp_path)])
+    assert "there is no predictions.npz" in page and "main.py --eval" in page
+    assert 'id="curves"' in page and 'id="classes"' not in page and 'id="hardest-images"' not in page
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda arrays: arrays.pop("loss"), "lacks the arrays loss; expected index, label, top5"),
+        (lambda arrays: arrays.update(loss=arrays["loss"][:-1]), "loss (39,) instead of (40,)"),
+        (lambda arrays: arrays.update(label=arrays["label"] + 90), "class 99 or a negative one, expected 0 to 9"),
+        (lambda arrays: arrays.update(classes=np.array(["a"], dtype=object)), "cannot be read"),
+    ],
+)
+def test_predictions_that_do_not_fit_together_are_refused_and_noted(tmp_path, change, message):
+    write_metrics(tmp_path, epochs=1, steps=10)
+    write_predictions(tmp_path, images=40, classes=10)
+    arrays = dict(np.load(tmp_path / "predictions.npz"))
+    change(arrays)
+    store_arrays(tmp_path / "predictions.npz", arrays)
+    with pytest.raises(ReportError, match=re.escape(message)):
+        read_predictions(tmp_path / "predictions.npz")
+    run = run_of(tmp_path)
+    assert run.predictions is None and any(message in note for note in run.notes)
+
+
+def test_a_truncated_predictions_file_is_noted(tmp_path):
+    write_metrics(tmp_path, epochs=1, steps=10)
+    write_predictions(tmp_path, images=40, classes=10)
+    path = tmp_path / "predictions.npz"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert any("predictions.npz cannot be read" in note for note in run_of(tmp_path).notes)
+
+
+def test_data_that_is_not_reachable_or_another_is_said_on_the_page(tmp_path):
+    folder = digits_run(tmp_path / "run")
+    (folder / "max_acc.pth").unlink()
+    assert "Without attention: there is no checkpoint max_acc.pth" in render([run_of(folder)], images=2)
+    arrays = dict(np.load(folder / "predictions.npz"))
+    arrays["file"] = np.array([f"val/{i}.png" for i in range(len(arrays["label"]))])
+    store_arrays(folder / "predictions.npz", arrays)
+    page = render([run_of(folder)], images=2)
+    assert "Without pictures: the data set is not the one evaluated" in page
+    (folder / "config.yaml").write_text("DATA: {DATASET: imagenet, DATA_PATH: /absent}\n")
+    page = render([run_of(folder)], images=2)
+    assert "Without pictures: data set folder /absent" in page and "data:image/jpeg" not in page
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the page says
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_one_run_is_compared_with_the_defaults_and_several_with_each_other(tmp_path):
+    folders = [digits_run(tmp_path / name / "run", f"TRAIN.BASE_LR {lr}") for name, lr in (("a", 0.001), ("b", 0.002))]
+    alone = rows_of(render([run_of(folders[0])], images=0), "configuration")
+    assert alone["TRAIN.BASE_LR"] == ["0.001", "0.0005"] and alone["TRAIN.EPOCHS"] == ["2", "300"]
+    assert "TRAIN.WEIGHT_DECAY" not in alone
+    names = names_of(folders)
+    assert names == ["a/run", "b/run"]
+    runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    assert rows_of(render(runs, images=0), "configuration") == {"TRAIN.BASE_LR": ["0.001", "0.002", "0.0005"]}
+
+
+def rows_of(page: str, section: str) -> dict[str, list[str]]:
+    """The first table of a section, by the text of each row's head."""
+    body = re.search(rf'<section id="{section}">.*?<tbody>(.*?)</tbody>', page, re.DOTALL)[1]
+    rows = [
+        [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
+        for row in body.split("</tr>")
+    ]
+    return {row[0]: row[1:] for row in rows if row}
+
+
+def test_the_worst_classes_and_the_most_frequent_confusions_come_first(tmp_path):
+    write_metrics(tmp_path, epochs=1, steps=10)
+    write_predictions(tmp_path, images=400, classes=10)
+    run = run_of(tmp_path)
+    label = np.repeat(np.arange(10), 40)
+    guess = label.copy()
+    guess[40 * 3 : 40 * 3 + 30] = 7  # 3 is worst
+    guess[40 * 5 : 40 * 5 + 10] = 6
+    run.predictions = predictions(label.tolist(), guess[:, None].tolist(), [f"class {i}" for i in range(10)])
+    page = render([run], images=0)
+    classes = rows_of(page, "classes")
+    assert list(classes)[:2] == ["class 3", "class 5"]
+    assert classes["class 3"] == ["25.0", "25.0", "40", "class 7 (30)"] and classes["class 0"][-1] == "–"
+    assert "Most frequent confusions" in page
+    pairs = re.findall(r'<th scope="row">(class \d)</th><td>(class \d)</td><td>(\d+)</td><td>([\d.]+) %', page)
+    assert pairs == [("class 3", "class 7", "30", "75.0"), ("class 5", "class 6", "10", "25.0")]
+
+
+def test_names_are_text_wherever_they_come_from(tmp_path):
+    evil = "</script><script>alert(1)</script>"
+    folder = digits_run(tmp_path / "run", names=[evil, *"123456789"])
+    page = render([read_run(folder, evil), read_run(folder, "other")], images=2)
+    assert "alert(1)" in page and "<script>alert" not in page
+
+
+def test_a_folder_of_runs_is_a_comparison(tmp_path, capsys):
+    for name in ("x/one", "x/two"):
+        write_metrics(tmp_path / name, epochs=1, steps=10)
+    assert [path.name for path in find_runs([tmp_path / "x", tmp_path / "x/one"])] == ["one", "two"]
+    assert report.main([str(tmp_path / "x")]) == 0
+    assert (tmp_path / "x" / "report.html").is_file() and "report.html (0." in capsys.readouterr().out
+
+
+def test_the_report_of_a_run_of_imagenets_length_takes_seconds_and_little_space(tmp_path):
+    """300 epochs, 50,000 predictions; benchmarks/report.py measures it from the command line, with images."""
+    write_metrics(tmp_path)
+    write_predictions(tmp_path)
+    start = time.process_time()
+    assert report.main([str(tmp_path), "--images", "0"]) == 0
+    assert time.process_time() - start < 10
+    page = (tmp_path / "report.html").read_text()
+    assert len(page) < 2e6 and page.count('class="chart"') == 8 and "blocks of 10 neighbouring classes" in page
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a browser
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (Debian: apt install chromium)")
+    opened = Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, Path]:
+    """One run and two compared, as the command writes them."""
+    root = tmp_path_factory.mktemp("runs")
+    folders = [digits_run(root / name, options) for name, options in (("a", ""), ("b", "TRAIN.EPOCHS 4"))]
+    assert report.main([str(folders[0]), "--images", "3"]) == 0
+    assert report.main([*map(str, folders), "--images", "2"]) == 0
+    return {"one": folders[0] / "report.html", "several": root / "report.html"}
+
+
+FIGURES = """(() => {
+  const seen = (element) => { const box = element.getBoundingClientRect(); return box.width > 20 && box.height > 20; };
+  const lines = [...document.querySelectorAll('figure.chart')].map((figure) =>
+    [...figure.querySelectorAll('.plot path.line')].filter((path) => path.getTotalLength() > 20).length);
+  return {
+    charts: [...document.querySelectorAll('figure.chart .plot svg')].filter(seen).length,
+    lines: lines,
+    matrices: [...document.querySelectorAll('figure.matrix')].filter(seen).length,
+    images: [...document.images].filter((image) => image.complete && image.naturalWidth > 20 && seen(image)).length,
+    sections: [...document.querySelectorAll('main h2')].map((heading) => heading.textContent),
+    width: document.documentElement.scrollWidth,
+  };
+})()"""
+SECTIONS = ["Results", "Curves", "Configuration", "Classes", "Confusions", "Hardest images", "Environment"]
+
+
+@pytest.mark.parametrize("name, charts, lines, images", [("one", 8, (1, 2, 3), 6), ("several", 12, (2,), 8)])
+@pytest.mark.parametrize("width, dark", [(1280, False), (390, True)])
+def test_the_page_renders_without_errors_requests_or_sideways_scrolling(
+    browser, pages, name, charts, lines, images, width, dark
+):
+    browser.open(pages[name], width=width, dark=dark)
+    seen = browser.evaluate(FIGURES)
+    assert seen["charts"] == len(seen["lines"]) == charts and set(seen["lines"]) <= set(lines), seen
+    assert seen["sections"] == SECTIONS and seen["images"] == images
+    assert seen["matrices"] == (1 if name == "one" else 2)
+    assert seen["width"] <= width
+    assert browser.problems() == []
+    assert browser.requests() == [pages[name].resolve().as_uri()]
+
+
+def test_light_and_dark_are_the_readers_choice_and_lines_stand_out(browser, pages):
+    def colours() -> tuple[list[int], list[int]]:
+        script = """(() => { const rgb = (value) => value.match(/\\d+/g).slice(0, 3).map(Number);
+            const line = document.querySelector('.plot path.line.solid');
+            return [rgb(getComputedStyle(document.body).backgroundColor), rgb(getComputedStyle(line).stroke)]; })()"""
+        return browser.evaluate(script)
+
+    found = {}
+    for dark in (False, True):
+        browser.open(pages["one"], dark=dark)
+        page, line = found[dark] = colours()
+        assert abs(luminance(page) - luminance(line)) > 0.2
+    assert luminance(found[False][0]) > 0.9 and luminance(found[True][0]) < 0.05
+
+
+def luminance(rgb: list[int]) -> float:
+    """Relative luminance of sRGB (WCAG 2)."""
+    linear = [c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+def test_a_run_has_the_same_colour_in_every_chart(browser, pages):
+    browser.open(pages["several"])
+    strokes = browser.evaluate(
+        "[...document.querySelectorAll('figure.chart')].map((figure) =>"
+        " [...figure.querySelectorAll('.plot path.line')].map((path) => getComputedStyle(path).stroke))"
+    )
+    assert len({tuple(each) for each in strokes}) == 1 and len(set(strokes[0])) == 2
+    keys = browser.evaluate(
+        "[...document.querySelectorAll('header .run path')].map((path) => getComputedStyle(path).stroke)"
+    )
+    assert keys == strokes[0]
+
+
+def test_pointing_at_a_chart_shows_its_values(browser, pages):
+    browser.open(pages["one"])
+    values = [json.loads(line) for line in (pages["one"].parent / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in values if record["kind"] == "val"][-1]
+    x, y = browser.evaluate(
+        """(() => { const svg = [...document.querySelectorAll('figure.chart')].find((f) =>
+            f.textContent.includes('Top-1 accuracy')).querySelector('.plot svg');
+            svg.scrollIntoView(); const box = svg.getBoundingClientRect();
+            return [box.right - 12, box.top + 40]; })()"""
+    )
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    shown = browser.evaluate("document.getElementById('tip').hidden ? '' : document.getElementById('tip').textContent")
+    top1 = float(f"{last['top1']:.4g}")
+    assert shown.startswith("epoch 4") and f"validation{top1:g}" in shown

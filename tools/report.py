@@ -1,0 +1,88 @@
+"""A run, or several compared, as one HTML page that needs nothing but itself.
+
+python -m tools.report output/pola_swin_t/default                          writes report.html into the run folder
+python -m tools.report output/pola_swin_t/{a,b,c} --output compared.html   compares three runs
+
+docs/report.md says what the page shows and where each part comes from. Exit codes: 0 written, 2 a mistake.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as tools/report.py: what it imports lies beside tools/
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.run_report.page import CURVES, DEFAULT_CURVES, render
+from tools.run_report.runs import ReportError, find_runs, names_of, read_run
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.report",
+        description="Write one self-contained HTML page about a run, or comparing several: results, curves,"
+        " configuration differences, accuracy by class, confusions, hardest images with attention, environment.",
+        epilog="example: python -m tools.report output/quickstart/default --images 24",
+    )
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="run folder (OUTPUT/NAME/TAG), or a folder that holds some"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="the page (default: report.html in the run folder, of several in the folder that holds them all)",
+    )
+    parser.add_argument(
+        "--curves",
+        metavar="METRIC",
+        nargs="+",
+        default=list(DEFAULT_CURVES),
+        help=f"what to draw, of {', '.join(CURVES)} (default: {' '.join(DEFAULT_CURVES)})",
+    )
+    parser.add_argument(
+        "--images", metavar="N", type=int, default=12, help="hardest validation images per run (default 12; 0: none)"
+    )
+    parser.add_argument(
+        "--data-path", metavar="PATH", help="where the data set is, if not where the run's configuration says"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.images < 0:
+        parser.error(f"--images {arguments.images}: expected 0 or more")
+    try:
+        folders = find_runs(arguments.runs)
+        runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
+        page = render(runs, curves=arguments.curves, images=arguments.images, data_path=arguments.data_path)
+        home = folders[0] if len(folders) == 1 else Path(os.path.commonpath([f.resolve() for f in folders]))
+        path = arguments.output or home / "report.html"
+        _write(path, page)
+    except ReportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for run in runs:
+        for note in run.notes:
+            print(f"note: {run.name}: {note}")
+    print(f"{path} ({path.stat().st_size / 1e6:.2f} MB): {', '.join(run.name for run in runs)}")
+    return 0
+
+
+def _write(path: Path, page: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ReportError(
+            f"{path} cannot be written ({error.strerror}); --output FILE puts the page elsewhere"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""environment.json: where and how a run was started, one entry a start, for the reader of its results.
+
+No names of machines or users and no environment variables are stored; the command is, as it was given.
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+ENVIRONMENT_FILE = "environment.json"
+KEPT = 50  # starts
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def describe(device: "torch.device", processes: int) -> dict[str, Any]:
+    """Versions, hardware, commit and command of this process, as plain values."""
+    import timm  # slow to import, which readers of the file need not wait for
+    import torch
+
+    cuda = device.type == "cuda"
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _commit(),
+        "processes": processes,
+        "device": torch.cuda.get_device_name(device)
+        if cuda
+        else f"CPU, threads per process: {torch.get_num_threads()}",
+        "device_memory_gib": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1) if cuda else None,
+        "cpu": _cpu(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "timm": timm.__version__,
+    }
+
+
+def record_environment(folder: Path, device: "torch.device", processes: int) -> None:
+    """Append this start to `folder`/environment.json, replacing a file that is damaged."""
+    path = folder / ENVIRONMENT_FILE
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        starts = []
+    starts = [*(starts if isinstance(starts, list) else []), describe(device, processes)][-KEPT:]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(starts, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@cache
+def _commit() -> str | None:
+    """The checked-out commit, with `+` where tracked files were changed; None outside a repository or without git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def _cpu() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
