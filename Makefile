@@ -4,6 +4,8 @@
 # BENCH=--compile make bench    also the compiled models (10 minutes more); BENCH is passed to benchmarks.model_step
 # make bench-input   set up, then time the input pipeline on one core (2 minutes); needs the optional simplejpeg, which it installs
 # make bench-training  set up, then time what the training loop and its checkpoints cost (5 minutes)
+# make ablation      set up, then compare kinds of attention on two small data sets (docs/ablation.md; 20 minutes); one of
+#                    them is Fashion-MNIST (apt install dataset-fashion-mnist); ABLATION="--datasets digits" does without
 # PYTHON=/path/to/python make …   uses that environment as it is and installs nothing
 
 ifdef PYTHON
@@ -16,7 +18,7 @@ else
   SETUP_DEV := .venv/installed-dev
 endif
 
-.PHONY: quickstart test test-slow lint reference bench bench-input bench-training
+.PHONY: quickstart test test-slow lint reference bench bench-input bench-training ablation
 
 quickstart: $(SETUP)
 	PYTHON=$(RUN) TAG=$$(date +%Y%m%d-%H%M%S) bash pretrain.sh
@@ -47,6 +49,9 @@ bench-input: $(SETUP_DEV)
 
 bench-training: $(SETUP)
 	$(RUN) -m benchmarks.training_loop --threads 1
+
+ablation: $(SETUP)
+	$(RUN) -m tools.ablation $(ABLATION)
 
 .venv/installed: requirements.txt
 	@echo "setting up .venv (torch is large: this takes minutes on a slow line)"

@@ -24,10 +24,11 @@ from yacs.config import CfgNode
 from utils.kinds import Kind, boolean, choice, either, integer, optional, real, sequence, text
 
 MODEL_TYPES = ("pola_swin", "pola_pvt_tiny", "pola_pvt_small", "pola_pvt_medium", "pola_pvt_large")
-DATASETS = ("imagenet", "digits")
+DATASETS = ("imagenet", "digits", "fashion_mnist")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULERS = ("cosine", "linear", "step")
 DECODERS = ("pillow", "simplejpeg")
+BENCHMARKS = ("val", "real", "v2", "a", "r", "sketch", "c")  # the first two are the data set's own validation images
 ATTENTIONS = ("polarity", "softmax", "relu", "elu", "focused")
 BACKENDS = ("auto", "eager", "triton", "reference")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")  # those that warping augmentations take too
@@ -60,7 +61,12 @@ KEYS: dict[str, Key] = {
     "DATA.DATASET": Key(
         "imagenet",
         choice(*DATASETS),
-        "imagenet: an image folder or zip + map with any classes; digits: the 1,797 handwritten digits of scikit-learn",
+        "imagenet: an image folder or zip + map with any classes; digits: the 1,797 handwritten digits of scikit-learn;"
+        " fashion_mnist: 70,000 grey pictures of clothing, the idx files in DATA_PATH or, where that is empty, of"
+        " Debian's package dataset-fashion-mnist",
+    ),
+    "DATA.TRAIN_FRACTION": Key(
+        1.0, real(1e-6, 1), "share of each class's training images that is used, the first ones; not with shards"
     ),
     "DATA.IMG_SIZE": Key(
         224,
@@ -221,7 +227,35 @@ KEYS: dict[str, Key] = {
     "AUG.MIXUP_SWITCH_PROB": Key(0.5, real(0, 1), "probability of CutMix where both are enabled"),
     "AUG.MIXUP_MODE": Key("batch", choice("batch", "pair", "elem"), "one draw per batch, pair or image"),
     # -- evaluation
-    "TEST.CROP": Key(True, boolean(), "resize to 256/224 of the size, then crop the centre; False: resize to the size"),
+    "TEST.BENCHMARK": Key(
+        "val",
+        choice(*BENCHMARKS),
+        "what --eval evaluates on: val, the data set's own validation images; real, those with the ReaL labels; v2, a,"
+        " r, sketch, c: ImageNet-V2, -A, -R, -Sketch and -C, whose folder DATA_PATH then is; docs/evaluation.md tells"
+        " of each (--benchmark)",
+    ),
+    "TEST.REAL_LABELS": Key(
+        "", text(), "the ReaL labels, real.json of the reassessed ImageNet; empty: the copy that timm brings"
+    ),
+    "TEST.FLIP": Key(
+        False,
+        boolean(),
+        "in --eval, the mean of the class probabilities of an image and its mirror image; twice the time",
+    ),
+    "TEST.IMG_SIZE": Key(
+        None,
+        optional(either(integer(1), sequence(integer(1), 2))),
+        "input size of --eval, as DATA.IMG_SIZE, where it differs from that of training; position tables are resized."
+        " null: DATA.IMG_SIZE",
+    ),
+    "TEST.CROP": Key(
+        True, boolean(), "resize to 1/CROP_RATIO of the size, then crop the centre; False: resize to the size"
+    ),
+    "TEST.CROP_RATIO": Key(
+        0.875,
+        real(0.1, 1),
+        "side of the centre crop over that of the resized image; 0.875 resizes to 256 for 224 pixels",
+    ),
     "TEST.RESIZE": Key(
         "squash",
         choice("squash", "shorter"),
@@ -444,6 +478,17 @@ def image_size(config: CfgNode) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def evaluation_config(config: CfgNode) -> CfgNode:
+    """The configuration that --eval works with: DATA.IMG_SIZE is TEST.IMG_SIZE where that is set."""
+    if config.TEST.IMG_SIZE is None:
+        return config
+    sized = config.clone()
+    sized.defrost()
+    sized.DATA.IMG_SIZE = config.TEST.IMG_SIZE
+    sized.freeze()
+    return sized
+
+
 def value_of(config: CfgNode, key: str) -> Any:
     """The value of a dotted key."""
     node: Any = config
@@ -529,8 +574,9 @@ def _validate_model(config: CfgNode) -> None:
     unit = patch * 2 ** (num_stages - 1)
     size = image_size(config)
     if any(side % unit for side in size):
+        key = "TEST.IMG_SIZE" if config.TEST.IMG_SIZE == config.DATA.IMG_SIZE else "DATA.IMG_SIZE"
         raise ConfigError(
-            f"DATA.IMG_SIZE {config.DATA.IMG_SIZE} does not fit {config.MODEL.TYPE}: expected a multiple of {unit}"
+            f"{key} {config.DATA.IMG_SIZE} does not fit {config.MODEL.TYPE}: expected a multiple of {unit}"
             f" pixels (patch {patch}, halved {num_stages - 1} times), or [height, width] of such multiples"
         )
     if is_swin:
@@ -555,6 +601,8 @@ def _validate_model(config: CfgNode) -> None:
 def validate(config: CfgNode) -> None:
     """Raise ConfigError where keys contradict each other or name what does not exist."""
     _validate_model(config)
+    if config.TEST.IMG_SIZE is not None:
+        _validate_model(evaluation_config(config))
     last_epoch = config.TRAIN.EPOCHS + config.TRAIN.COOLDOWN_EPOCHS
     if last_epoch <= config.TRAIN.START_EPOCH:
         raise ConfigError(f"TRAIN.START_EPOCH {config.TRAIN.START_EPOCH} is not below the run's {last_epoch} epochs")
@@ -575,6 +623,15 @@ def validate(config: CfgNode) -> None:
         )
     if config.EVAL_MODE and not config.MODEL.RESUME:
         raise ConfigError("--eval needs --resume FILE: the checkpoint to evaluate")
+    benchmark = config.TEST.BENCHMARK
+    if benchmark != "val":
+        if not config.EVAL_MODE:
+            raise ConfigError(f"TEST.BENCHMARK {benchmark} (--benchmark) is what --eval evaluates on; add --eval")
+        if config.DATA.DATASET != "imagenet":
+            raise ConfigError(
+                f"TEST.BENCHMARK {benchmark} is a variant of ImageNet, expected DATA.DATASET imagenet, received"
+                f" {config.DATA.DATASET}"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -591,6 +648,7 @@ VALUE_FLAGS = {
     "--output": "OUTPUT",
     "--tag": "TAG",
     "--profile": "PROFILE",
+    "--benchmark": "TEST.BENCHMARK",
     "--local-rank": "LOCAL_RANK",
 }
 SWITCHES = {

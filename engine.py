@@ -30,6 +30,7 @@ from utils import distributed
 from utils.bottleneck import Times, verdict
 from utils.metrics import Accuracy, AccuracyCounter
 from utils.precision import autocast, exact_float32
+from utils.predictions import PredictionRecorder
 from utils.preemption import Decision
 
 
@@ -427,22 +428,27 @@ def evaluate(
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
     after_batch: Callable[[], None] | None = None,
+    recorder: PredictionRecorder | None = None,
 ) -> Accuracy:
     """Top-1, top-5 and loss over every image exactly once, reduced over all processes.
 
     float32 with TF32 off, unless `amp_dtype` asks for autocast. The model is left in evaluation mode. `after_batch` is
-    called equally often on every process, and may raise.
+    called equally often on every process, and may raise. `recorder` is shown every image's logits.
     """
     model.eval()
     in_step = batches.common_batches if after_batch else 0
     counter = AccuracyCounter(device)
     normalise = Normalise(device, next(model.parameters()).dtype)
     with exact_float32():
-        for i, (images, labels) in enumerate(progress(batches, len(batches), "evaluation", distributed.rank())):
-            images = normalise(images.to(device, non_blocking=True))
+        stream = progress(batches.whole(), len(batches), "evaluation", distributed.rank())
+        for i, batch in enumerate(stream):
+            images = normalise(batch.images.to(device, non_blocking=True))
+            labels = batch.labels.to(device, non_blocking=True)
             with autocast(device, amp_dtype):
                 logits = model(images)
-            counter.update(logits, labels.to(device, non_blocking=True))
+            counter.update(logits, labels)
+            if recorder:
+                recorder.update(logits, labels, batch.positions, batch.names)
             if after_batch and i < in_step:
                 after_batch()
     return counter.result(batches.num_images)

@@ -34,16 +34,18 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from config import batch_plan, run_folder
+from config import batch_plan, evaluation_config, image_size, run_folder
 from data import DataError, Loaders, build_loaders
 from data.check import run_check
 from data.transforms import TrainBatch, mixup_enabled
 from engine import Interval, NonFiniteError, Training, evaluate, throughput, train_one_epoch
+from evaluation import Subject, build_benchmark, evaluate_benchmark, keep_predictions, write_evaluation
 from logger import MetricsWriter, get_logger, setup_logger
 from lr_scheduler import build_scheduler
 from models import build_model
 from models.classifier import Classifier
-from models.loading import load_pretrained, load_weights
+from models.evaluation import EvaluatedModel
+from models.loading import load_pretrained, load_resized, load_weights
 from models.ops.polarity_attention import choose_backend
 from optimizer import build_optimizer
 from utils import distributed
@@ -67,11 +69,12 @@ from utils.keeper import CheckpointKeeper
 from utils.metrics import Accuracy
 from utils.observer import Observer
 from utils.precision import autocast_dtype
+from utils.predictions import PredictionRecorder
 from utils.preemption import PeersLostError, Preempted, StopRequest
 from utils.profiling import step_profiler
 from utils.randomness import deterministic, seed_everything
 from utils.run_lock import RunFolderBusyError, open_folder, own_folder
-from utils.run_state import Progress, check_classes, restore
+from utils.run_state import Progress, restore
 from utils.watchdog import Watchdog
 
 REFERENCE_BATCH = 512  # images per step that BASE_LR, WARMUP_LR and MIN_LR are given for
@@ -129,23 +132,32 @@ def place(model: Classifier, device: torch.device) -> Classifier:
 
 def run_evaluation(config: CfgNode, device: torch.device) -> Accuracy:
     """Evaluate exactly the --resume file; a second line for its averaged weights where it holds them."""
-    logger, path = get_logger(), config.MODEL.RESUME
+    logger, path, folder = get_logger(), config.MODEL.RESUME, run_folder(config)
     checkpoint = load_checkpoint(path)
     if differing := differing_function_keys(checkpoint, config, path):
         raise CheckpointError("; ".join(differing))
-    loaders = build_loaders(config, train=False)
-    check_classes(checkpoint, loaders, path)
-    model = build_model(config, num_classes_of(checkpoint, path))
+    sized = evaluation_config(config)
+    benchmark = build_benchmark(sized, checkpoint, path)
+    model = build_model(sized, num_classes_of(checkpoint, path))
     amp_dtype = autocast_dtype(config, device) if config.TEST.AMP else None
     precision = str(amp_dtype or torch.float32).removeprefix("torch.")
-    digest = file_digest(path)
+    digest, epoch = file_digest(path), checkpoint.get("epoch")
     results = []
-    for title, weights in (("", checkpoint["model"]), ("EMA weights of ", checkpoint.get("model_ema"))):
+    for kind, weights in (("model", checkpoint["model"]), ("ema", checkpoint.get("model_ema"))):
         if weights is None:
             continue
-        load_weights(model, weights, path)
-        results.append(evaluate(place(model, device), loaders.val, device, amp_dtype))
-        logger.info("evaluated %s%s (sha256 %s), %s: %s", title, path, digest, precision, results[-1])
+        if image_size(sized) == image_size(config):
+            load_weights(model, weights, path)
+        else:
+            load_resized(model, weights, config, path)
+        evaluated = EvaluatedModel(place(model, device), benchmark.outputs, config.TEST.FLIP)
+        result = evaluate_benchmark(benchmark, evaluated, device, amp_dtype)
+        title = {"model": "", "ema": "EMA weights of "}[kind]
+        logger.info("evaluated %s%s (sha256 %s), %s: %s", title, path, digest, precision, result)
+        if distributed.rank() == 0:
+            subject = Subject(path, digest, kind, epoch if isinstance(epoch, int) else -1, precision)
+            logger.info("written: %s", write_evaluation(folder, result, subject, sized))
+        results.append(result.accuracy)
     return results[0]
 
 
@@ -277,15 +289,20 @@ def validate_epoch(
     epoch: int,
     metrics: MetricsWriter,
     after_batch: Callable[[], None] | None = None,
+    recorder: PredictionRecorder | None = None,
 ) -> Accuracy:
-    """Evaluate the model after `epoch` epochs, and its average where there is one; returns the model's accuracy."""
+    """Evaluate the model after `epoch` epochs, and its average where there is one; returns the model's accuracy.
+
+    `recorder` is shown what the model, not its average, says about every image.
+    """
     amp_dtype = autocast_dtype(config, training.device) if config.TEST.AMP else None
     averaged = training.ema.module if training.ema else None
     results = []
     for kind, model in (("val", training.bare_model), ("ema", averaged)):
         if model is None:
             continue
-        result = evaluate(model, loaders.val, training.device, amp_dtype, after_batch)
+        seen_by = recorder if kind == "val" else None
+        result = evaluate(model, loaders.val, training.device, amp_dtype, after_batch, seen_by)
         metrics.write(
             kind, epoch - 1, epoch * training.steps_per_epoch, loss=result.loss, top1=result.top1, top5=result.top5
         )
@@ -338,6 +355,8 @@ def run_training(config: CfgNode, device: torch.device, request: StopRequest) ->
     watchdog = Watchdog(config.DIST.TIMEOUT)
     keeper = CheckpointKeeper(config, training, loaders, writer, progress.best, request, watchdog.all_alive)
     training.beat = watchdog.beat
+    if writer:
+        writer.waiting = watchdog.go_on
     training.profiler = step_profiler(config, folder)
     try:
         with watchdog.watching(), training.profiler or nullcontext():
@@ -392,8 +411,11 @@ def run_epoch(
         if keeper.decide(done).stop:
             keeper.save(epoch, done, Interval(training.device), stop=True)
 
-    top1 = validate_epoch(config, training, loaders, epoch + 1, metrics, after_batch).top1
+    recorder = PredictionRecorder()
+    top1 = validate_epoch(config, training, loaders, epoch + 1, metrics, after_batch, recorder).top1
     is_best = top1 > progress.best or epoch == 0
+    if is_best:  # before the checkpoint: killed in between, a start repeats this epoch and writes both
+        keep_predictions(config, loaders, recorder, epoch + 1)
     progress = Progress(epoch + 1, max(top1, progress.best))
     keeper.best = progress.best
     last = epoch + 1 == last_epoch

@@ -15,10 +15,14 @@ from yacs.config import CfgNode
 
 from config import batch_plan, image_size
 from data.datasets import (
+    FASHION_MNIST,
     DataError,
+    Decoder,
     DigitsSource,
     EvalDataset,
+    FashionMnistSource,
     FolderSource,
+    FractionSource,
     Sample,
     Source,
     TrainDataset,
@@ -39,15 +43,28 @@ from utils import distributed
 STOP_DELAY = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) + 10
 
 
+class Batch(NamedTuple):
+    """What a loader process sends: images uint8 (B, 3, H, W), labels (B,), the names of images that were skipped as
+    unreadable, and in evaluation each image's position in the data set and its name."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: list[str]
+    positions: list[int]
+    names: list[str]
+
+
 class Batches:
     """Iterates (images uint8 (B, 3, H, W), labels (B,)); names and counts this process's unreadable training images.
 
-    Raises DataError when more than the allowed number of files were unreadable in one epoch.
+    `relabel` gives the label to deliver for each label of the source. Raises DataError when more than the allowed
+    number of files were unreadable in one epoch.
     """
 
-    def __init__(self, loader: DataLoader, max_unreadable: int = 0) -> None:
+    def __init__(self, loader: DataLoader, max_unreadable: int = 0, relabel: Tensor | None = None) -> None:
         self.loader = loader
         self.max_unreadable = max_unreadable
+        self.relabel = relabel
         self.unreadable: set[str] = set()  # in this epoch
         self._named: set[str] = set()  # in any epoch: each is logged once
 
@@ -90,10 +107,14 @@ class Batches:
         order.set_epoch(epoch, start * self.loader.batch_size)  # type: ignore[union-attr]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((batch.images, batch.labels) for batch in self.whole())
+
+    def whole(self) -> Iterator[Batch]:
+        """The batches with what belongs to them beside images and labels."""
         batches = iter(self.loader)
         while True:
             try:
-                images, labels, unreadable = next(batches)
+                batch = next(batches)
             except StopIteration:
                 return
             except (
@@ -102,13 +123,13 @@ class Batches:
                 traceback.clear_frames(error.__traceback__)  # or a cycle keeps the loader's processes waiting
                 lines = str(error).strip().splitlines()
                 raise type(error)(lines[-1].partition(": ")[2] if len(lines) > 1 else lines[0]) from None
-            self.unreadable.update(unreadable)
-            for name in unreadable:
+            self.unreadable.update(batch.unreadable)
+            for name in batch.unreadable:
                 if name not in self._named:
                     self._named.add(name)
                     get_logger().warning("unreadable image %d skipped: %s", len(self._named), name)
             self.require_readable(len(self.unreadable))
-            yield images, labels
+            yield batch if self.relabel is None else batch._replace(labels=self.relabel[batch.labels])
 
     def close(self) -> None:
         """End the loader processes that outlive an epoch. Left to the end of the program they would be sent SIGTERM."""
@@ -136,11 +157,13 @@ class Loaders(NamedTuple):
                 batches.close()
 
 
-def _collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+def _collate(samples: list[Sample]) -> Batch:
     # straight into one tensor, in a worker one in shared memory: it is not copied on its way to the main process
     images = default_collate([sample.image for sample in samples])
     labels = torch.tensor([sample.label for sample in samples])
-    return images, labels, [name for sample in samples for name in sample.unreadable]
+    unreadable = [name for sample in samples for name in sample.unreadable]
+    placed = [sample for sample in samples if sample.position >= 0]
+    return Batch(images, labels, unreadable, [s.position for s in placed], [s.name for s in placed])
 
 
 def _outlive_stop_signals(worker: int) -> None:
@@ -169,16 +192,31 @@ def data_format(config: CfgNode, root: Path) -> str:
 def build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> Source | ShardSplit:
     if config.DATA.DATASET == "digits":
         return DigitsSource(split, image_size(config))
+    if config.DATA.DATASET == "fashion_mnist":
+        return FashionMnistSource(Path(config.DATA.DATA_PATH or FASHION_MNIST), split, image_size(config))
     if not config.DATA.DATA_PATH:
         raise DataError("no data set: --data-path names the folder that holds train/ and val/")
     root = Path(config.DATA.DATA_PATH)
     require_folder(root)
-    format = data_format(config, root)
     decoder = training_decoder(config.DATA.DECODER) if split == "train" else decode  # evaluation is exact
+    return open_source(config, root, root / split, split, classes, decoder)
+
+
+def open_source(
+    config: CfgNode,
+    root: Path,
+    folder: Path,
+    split: str = "val",
+    classes: tuple[str, ...] | None = None,
+    decoder: Decoder = decode,
+) -> Source | ShardSplit:
+    """The images of a split in the format that `data_format` finds in `root`: class folders in `folder`, or zip and
+    map file or shards of the split in `root`. Raises DataError."""
+    format = data_format(config, root)
     if format == "shards":
         return ShardSplit(root, split)
     if format == "folder":
-        return FolderSource(root / split, classes, decoder)
+        return FolderSource(folder, classes, decoder)
     source = ZipSource(root / f"{split}.zip", root / f"{split}_map.txt", decoder)
     local_rank, local_size = distributed.local_rank(), distributed.local_world_size()
     if config.DATA.CACHE_MODE == "full" and local_rank == 0:
@@ -202,20 +240,32 @@ def _loader_options(config: CfgNode, *, persistent: bool) -> dict[str, Any]:
     }
 
 
-def _build_val(config: CfgNode, source: Source | ShardSplit, *, repeated: bool) -> Batches:
-    """`repeated`: evaluated after every epoch, so that keeping the workers saves starting them each time."""
+def evaluation_batches(
+    config: CfgNode,
+    source: Source | ShardSplit,
+    *,
+    repeated: bool = False,
+    cropped: bool = False,
+    relabel: Tensor | None = None,
+) -> Batches:
+    """This process's share of every image of a source, each exactly once over all processes.
+
+    Args:
+        repeated: evaluated after every epoch, so that keeping the workers saves starting them each time.
+        cropped: the images are centre crops already (see evaluation_transform).
+        relabel: the label to deliver for each label of the source.
+    """
+    transform = evaluation_transform(config, cropped=cropped)
     rank, world_size, batch_size = distributed.rank(), distributed.world_size(), config.DATA.BATCH_SIZE
     dataset: Dataset[Sample]
     sampler: Sampler | None = None
     if isinstance(source, ShardSplit):
-        dataset = ShardEvalDataset(
-            source, evaluation_transform(config), batch_size=batch_size, rank=rank, world_size=world_size
-        )
+        dataset = ShardEvalDataset(source, transform, batch_size=batch_size, rank=rank, world_size=world_size)
     else:
-        dataset = EvalDataset(source, evaluation_transform(config))
+        dataset = EvalDataset(source, transform)
         sampler = EvalSampler(len(source.labels), rank=rank, world_size=world_size)
     loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, **_loader_options(config, persistent=repeated))
-    return Batches(loader)
+    return Batches(loader, relabel=relabel)
 
 
 def _build_train(config: CfgNode, source: Source | ShardSplit) -> Batches:
@@ -270,9 +320,13 @@ def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
         raise DataError(f"the image loaders deliver 3 channels, MODEL.SWIN.IN_CHANS is {config.MODEL.SWIN.IN_CHANS}")
     if not train:
         source = build_source(config, "val")
-        return Loaders(None, _build_val(config, source, repeated=False), source.classes, source.num_classes)
+        return Loaders(None, evaluation_batches(config, source), source.classes, source.num_classes)
     train_source = build_source(config, "train")
     val_source = build_source(config, "val", train_source.classes)
+    if config.DATA.TRAIN_FRACTION < 1:
+        if isinstance(train_source, ShardSplit):
+            raise DataError("DATA.TRAIN_FRACTION needs images that can be read in any order; shards are streamed")
+        train_source = FractionSource(train_source, config.DATA.TRAIN_FRACTION)
     if train_source.classes and val_source.classes and val_source.classes != train_source.classes:
         raise DataError(
             "the labels of train_map.txt and val_map.txt disagree: class folders "
@@ -289,7 +343,7 @@ def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
         )
     return Loaders(
         _build_train(config, train_source),
-        _build_val(config, val_source, repeated=True),
+        evaluation_batches(config, val_source, repeated=True),
         train_source.classes,
         train_source.num_classes,
     )

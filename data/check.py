@@ -23,8 +23,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from config import image_size
 from data import data_format
-from data.datasets import DataError, UnreadableImage, decode
+from data.datasets import FASHION_MNIST, DataError, FashionMnistSource, UnreadableImage, decode
 from data.shards import INDEX_FILE, Index, file_problem, read_index
 from utils.distributed import LaunchError
 from utils.parallel import parallel
@@ -414,6 +415,14 @@ def check(config: CfgNode) -> Report:
     report = Report()
     if config.DATA.DATASET == "digits":
         report.facts.append("the digits ship with scikit-learn: there are no files to check")
+        return report
+    if config.DATA.DATASET == "fashion_mnist":
+        for split in SPLITS:
+            try:
+                source = FashionMnistSource(Path(config.DATA.DATA_PATH or FASHION_MNIST), split, image_size(config))
+                report.facts.append(f"{split}: {len(source.labels):,} images of {source.num_classes} classes")
+            except DataError as error:
+                report.error(str(error))
         return report
     if not config.DATA.DATA_PATH:
         raise DataError("no data set: --data-path names the folder that holds train/ and val/")

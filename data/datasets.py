@@ -1,10 +1,12 @@
-"""Where images come from: an image folder, a zip with a map file, or the digits that ship with scikit-learn.
+"""Where images come from: an image folder, a zip with a map file, scikit-learn's digits, or Fashion-MNIST.
 
 A source knows its samples' names and labels and decodes one image at a time. `TrainDataset` and `EvalDataset` add the
 transform, the reproducible randomness of a sample, and what happens to an unreadable file.
 """
 
+import gzip
 import io
+import math
 import os
 import random
 import zlib
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, get_worker_info
+from torchvision.datasets import FashionMNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -283,6 +286,99 @@ class DigitsSource:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Fashion-MNIST
+# ---------------------------------------------------------------------------------------------------------------------
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist installs it
+FASHION_MNIST_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "val": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+class FashionMnistSource:
+    """Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): grey 28×28 pictures of ten kinds of clothing.
+
+    60,000 are the training set, the published test set of 10,000 is the validation set. Images are enlarged bicubically
+    to `size` (height, width).
+
+    Raises DataError where `root`, or torchvision's FashionMNIST/raw in it, lacks the idx files, plain or with .gz, or
+    where one of them is damaged.
+    """
+
+    classes: tuple[str, ...] | None = tuple(FashionMNIST.classes)
+    num_classes = 10
+
+    def __init__(self, root: Path, split: str, size: tuple[int, int]) -> None:
+        images, labels = (self._find(root, name) for name in FASHION_MNIST_FILES[split])
+        self._images, self.labels = read_idx(images, 3), read_idx(labels, 1)
+        if len(self._images) != len(self.labels):
+            raise DataError(f"{images} holds {len(self._images)} images, {labels} {len(self.labels)} labels")
+        if self.labels.max(initial=0) >= self.num_classes:
+            raise DataError(f"{labels} holds the label {self.labels.max()}, expected 0 to {self.num_classes - 1}")
+        self._split, self._size = split, size
+
+    @staticmethod
+    def _find(root: Path, name: str) -> Path:
+        for folder in (root, root / "FashionMNIST" / "raw"):
+            for path in (folder / f"{name}.gz", folder / name):
+                if path.is_file():
+                    return path
+        names = ", ".join(f"{name}.gz" for pair in FASHION_MNIST_FILES.values() for name in pair)
+        raise DataError(
+            f"{root} holds no {name}.gz: on Debian and Ubuntu `apt install dataset-fashion-mnist` puts Fashion-MNIST"
+            f" into {FASHION_MNIST}; elsewhere --data-path names a folder with its four files {names}"
+        )
+
+    def name(self, index: int) -> str:
+        return f"fashion_mnist/{self._split}/{index}"
+
+    def load(self, index: int) -> Image.Image:
+        image = Image.fromarray(self._images[index])
+        return image.resize(self._size[::-1], Image.Resampling.BICUBIC).convert("RGB")
+
+
+def read_idx(path: Path, axes: int) -> np.ndarray:
+    """The bytes of an idx file, the format of MNIST and its relatives, or of one in gzip.
+
+    Raises DataError unless it is complete, of unsigned bytes, and has that many axes.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if data[:4] != bytes([0, 0, 8, axes]):  # 8: unsigned bytes
+        raise DataError(f"{path} is no idx file of unsigned bytes with {axes} axes: it starts with {data[:4].hex(' ')}")
+    shape = np.frombuffer(data, dtype=">u4", count=min(axes, (len(data) - 4) // 4), offset=4).tolist()
+    if len(shape) < axes or len(data) != 4 + 4 * axes + math.prod(shape):
+        raise DataError(f"{path} is damaged: {len(data)} bytes, which do not hold what its header says, {shape}")
+    return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A part of a source
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FractionSource:
+    """The first images of every class of `source`, in its order: their share of the class, rounded up."""
+
+    def __init__(self, source: Source, fraction: float) -> None:
+        self._source = source
+        self.classes, self.num_classes = source.classes, source.num_classes
+        labels = np.asarray(source.labels)
+        members = (np.flatnonzero(labels == label) for label in range(source.num_classes))
+        self._chosen = np.sort(np.concatenate([m[: math.ceil(fraction * len(m))] for m in members]))
+        self.labels = labels[self._chosen]
+
+    def name(self, index: int) -> str:
+        return self._source.name(int(self._chosen[index]))
+
+    def load(self, index: int) -> Picture:
+        return self._source.load(int(self._chosen[index]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Data sets
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -291,6 +387,8 @@ class Sample(NamedTuple):
     image: torch.Tensor  # uint8 (3, H, W)
     label: int
     unreadable: tuple[str, ...] = ()  # what was skipped to find it
+    position: int = -1  # in the data set; of evaluation only, and so is the name
+    name: str = ""
 
 
 class EvalDataset(Dataset[Sample]):
@@ -303,7 +401,8 @@ class EvalDataset(Dataset[Sample]):
         return len(self.source.labels)
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(self.transform(self.source.load(index)), int(self.source.labels[index]))
+        image, label = self.transform(self.source.load(index)), int(self.source.labels[index])
+        return Sample(image, label, position=index, name=self.source.name(index))
 
 
 class TrainDataset(Dataset[Sample]):

@@ -301,7 +301,8 @@ class ShardEvalDataset(ShardDataset):
     def __iter__(self) -> Iterator[Sample]:
         begin, end = self._range(len(self), *_this_stream())
         for encoded in self.split.read(range(len(self.split.shards)), begin, end):
-            yield Sample(self.transform(decode(encoded.data, encoded.name)), encoded.label)
+            image = self.transform(decode(encoded.data, encoded.name))
+            yield Sample(image, encoded.label, position=encoded.position, name=encoded.name)
 
 
 class ShardTrainDataset(ShardDataset):

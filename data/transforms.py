@@ -44,18 +44,21 @@ def _keep(image: Picture) -> Picture:
     return image
 
 
-def evaluation_transform(config: CfgNode) -> Callable[[Picture], Tensor]:
+def evaluation_transform(config: CfgNode, *, cropped: bool = False) -> Callable[[Picture], Tensor]:
     """PIL image to uint8 (3, H, W).
 
-    TEST.CROP: resize to 256/224 of IMG_SIZE and crop its centre, else resize to IMG_SIZE. The released models were
-    evaluated with the aspect ratio squashed (TEST.RESIZE squash); `shorter` keeps it before a crop.
+    TEST.CROP: resize to 1/TEST.CROP_RATIO of IMG_SIZE and crop its centre, else resize to IMG_SIZE. The released models
+    were evaluated with the aspect ratio squashed (TEST.RESIZE squash); `shorter` keeps it before a crop.
+
+    Args:
+        cropped: the images are centre crops already. Those of IMG_SIZE are taken as they are, others are resized to it.
     """
     size = image_size(config)
     mode = InterpolationMode(config.DATA.INTERPOLATION)
-    if not config.TEST.CROP:
+    if cropped or not config.TEST.CROP:
         fit: Callable = transforms.Resize(size, mode)
     else:
-        enlarged = [int(256 / 224 * side) for side in size]
+        enlarged = [int(side / config.TEST.CROP_RATIO) for side in size]
         squash = config.TEST.RESIZE == "squash"
         resize = transforms.Resize(enlarged, mode) if squash else _CoverResize(enlarged, mode)
         fit = transforms.Compose([resize, transforms.CenterCrop(size)])

@@ -4,6 +4,8 @@ Importing this package registers every variant with timm, so that `timm.create_m
 `build_model` reads MODEL.TYPE and the keys that shape it.
 """
 
+from typing import Any
+
 from yacs.config import CfgNode
 
 from config import MODEL_TYPES, image_size, parse_sr_ratios
@@ -20,6 +22,47 @@ def list_models() -> list[str]:
     return [*pola_swin.default_cfgs, *pola_pvt.default_cfgs]
 
 
+def model_arguments(config: CfgNode) -> dict[str, Any]:
+    """What a configuration says to the constructor of its model, apart from the number of classes.
+
+    Raises ValueError for an unknown MODEL.TYPE.
+    """
+    shared = {
+        "img_size": image_size(config),
+        "in_chans": config.MODEL.SWIN.IN_CHANS,
+        "attn_type": config.MODEL.LA.ATTN_TYPE,
+        "alpha": config.MODEL.LA.ALPHA,
+        "kernel_size": config.MODEL.LA.KERNEL_SIZE,
+        "proj_drop_rate": config.MODEL.DROP_RATE,
+        "drop_path_rate": config.MODEL.DROP_PATH_RATE,
+        "backend": config.MODEL.LA.BACKEND,
+        "attention": config.MODEL.LA.ATTENTION,
+        "learn_exponent": config.MODEL.LA.LEARN_EXPONENT,
+        "gate": config.MODEL.LA.GATE,
+    }
+    if config.MODEL.TYPE in PVT_DEPTHS:
+        return {
+            **shared,
+            "depths": PVT_DEPTHS[config.MODEL.TYPE],
+            "sr_ratios": parse_sr_ratios(config.MODEL.LA.PVT_LA_SR_RATIOS),
+        }
+    if config.MODEL.TYPE == "pola_swin":
+        return {
+            **shared,
+            "patch_size": config.MODEL.SWIN.PATCH_SIZE,
+            "embed_dim": config.MODEL.SWIN.EMBED_DIM,
+            "depths": config.MODEL.SWIN.DEPTHS,
+            "num_heads": config.MODEL.SWIN.NUM_HEADS,
+            "window_size": config.MODEL.SWIN.WINDOW_SIZE,
+            "mlp_ratio": config.MODEL.SWIN.MLP_RATIO,
+            "qkv_bias": config.MODEL.SWIN.QKV_BIAS,
+            "qk_scale": config.MODEL.SWIN.QK_SCALE,
+            "ape": config.MODEL.SWIN.APE,
+            "patch_norm": config.MODEL.SWIN.PATCH_NORM,
+        }
+    raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r} is unknown, expected one of {', '.join(MODEL_TYPES)}")
+
+
 def build_model(config: CfgNode, num_classes: int | None = None) -> Classifier:
     """The freshly initialised model of a configuration, on the CPU.
 
@@ -29,52 +72,8 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> Classifier:
     Raises:
         ValueError: an unknown MODEL.TYPE, or sizes that do not fit it.
     """
-    if num_classes is None:
-        num_classes = config.MODEL.NUM_CLASSES
-    model: Classifier
-    if config.MODEL.TYPE == "pola_swin":
-        model = PolaSwin(
-            img_size=image_size(config),
-            patch_size=config.MODEL.SWIN.PATCH_SIZE,
-            in_chans=config.MODEL.SWIN.IN_CHANS,
-            num_classes=num_classes,
-            embed_dim=config.MODEL.SWIN.EMBED_DIM,
-            depths=config.MODEL.SWIN.DEPTHS,
-            num_heads=config.MODEL.SWIN.NUM_HEADS,
-            window_size=config.MODEL.SWIN.WINDOW_SIZE,
-            attn_type=config.MODEL.LA.ATTN_TYPE,
-            alpha=config.MODEL.LA.ALPHA,
-            kernel_size=config.MODEL.LA.KERNEL_SIZE,
-            mlp_ratio=config.MODEL.SWIN.MLP_RATIO,
-            qkv_bias=config.MODEL.SWIN.QKV_BIAS,
-            qk_scale=config.MODEL.SWIN.QK_SCALE,
-            ape=config.MODEL.SWIN.APE,
-            patch_norm=config.MODEL.SWIN.PATCH_NORM,
-            proj_drop_rate=config.MODEL.DROP_RATE,
-            drop_path_rate=config.MODEL.DROP_PATH_RATE,
-            backend=config.MODEL.LA.BACKEND,
-            attention=config.MODEL.LA.ATTENTION,
-            learn_exponent=config.MODEL.LA.LEARN_EXPONENT,
-            gate=config.MODEL.LA.GATE,
-        )
-    elif config.MODEL.TYPE in PVT_DEPTHS:
-        model = PolaPVT(
-            depths=PVT_DEPTHS[config.MODEL.TYPE],
-            img_size=image_size(config),
-            in_chans=config.MODEL.SWIN.IN_CHANS,
-            num_classes=num_classes,
-            attn_type=config.MODEL.LA.ATTN_TYPE,
-            sr_ratios=parse_sr_ratios(config.MODEL.LA.PVT_LA_SR_RATIOS),
-            alpha=config.MODEL.LA.ALPHA,
-            kernel_size=config.MODEL.LA.KERNEL_SIZE,
-            proj_drop_rate=config.MODEL.DROP_RATE,
-            drop_path_rate=config.MODEL.DROP_PATH_RATE,
-            backend=config.MODEL.LA.BACKEND,
-            attention=config.MODEL.LA.ATTENTION,
-            learn_exponent=config.MODEL.LA.LEARN_EXPONENT,
-            gate=config.MODEL.LA.GATE,
-        )
-    else:
-        raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r} is unknown, expected one of {', '.join(MODEL_TYPES)}")
+    arguments = model_arguments(config)
+    arguments["num_classes"] = config.MODEL.NUM_CLASSES if num_classes is None else num_classes
+    model = PolaSwin(**arguments) if config.MODEL.TYPE == "pola_swin" else PolaPVT(**arguments)
     model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
     return model

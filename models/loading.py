@@ -58,6 +58,20 @@ def load_pretrained(model: Classifier, checkpoint: dict[str, Any], source: str) 
         get_logger().info("%s: %s", source, note)
 
 
+def load_resized(model: Classifier, state: dict[str, Tensor], built_for: CfgNode, source: str) -> None:
+    """Load the weights of the model that the configuration `built_for` describes into one of another image size.
+
+    Position tables are resized, with a log line each; all else loads strictly. Raises CheckpointError.
+    """
+    with torch.device("meta"):
+        grids = build_model(built_for, model.num_classes).position_grids()
+    state, _ = released_names(model, state)
+    state, notes = adapt_position_tables(model, state, grids, source)
+    load_weights(model, state, source)
+    for note in notes:
+        get_logger().info("%s: %s", source, note)
+
+
 class LoadedModel(NamedTuple):
     """A model rebuilt from a checkpoint: in evaluation mode, on the CPU, with the file's configuration (frozen) and the
     names of its classes where it knows them."""

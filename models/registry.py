@@ -76,7 +76,7 @@ def create_variant(
 
     def adapted(state: dict[str, Tensor], model: Classifier) -> dict[str, Tensor]:
         with torch.device("meta"):
-            twin = cls(**row, **{key: value for key, value in source.items() if key in accepted and key not in row})
+            twin = cls(**{**row, **{key: value for key, value in source.items() if key in accepted}})
         state, _ = released_names(model, state)
         grids = {table: grid for table, grid in twin.position_grids().items() if _fits(state, table, grid)}
         state, _ = adapt_position_tables(model, state, grids, name)

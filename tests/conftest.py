@@ -29,10 +29,15 @@ sys.path.insert(0, str(REFERENCE))  # recipe.py: the weights and inputs every fi
 sys.path.insert(0, str(ROOT / "tests"))
 
 import recipe  # noqa: E402
+from forkserver import Forkserver  # noqa: E402
 
 import main  # noqa: E402
 from config import load_config  # noqa: E402
 from logger import get_logger  # noqa: E402
+
+# The interpreter for processes that tests start. A GPU cannot be used by a fork, so there it is the usual one.
+FORKSERVER = Forkserver() if DEVICE == "cpu" else None
+PYTHON = FORKSERVER.python if FORKSERVER else sys.executable
 
 OFFICIAL = [
     "pola_pvt_t",
@@ -115,7 +120,7 @@ def run_main(
     *arguments: str | Path, processes: int = 0, check: bool = True, timeout: float = 300, launcher: Sequence[str] = ()
 ) -> subprocess.CompletedProcess:
     """Run main.py in its own process, or under torchrun with `processes`; fails with its output unless it exits 0."""
-    command = [sys.executable]
+    command = [PYTHON]
     if launcher:
         command += launcher
     elif processes:
@@ -128,6 +133,12 @@ def run_main(
     if check and result.returncode:
         pytest.fail(f"{' '.join(command)} exited {result.returncode}\n{result.stdout}\n{result.stderr}")
     return result
+
+
+def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess:
+    """Run Python with these arguments in the repository root; its exit code is the caller's to check."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture

@@ -2,17 +2,24 @@
 
 stop-at-epoch-1   every rank is interrupted where epoch 1 would begin
 nan-on-rank-1     the loss of rank 1 is NaN at step 7
+stop-in-validation   rank 1 gets SIGUSR1 in the middle of the first validation
+slow              the first step and the first validation take 5 s each, a save 7 s; the watchdog is quick to judge
 """
 
 import math
+import os
+import signal
 import sys
+import time
 
 import torch
 
+import engine
 import main
 from config import parse_command_line
 from engine import NonFiniteError
-from utils import distributed
+from utils import checkpoint_store, distributed, watchdog
+from utils.preemption import Preempted
 
 torch.set_flush_denormal(True)
 
@@ -46,12 +53,55 @@ def nan_on_rank_1() -> None:
     main.build_training = building
 
 
+def stop_in_validation() -> None:
+    update, calls = engine.AccuracyCounter.update, []
+
+    def signalled(*arguments):
+        calls.append(update(*arguments))
+        if len(calls) == 3 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    engine.AccuracyCounter.update = signalled
+
+
+def slow() -> None:
+    watchdog.INTERVAL, watchdog.SILENCE = 0.3, 2.0
+    forward, update = main.Classifier.__call__, engine.AccuracyCounter.update
+    save = checkpoint_store.save_checkpoint
+    trained, validated = [], []
+
+    def slow_forward(model, images):
+        if model.training and len(trained) < 2:  # passes of the first step
+            trained.append(time.sleep(2.5))
+        return forward(model, images)
+
+    def slow_update(*arguments):
+        if len(validated) < 4:
+            validated.append(time.sleep(1.25))
+        return update(*arguments)
+
+    def slow_save(state, path):
+        if path.name.startswith("ckpt"):
+            time.sleep(7)
+        save(state, path)
+
+    main.Classifier.__call__, engine.AccuracyCounter.update = slow_forward, slow_update
+    checkpoint_store.save_checkpoint = slow_save
+
+
+MODES = {
+    "stop-at-epoch-1": stop_at_epoch_1,
+    "nan-on-rank-1": nan_on_rank_1,
+    "stop-in-validation": stop_in_validation,
+    "slow": slow,
+}
+
 if __name__ == "__main__":
     mode, *arguments = sys.argv[1:]
-    {"stop-at-epoch-1": stop_at_epoch_1, "nan-on-rank-1": nan_on_rank_1}[mode]()
+    MODES[mode]()
     try:
         main.main(parse_command_line(arguments))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Preempted):
         sys.exit(0)
     except NonFiniteError as error:
         print(f"rank {distributed.rank()} stopped: {error}", flush=True)

@@ -4,15 +4,19 @@ pytest tests/test_checkpoint_store.py
 """
 
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REFERENCE
+from faulty_disk import FULL, READ_ONLY, FaultyDisk
 
 from utils import checkpoint_store as store
 from utils.checkpoint import CheckpointError, load_checkpoint, sidecar_of
@@ -22,6 +26,7 @@ from utils.checkpoint_store import (
     epoch_file,
     newest_checkpoint,
     position_of,
+    remove_temporary_files,
     run_checkpoints,
     run_file,
     save_checkpoint,
@@ -231,6 +236,66 @@ def test_the_best_weights_are_never_lost_between_two_files(tmp_path, monkeypatch
     writer.save(_state(6), Position(6), best=True)
     writer.wait()
     assert [path.name for _, path in run_checkpoints(tmp_path)] == ["ckpt_epoch_6.pth"]
+
+
+def _good(folder: Path) -> dict[str, int]:
+    """The checkpoints that verify, and the step each holds."""
+    found = {}
+    for path in folder.glob("*.pth"):
+        with suppress(CheckpointError):
+            found[path.name] = load_checkpoint(path)["step"]
+    return found
+
+
+@pytest.mark.parametrize("lasting", [True, False], ids=["from there on", "once"])
+@pytest.mark.parametrize("error", [FULL, READ_ONLY], ids=["full", "read-only"])
+def test_a_disk_that_refuses_any_operation_of_a_save_costs_no_checkpoint(error, lasting, tmp_path):
+    """The first, second, … of all opens, flushes, renames and removals of a save of a new best."""
+    ready, refused = tmp_path / "ready", []
+    writer = CheckpointWriter(ready, keep=2)
+    for epoch in (1, 2, 3):
+        writer.save(_state(epoch), Position(epoch), best=epoch == 2)
+    writer.wait()
+    before = {"ckpt_epoch_2.pth": 200, "ckpt_epoch_3.pth": 300, "max_acc.pth": 200}
+    assert _good(ready) == before
+    for operation in itertools.count(1):
+        folder = Path(shutil.copytree(ready, tmp_path / str(operation)))
+        writer, problem = CheckpointWriter(folder, keep=2), None
+        with FaultyDisk(folder, error, operation, lasting) as disk:
+            writer.save(_state(4), Position(4), best=True)
+            try:
+                writer.wait()
+            except OSError as raised:
+                problem = str(raised)
+        if not disk.refused:
+            break
+        refused.append(disk.refused[0])
+        after = _good(folder)
+        assert len(after) >= len(before) and max(after.values()) >= 300, refused
+        assert newest_checkpoint(folder).path
+        assert after["max_acc.pth"] == 200 or 400 in after.values(), refused  # the best weights, old or new
+        assert "ckpt_epoch_4.pth" in after or problem, refused  # not written, and nobody told
+        assert problem is None or re.search("could not be (written|removed): (No space|Read-only)", problem), problem
+        writer.save(_state(5), Position(5))
+        writer.wait()
+        assert {"ckpt_epoch_5.pth": 500, "max_acc.pth": after["max_acc.pth"]}.items() <= _good(folder).items()
+        remove_temporary_files(folder)  # as the next start does
+        names = set(os.listdir(folder))
+        assert names == {f"{name}{end}" for name in _good(folder) for end in ("", ".json")}, refused
+    targets = " ".join(refused)
+    expected = ["open .max_acc.pth.tmp", "fsync .max_acc.pth.json.tmp", "rename max_acc.pth", "fsync folder"]
+    expected += ["open .ckpt_epoch_4.pth.json.tmp", "rename ckpt_epoch_4.pth"]
+    expected += ["remove ckpt_epoch_2.pth"] * (error == READ_ONLY)
+    assert all(name in targets for name in expected), refused
+
+
+def test_a_start_removes_what_killed_writes_and_removals_left(tmp_path):
+    save_checkpoint(_state(1), epoch_file(tmp_path, 1))
+    for name in (".ckpt_epoch_2.pth.tmp", "ckpt_epoch_2.pth.json", "max_acc.pth.json"):
+        (tmp_path / name).write_text("left")
+    (tmp_path / "somebody.json").write_text("kept")
+    remove_temporary_files(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt_epoch_1.pth", "ckpt_epoch_1.pth.json", "somebody.json"]
 
 
 def test_newest_files_and_the_best_are_kept(tmp_path):

@@ -4,6 +4,7 @@ pytest tests/test_evaluation.py
 """
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from conftest import (
 from PIL import Image
 
 import main
-from config import load_config
+from config import load_config, run_folder
 from logger import read_metrics
 from models import build_model
 from utils.checkpoint import CheckpointError, load_checkpoint
@@ -39,12 +40,12 @@ LAUNCHERS = {
 
 @pytest.fixture(scope="module")
 def released_result(tmp_path_factory):
-    """(images, top-1, top-5, loss) of the released file on the digits, in this process."""
+    """(images, top-1, top-5, loss, run folder) of the released file on the digits, in this process."""
     folder = str(tmp_path_factory.mktemp("out"))
     options = [*RELEASED_OPTIONS, "OUTPUT", folder, "EVAL_MODE", "True", "MODEL.RESUME", str(RELEASED)]
     config = load_config(config_file("pola_swin_t"), options)
     result = main.run_evaluation(config, torch.device("cpu"))
-    return result.images, f"{result.top1:.3f}", f"{result.top5:.3f}", f"{result.loss:.4f}"
+    return result.images, f"{result.top1:.3f}", f"{result.top5:.3f}", f"{result.loss:.4f}", run_folder(config)
 
 
 @pytest.mark.parametrize("launch", LAUNCHERS.values(), ids=LAUNCHERS.keys())
@@ -61,9 +62,26 @@ def test_every_launcher_evaluates_the_named_file_to_the_same_result(launch, rele
     digest = read_json("checkpoint_official_tiny.json")["sha256"]
     assert f"evaluated {RELEASED} (sha256 {digest}), float32:" in result.stdout
     assert len(RESULT.findall(result.stdout)) == 1
+    require_same_files(next(tmp_path.glob("*/*")), released_result[4])
 
 
-def test_evaluation_ignores_the_run_folder_and_writes_no_configuration(tiny, log):
+def require_same_files(folder: Path, expected: Path) -> None:
+    """The results of one process and of several are the same, apart from the rounding of losses and probabilities."""
+    one, other = (json.loads((path / "eval_val.json").read_text()) for path in (expected, folder))
+    assert one["subject"] == other["subject"] and other["result"].pop("loss") == pytest.approx(
+        one["result"].pop("loss")
+    )
+    assert other["result"] == one["result"]
+    table = "eval_val_per_class.csv"
+    assert (folder / table).read_bytes() == (expected / table).read_bytes()
+    with np.load(expected / "eval_val_predictions.npz") as ours, np.load(folder / "eval_val_predictions.npz") as theirs:
+        for name in ("index", "label", "top5", "file", "classes", "epoch", "checkpoint"):
+            assert np.array_equal(ours[name], theirs[name]), name
+        assert np.allclose(ours["probability"], theirs["probability"], atol=1e-5)
+        assert ours["index"].tolist() == list(range(355))
+
+
+def test_evaluation_ignores_the_run_folder_and_adds_its_results_alone(tiny, log):
     run(tiny)
     folder = folder_of(tiny)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"}
@@ -72,7 +90,10 @@ def test_evaluation_ignores_the_run_folder_and_writes_no_configuration(tiny, log
     assert f"evaluated {epoch_file(folder, 1)} (sha256" in log.text
     first = next(r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "val")
     assert f"top-1 {first['top1']:.3f} %" in log.text
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"} == before
+    results = {"eval_val.json", "eval_val_per_class.csv", "eval_val_predictions.npz"}
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"}
+    assert {name: content for name, content in after.items() if name not in results} == before
+    assert results <= after.keys()
 
 
 def test_averaged_weights_get_a_line_of_their_own(tiny, log):

@@ -8,13 +8,13 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
+    PYTHON,
     RELEASED,
     RELEASED_OPTIONS,
     ROOT,
@@ -69,18 +69,8 @@ def assert_same_run(first: Path, second: Path, epoch: int) -> None:
     assert values[0] == values[1] and len(values[0]) > 3
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        EVERYTHING,
-        f"{EVERYTHING} DATA.NUM_WORKERS 2",
-        "AMP True",
-        "AMP True AMP_DTYPE float16",
-        "TRAIN.OPTIMIZER.NAME sgd",
-    ],
-)
+@pytest.mark.parametrize("options", [EVERYTHING, "AMP True TRAIN.OPTIMIZER.NAME sgd DATA.NUM_WORKERS 2"])
 def test_interrupted_and_resumed_equals_uninterrupted(tiny, options, monkeypatch):
-    options += " TRAIN.EPOCHS 3"
     run(tiny, f"{options} TAG whole")
     real = main.train_one_epoch
 
@@ -95,7 +85,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny, options, monkeypatch
     monkeypatch.undo()
     run(tiny, f"{options} TAG parts")
     root = folder_of(tiny).parent
-    assert_same_run(root / "whole", root / "parts", 3)
+    assert_same_run(root / "whole", root / "parts", 2)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +145,7 @@ def read_metrics_steps(folder: Path) -> range:
 def test_two_processes_interrupted_and_resumed_equal_uninterrupted(tiny):
     arguments = ["--cfg", tiny, "--opts", *EVERYTHING.split(), "TRAIN.EPOCHS", "2", "DATA.NUM_WORKERS", "2"]
     run_main(*arguments, "--tag", "whole", processes=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["tests/driven_main.py", "stop-at-epoch-1", *map(str, arguments), "--tag", "parts"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     stopped = subprocess.run(
@@ -245,10 +235,11 @@ def test_pretrained_that_does_not_exist_is_explained_and_a_run_continues_without
 
 
 def test_a_disk_that_refuses_ends_in_one_line(tiny):
-    command = f"ulimit -f 40; exec {sys.executable} main.py --cfg {tiny}"
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40 * 1024,) * 2)"
+    command = [PYTHON, "-c", f"{limited}; sys.argv[0] = 'main.py'; runpy.run_path('main.py', run_name='__main__')"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [*command, "--cfg", str(tiny)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 2, result.stdout + result.stderr
     assert "could not be written" in result.stdout and "Traceback" not in result.stderr

@@ -3,8 +3,10 @@
 pytest tests/test_survival.py
 """
 
+import fcntl
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -12,15 +14,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, folder_of, run
+from conftest import PYTHON, ROOT, TINY, folder_of, run
+from faulty_disk import READ_ONLY, FaultyDisk
+from forkserver import rank_of
 from test_resume import EVERYTHING, assert_same_run
 from torch.distributed import HashStore, TCPStore
 
@@ -34,25 +38,33 @@ from utils.checkpoint_store import epoch_file, newest_checkpoint, run_checkpoint
 from utils.preemption import Preempted
 from utils.run_lock import RunFolderBusyError
 
+EVERY_TEN = "TRAIN.EPOCHS 2 CHECKPOINT.EVERY_STEPS 10"
 OPTIONS = f"{EVERYTHING} AMP True TRAIN.EPOCHS 2 CHECKPOINT.EVERY_STEPS 4 PRINT_FREQ 2 DIST.TIMEOUT 60"
 
 
 class Job:
     """A run of main.py under torchrun, or of `command`, in a process group of its own."""
 
-    def __init__(self, *arguments: str, processes: int = 2, restarts: int = 0, command: list[str] | None = None, **env):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        launcher += [f"--max_restarts={restarts}", "main.py"]
-        self.token = f"TEST_JOB={uuid.uuid4()}"
+    def __init__(
+        self,
+        *arguments: object,
+        processes: int = 2,
+        command: list[str] | None = None,
+        script: Sequence[str] = ("main.py",),
+        **env: str,
+    ):
+        launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *script]
         self.process = subprocess.Popen(
-            [*(command or [sys.executable, *launcher]), *map(str, arguments)],
+            [*(command or launcher), *map(str, arguments)],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TEST_JOB": self.token.partition("=")[2], **env},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
+        assert self.process.stdout
+        self.pipe = os.readlink(f"/proc/self/fd/{self.process.stdout.fileno()}")
         self.output = ""
 
     def wait_for(self, pattern: str, timeout: float = 120) -> re.Match:
@@ -68,22 +80,34 @@ class Job:
                 return match
         pytest.fail(f"{pattern!r} did not come:\n{self.output}")
 
-    def processes(self, *variables: str) -> set[int]:
-        """Process ids of everything that this job has started and that has these environment variables."""
+    def read(self) -> None:
+        """Read output to its end."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.output += line
+
+    def processes(self, rank: int | None = None) -> set[int]:
+        """Process ids of all that writes to this job's output: launchers, ranks, their loaders; or those of a rank."""
         found = set()
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
                 with suppress(OSError):
-                    if {self.token, *variables} <= set((folder / "environ").read_bytes().decode().split("\0")):
+                    if os.readlink(folder / "fd" / "1") == self.pipe and rank in (None, rank_of(folder)):
                         found.add(int(folder.name))
-        return found
+        return found - {os.getpid()}
 
     def worker(self, rank: int) -> int:
         """Process id of a rank's main process."""
-        found = self.processes(f"RANK={rank}")
+        found = self.processes(rank)
         parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in found}
         (main_process,) = (pid for pid in found if parents[pid] not in found)  # the others are its loaders
         return main_process
+
+    def signal_everything(self, number: int) -> None:
+        """As a terminal or a batch system does: no process is told by another one first."""
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def end(self, timeout: float = 120) -> tuple[int, float]:
         """Exit status and seconds until it came."""
@@ -91,24 +115,51 @@ class Job:
         try:
             rest, _ = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.signal_everything(signal.SIGKILL)
             pytest.fail(f"still running after {timeout} s:\n{self.output}")
         self.output += rest
         return self.process.returncode, time.monotonic() - began
+
+
+def pretrain(tiny: Path, options: str = OPTIONS, python: str = PYTHON, **settings: str) -> Job:
+    """A run of two processes by pretrain.sh, into the folder `parts`."""
+    settings = {"PYTHON": python, "NPROC": "2", "CONFIG": str(tiny), "TAG": "parts", **settings}
+    return Job(command=["bash", "pretrain.sh", "--opts", *options.split()], **settings)
 
 
 def arguments(tiny: Path, options: str, tag: str) -> list[str]:
     return ["--cfg", str(tiny), "--tag", tag, "--opts", *options.split()]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory) -> Path:
     """The run folder of two processes that nobody disturbs."""
-    root = tmp_path_factory.mktemp("whole")
-    (root / "tiny.yaml").write_text(TINY + f"OUTPUT: {root / 'out'}\n")
-    job = Job(*arguments(root / "tiny.yaml", OPTIONS, "default"))
-    assert job.end()[0] == 0, job.output
-    return root / "out" / "tiny" / "default"
+
+    def train(tiny: Path) -> None:
+        job = Job(*arguments(tiny, OPTIONS, "default"))
+        assert job.end()[0] == 0, job.output
+
+    return shared_run(tmp_path_factory, "two-processes", train)
+
+
+@pytest.fixture(scope="session")
+def undamaged(tmp_path_factory) -> Path:
+    """The run folder of one process that saves every ten steps."""
+    return shared_run(tmp_path_factory, "one-process", lambda tiny: run(tiny, EVERY_TEN))
+
+
+def shared_run(tmp_path_factory, name: str, train: Callable[[Path], object]) -> Path:
+    """A run folder that all processes of pytest-xdist use: the first that asks for it trains, others wait."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    root.mkdir(exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "done").exists():
+            (root / "tiny.yaml").write_text(TINY + f"OUTPUT: {root / 'out'}\n")
+            train(root / "tiny.yaml")
+            (root / "done").touch()
+    return folder_of(root / "tiny.yaml")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,18 +167,21 @@ def whole(tmp_path_factory) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_one_rank_told_to_stop_saves_the_whole_run_once(tiny, whole, number):
-    job = Job(*arguments(tiny, OPTIONS, "parts"))
-    job.wait_for(r"epoch 0 \[6/")
-    os.kill(job.worker(1), number)
+@pytest.mark.parametrize("where", ["training", "validation"])
+def test_one_rank_told_to_stop_saves_the_whole_run_once(tiny, whole, where):
+    """SIGTERM from outside inside an epoch; SIGUSR1, which a rank sends itself, inside the validation."""
+    script = ("main.py",) if where == "training" else ("tests/driven_main.py", "stop-in-validation")
+    job = Job(*arguments(tiny, OPTIONS, "parts"), script=script)
+    if where == "training":
+        job.wait_for(r"epoch 0 \[6/")
+        os.kill(job.worker(1), signal.SIGTERM)
     status, seconds = job.end()
     folder = folder_of(tiny).parent / "parts"
-    assert status == 0 and seconds < 20, job.output  # workers end with 0 of their own accord
+    assert status == 0 and (where != "training" or seconds < 20), job.output  # workers end with 0 of their own accord
     marker = (folder / "PREEMPTED").read_text()
-    assert re.match(r"told to stop by (SIG\w+|another rank), saved after 0 epochs and \d+ of 11 steps", marker)
+    done = re.match(r"told to stop by (?:SIG\w+|another rank), saved after 0 epochs and (\d+) of 11 steps", marker)[1]
+    assert (done == "11") == (where == "validation")
     newest = newest_checkpoint(folder).path
-    done = re.search(r"and (\d+) of", marker)[1]
     assert newest.name == f"ckpt_epoch_0_step_{done}.pth"
     again = Job(*arguments(tiny, OPTIONS, "parts"))
     assert again.end()[0] == 0, again.output
@@ -136,7 +190,7 @@ def test_one_rank_told_to_stop_saves_the_whole_run_once(tiny, whole, number):
 
 
 def test_a_killed_worker_restarts_and_continues_without_a_human(tiny, whole):
-    job = Job(*arguments(tiny, OPTIONS, "parts"), restarts=2)
+    job = pretrain(tiny, MAX_RESTARTS="2")
     job.wait_for(r"epoch 0 \[10/")
     os.kill(job.worker(1), signal.SIGKILL)
     job.wait_for(r"continues from \S+ckpt_epoch_0_step_(4|8).pth")
@@ -147,13 +201,19 @@ def test_a_killed_worker_restarts_and_continues_without_a_human(tiny, whole):
 
 
 def test_a_dead_rank_ends_the_job_and_is_named(tiny):
-    job = Job(*arguments(tiny, OPTIONS + " TRAIN.EPOCHS 50", "parts"))
+    """No restart is left: torchrun tells the survivor by SIGTERM, which finds that nobody agrees to save."""
+    job = pretrain(tiny, OPTIONS + " TRAIN.EPOCHS 50", MAX_RESTARTS="0")
     job.wait_for(r"epoch 0 \[10/")
     os.kill(job.worker(1), signal.SIGKILL)
     status, seconds = job.end()
-    assert status != 0 and seconds < 20, job.output
+    assert status not in (0, 75) and seconds < 20, job.output
     host = re.escape(os.uname().nodename)
     assert re.search(rf"rank 1 on host {host}, last seen in .* of step \d+, does not answer any more", job.output)
+    assert not job.processes()
+    folder = folder_of(tiny).parent / "parts"
+    assert newest_checkpoint(folder).path.name in ("ckpt_epoch_0_step_8.pth", "ckpt_epoch_1.pth")
+    assert not newest_checkpoint(folder).skipped and not list(folder.glob(".*.tmp"))
+    assert not (folder / "PREEMPTED").exists()
 
 
 def test_a_hung_rank_ends_the_job_and_is_named(tiny):
@@ -168,8 +228,7 @@ def test_a_hung_rank_ends_the_job_and_is_named(tiny):
 
 def test_a_hung_rank_0_which_holds_the_store_is_named_too(tiny):
     options = OPTIONS.replace("DIST.TIMEOUT 60", "DIST.TIMEOUT 6") + " TRAIN.EPOCHS 50"
-    settings = {"PYTHON": sys.executable, "NPROC": "2", "CONFIG": str(tiny), "MAX_RESTARTS": "0"}
-    job = Job(command=["bash", "pretrain.sh", "--opts", *options.split()], **settings)
+    job = pretrain(tiny, options, MAX_RESTARTS="0")
     job.wait_for(r"epoch 0 \[10/")
     os.kill(job.worker(0), signal.SIGSTOP)
     status, seconds = job.end()
@@ -177,23 +236,42 @@ def test_a_hung_rank_0_which_holds_the_store_is_named_too(tiny):
     assert re.search(r"rank 1 error: no progress for 6 s, waiting for rank 0 on host \S+, last seen in", job.output)
 
 
+def test_a_slow_step_a_long_validation_and_a_long_save_are_not_taken_for_a_hang(tiny):
+    options = OPTIONS.replace("DIST.TIMEOUT 60", "DIST.TIMEOUT 4") + " TRAIN.EPOCHS 1"
+    job = Job(*arguments(tiny, options, "parts"), script=("tests/driven_main.py", "slow"))
+    assert job.end()[0] == 0, job.output
+    assert "no progress" not in job.output
+    assert newest_checkpoint(folder_of(tiny).parent / "parts").path.name == "ckpt_epoch_1.pth"
+
+
 def test_an_error_that_would_come_again_is_not_tried_again(tiny):
-    job = Job(*arguments(tiny, "DATA.DATASET imagenet DATA.DATA_PATH absent", "parts"), restarts=2)
+    job = pretrain(tiny, "DATA.DATASET imagenet DATA.DATA_PATH absent", MAX_RESTARTS="2")
     assert job.end()[0] != 0
     assert len(re.findall(r"\] error: data set folder absent does not exist", job.output)) == 1
     assert "error: not tried again: data set folder absent does not exist" in job.output
 
 
 def test_told_to_stop_while_it_starts_a_run_stops_at_its_first_step(tiny, monkeypatch):
-    build = main.build_loaders
+    """Further signals, while it saves, change nothing."""
+    build, save, further = main.build_loaders, checkpoint_store.save_checkpoint, []
+
+    def saving(state, path):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+            further.append(number)
+        save(state, path)
+
+    monkeypatch.setattr(checkpoint_store, "save_checkpoint", saving)
 
     def building(config):
         os.kill(os.getpid(), signal.SIGTERM)
         return build(config)
 
     monkeypatch.setattr(main, "build_loaders", building)
-    with pytest.raises(Preempted, match="saved after 0 epochs and 1 of 22 steps"):
+    with pytest.raises(Preempted, match="told to stop by SIGTERM: saved after 0 epochs and 1 of 22 steps"):
         run(tiny)
+    assert len(further) == 3 and newest_checkpoint(folder_of(tiny)).path.name == "ckpt_epoch_0_step_1.pth"
 
 
 def test_a_checkpoint_due_at_the_end_of_an_epoch_is_written_whatever_save_freq_says(tiny):
@@ -226,25 +304,38 @@ def test_processes_whose_launcher_is_killed_save_and_end(tiny, whole):
     assert_same_run(whole, folder_of(tiny).parent / "parts", 2)
 
 
-def test_a_signal_to_everything_at_once_spares_the_loader_processes(tiny):
-    job = Job(*arguments(tiny, OPTIONS + " DATA.NUM_WORKERS 2", "parts"), command=[sys.executable, "main.py"])
+@pytest.mark.parametrize("launched", [False, True], ids=["one process", "pretrain.sh"])
+def test_a_signal_to_everything_at_once_spares_the_loader_processes(tiny, launched):
+    options = OPTIONS + " DATA.NUM_WORKERS 2"
+    job = pretrain(tiny, options) if launched else Job(*arguments(tiny, options, "parts"), command=[PYTHON, "main.py"])
     job.wait_for(r"epoch 0 \[6/")
-    os.killpg(job.process.pid, signal.SIGTERM)
+    assert len(job.processes(0)) == 3
+    job.signal_everything(signal.SIGTERM)
     status, _ = job.end()
-    assert status == 0 and "told to stop by SIGTERM: saved after 0 epochs" in job.output, job.output
+    assert status == (75 if launched else 0), job.output
+    assert re.search("told to stop by SIGTERM: saved after 0 epochs", job.output)
+    folder = folder_of(tiny).parent / "parts"
+    done = re.search(r"and (\d+) of", (folder / "PREEMPTED").read_text())[1]
+    assert newest_checkpoint(folder).path.name == f"ckpt_epoch_0_step_{done}.pth" and not job.processes()
 
 
-def test_another_number_of_processes_keeps_the_global_batch_and_the_schedule(tiny):
+def test_another_number_of_processes_keeps_the_global_batch_and_the_schedule(tiny, monkeypatch):
+    """One process, then two, then one."""
     options = "TRAIN.GLOBAL_BATCH 64 DATA.BATCH_SIZE 32 TRAIN.EPOCHS 2 PRINT_FREQ 5 CHECKPOINT.EVERY_STEPS 5"
     run(tiny, f"{options} TAG one")
+    with monkeypatch.context() as patched:
+        at_step(patched, {6: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+        with pytest.raises(Preempted, match="0 epochs and 6 of 22 steps"):
+            run(tiny, f"{options} TAG changed")
     job = Job(*arguments(tiny, options, "changed"))
     job.wait_for(r"global batch 64 = 2 processes × 1 passes × 32 images")
-    job.wait_for(r"epoch 0 \[10/")
+    job.wait_for(r"written by 1 processes, this run has 2: the global batch stays 64, and so does the schedule")
+    job.wait_for(r"epoch 0 \[15/")
     os.kill(job.worker(0), signal.SIGTERM)
     assert job.end()[0] == 0, job.output
     folder = folder_of(tiny).parent / "changed"
     run(tiny, f"{options} TAG changed")
-    assert "the global batch stays 64, and so does the schedule" in (folder / "log.txt").read_text()
+    assert "written by 2 processes, this run has 1: the global batch stays 64" in (folder / "log.txt").read_text()
     rates = [
         [(r["step"], r["lr"]) for r in map(json.loads, (root / "metrics.jsonl").read_text().splitlines()) if "lr" in r]
         for root in (folder_of(tiny).parent / "one", folder)
@@ -253,58 +344,87 @@ def test_another_number_of_processes_keeps_the_global_batch_and_the_schedule(tin
 
 
 def test_pretrain_told_to_stop_exits_75_and_the_same_command_finishes(tiny, whole):
-    command = ["bash", "pretrain.sh", "--opts", *OPTIONS.split()]
-    settings = {"PYTHON": sys.executable, "NPROC": "2", "CONFIG": str(tiny), "TAG": "parts"}
-    job = Job(command=command, **settings)
+    """Told three times, as impatient users and batch systems do."""
+    job = pretrain(tiny, python=sys.executable)
     job.wait_for(r"epoch 0 \[4/")
-    job.process.send_signal(signal.SIGUSR1)
-    status, seconds = job.end()
-    assert status == 75 and seconds < 30, job.output
-    again = Job(command=command, **settings)
+    began = time.monotonic()
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+        job.process.send_signal(number)
+        time.sleep(0.2)
+    status, _ = job.end()
+    assert status == 75 and time.monotonic() - began < 30, job.output
+    again = pretrain(tiny)
     assert again.end()[0] == 0, again.output
     assert re.search(r"continues from \S+ckpt_epoch_[01]", again.output)
     assert_same_run(whole, folder_of(tiny).parent / "parts", 2)
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(75, True), (0, False), (1, False)])
-def test_the_slurm_job_queues_itself_again_when_it_was_told_to_stop(tmp_path, status, requeued):
-    """Against stand-ins of Slurm's commands that note how they are called."""
+def slurm(folder: Path, srun: str, *arguments: str, **settings: str) -> Job:
+    """slurm/train.sbatch on two nodes, against stand-ins of Slurm's commands that note how they are called."""
+    nodes = "echo localhost; echo node8"
     scripts = {
-        "srun": f'echo "srun $NNODES $MASTER_ADDR $TAG" >> calls\nexit {status}',
-        "scontrol": 'if [[ $1 == show ]]; then echo node7; echo node8; else echo "scontrol $*" >> calls; fi',
-        "scancel": 'echo "scancel $*" >> calls',
+        "srun": f'echo "srun $NNODES $MASTER_ADDR $TAG" >> {folder}/calls\n{srun}',
+        "scontrol": f'if [[ $1 == show ]]; then {nodes}; else echo "scontrol $*" >> {folder}/calls; fi',
+        # the signal reaches the processes that srun has started, not the batch script
+        "scancel": f'echo "scancel $*" >> {folder}/calls\nkill "-${{1#--signal=}}" $(cat {folder}/started)',
     }
     for name, body in scripts.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    settings = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node[7-8]", "DATA": "imagenet"}
-    result = subprocess.run(
-        ["bash", str(ROOT / "slurm" / "train.sbatch")],
-        cwd=tmp_path,
-        env={**os.environ, **settings, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == status, result.stderr
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    settings |= {"SLURM_NNODES": "2", "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node[7-8]", "DATA": "imagenet"}
+    settings |= {"PATH": f"{folder}:{os.environ['PATH']}", "MASTER_PORT": str(free_port())}
+    return Job(*arguments, command=["bash", "slurm/train.sbatch"], **settings)
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(75, True), (0, False), (1, False)])
+def test_the_slurm_job_queues_itself_again_when_it_was_told_to_stop(tmp_path, status, requeued):
+    job = slurm(tmp_path, f"exit {status}")
+    assert job.end()[0] == status, job.output
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls[0] == "srun 2 node7 slurm-41" and calls[1:] == ["scontrol requeue 41"] * requeued
+    assert calls[0] == "srun 2 localhost slurm-41" and calls[1:] == ["scontrol requeue 41"] * requeued
+
+
+# What srun does with `--kill-on-bad-exit=0 COMMAND`: COMMAND once on every node; the largest of their exit statuses.
+SRUN = """
+[[ $1 == --kill-on-bad-exit=0 ]] || exit 99
+shift
+for ((node = 0; node < SLURM_NNODES; node++)); do SLURM_NODEID=$node "$@" & echo -n "$! " >> FOLDER/started; done
+largest=0
+for process in $(cat FOLDER/started); do
+  wait "$process"; status=$?
+  largest=$(( status > largest ? status : largest ))
+done
+exit "$largest"
+"""
+
+
+def test_the_slurm_job_trains_on_its_nodes_stops_before_the_limit_and_continues(tiny, whole, tmp_path):
+    """Its command really started, once for each of two nodes that are this machine."""
+    settings = {"PYTHON": PYTHON, "NPROC": "1", "CONFIG": str(tiny), "TAG": "parts"}
+    srun = SRUN.replace("FOLDER", str(tmp_path))
+    job = slurm(tmp_path, srun, "--opts", *OPTIONS.split(), **settings)
+    job.wait_for(r"epoch 0 \[6/")
+    job.process.send_signal(signal.SIGUSR1)  # --signal=B:USR1@300: to the batch script alone
+    assert job.end()[0] == 75, job.output
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == ["srun 2 localhost parts", "scancel --signal=USR1 41", "scontrol requeue 41"]
+    (tmp_path / "started").unlink()
+    again = slurm(tmp_path, srun, "--opts", *OPTIONS.split(), **settings)
+    assert again.end()[0] == 0, again.output
+    assert re.search(r"continues from \S+ckpt_epoch_0_step_\d+", again.output)
+    assert_same_run(whole, folder_of(tiny).parent / "parts", 2)
 
 
 def test_two_nodes_of_which_one_is_killed_and_started_again(tiny, whole):
     """Two launchers, a rendezvous on loopback; the job continues by itself once the node is back."""
-    settings = {"PYTHON": sys.executable, "NPROC": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "TAG": "parts"}
-    settings |= {"MASTER_PORT": str(free_port()), "CONFIG": str(tiny), "SHUTDOWN_TIMEOUT": "20"}
+    settings = {"NPROC": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
     def node(rank: int) -> Job:
-        command = ["bash", "pretrain.sh", "--opts", *OPTIONS.split()]
-        return Job(command=command, NODE_RANK=str(rank), **settings)
+        return pretrain(tiny, NODE_RANK=str(rank), SHUTDOWN_TIMEOUT="20", **settings)
 
     first, second = node(0), node(1)
     wait_until(lambda: (folder_of(tiny).parent / "parts").glob("ckpt_epoch_0_step_8.pth"))
-    os.killpg(second.process.pid, signal.SIGKILL)
-    for pid in second.processes():
-        os.kill(pid, signal.SIGKILL)
+    second.signal_everything(signal.SIGKILL)
     again = node(1)
     assert first.end()[0] == 0, first.output
     assert again.end()[0] == 0, again.output
@@ -313,17 +433,39 @@ def test_two_nodes_of_which_one_is_killed_and_started_again(tiny, whole):
     assert_same_run(whole, folder_of(tiny).parent / "parts", 2)
 
 
-def test_a_node_that_waits_says_for_whom():
+def test_a_node_that_waits_says_for_whom_also_after_a_restart():
     port = str(free_port())
     store = TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False)
-    command = [sys.executable, "utils/rendezvous.py", "127.0.0.1", port]
-    watcher = Job("1", "3", "1", command=command)
+    command = [PYTHON, "utils/rendezvous.py", "127.0.0.1", port]
+    watcher = Job("1", "3", "2", command=command)
     watcher.wait_for(r"node 1 on \S+ waits for nodes 0, 2 of 3 at 127.0.0.1:\d+ since \d+ s")
-    store.set("polaformer/node/2", "there")
-    watcher.wait_for(r"waits for node 0 of 3")
-    store.set("polaformer/node/0", "there")
-    assert watcher.end(20)[0] == 0
-    absent = Job("1", "2", "1", command=[sys.executable, "utils/rendezvous.py", "127.0.0.1", str(free_port())])
+    alive, count = {0, 2}, 0
+
+    def until(line: str) -> None:
+        """The nodes that are alive count, until the watcher says `line`."""
+        said = threading.Event()
+
+        def counting() -> None:
+            nonlocal count
+            while not said.wait(0.1):
+                count += 1
+                for node in alive:
+                    store.set(f"polaformer/node/{node}", str(count))
+
+        thread = threading.Thread(target=counting)
+        thread.start()
+        try:
+            watcher.wait_for(line)
+        finally:
+            said.set()
+            thread.join()
+
+    alive = {2}
+    until(r"waits for node 0 of 3")
+    alive = {0}  # node 2 has died
+    until(r"waits for node 2 of 3 at .* since \d s")
+    watcher.process.kill()
+    absent = Job("1", "2", "1", command=[PYTHON, "utils/rendezvous.py", "127.0.0.1", str(free_port())])
     absent.wait_for("waits for node 0 of 2")
     absent.process.kill()
 
@@ -377,26 +519,36 @@ def at_step(monkeypatch, actions: dict[int, Callable[[], object]]) -> None:
     monkeypatch.setattr(engine, "_optimizer_step", counted)
 
 
-def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(tiny, monkeypatch, log):
+@contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
     """By a file-size limit: checkpoints of tens of kilobytes fail, log lines do not."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    during: list[str] = []
-
-    def free():
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        during.extend(path.name for _, path in run_checkpoints(folder_of(tiny)))
-
-    at_step(
-        monkeypatch,
-        {8: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1])), 18: free},
-    )
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
     try:
-        run(tiny, "TRAIN.EPOCHS 1 CHECKPOINT.EVERY_STEPS 3 CHECKPOINT.KEEP 2")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("kind", ["full", "read-only"])
+def test_a_disk_that_refuses_for_a_while_does_not_end_the_run(tiny, kind, monkeypatch, log):
+    refusing, reason = {
+        "full": (full_disk, "File too large"),
+        "read-only": (lambda folder: FaultyDisk(folder, READ_ONLY), "Read-only file system"),
+    }[kind]
+    during: list[str] = []
+    with ExitStack() as fault:
+
+        def end():
+            fault.close()
+            during.extend(path.name for _, path in run_checkpoints(folder_of(tiny)))
+
+        at_step(monkeypatch, {8: lambda: fault.enter_context(refusing(folder_of(tiny))), 18: end})
+        run(tiny, "TRAIN.EPOCHS 1 CHECKPOINT.EVERY_STEPS 3 CHECKPOINT.KEEP 2")
     assert during == ["ckpt_epoch_0_step_6.pth", "ckpt_epoch_0_step_3.pth"]  # not fewer than before
-    message = r"ckpt_epoch_0_step_9\.pth could not be written: File too large\. The run goes on; it could continue from"
+    message = rf"ckpt_epoch_0_step_9\.pth could not be written: {reason}\. The run goes on; it could continue from"
     assert re.search(message + r" ckpt_epoch_0_step_6\.pth", log.text)
+    assert ("metrics.jsonl could not be written: Read-only" in log.text) == (kind == "read-only")
     assert newest_checkpoint(folder_of(tiny)).path == epoch_file(folder_of(tiny), 1)
 
 
@@ -423,11 +575,8 @@ def test_a_last_checkpoint_that_cannot_be_written_ends_in_an_error_and_keeps_the
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "no longer there"])
-def test_a_damaged_newest_checkpoint_is_skipped_and_the_weights_are_the_same(tiny, damage, log):
-    options = "TRAIN.EPOCHS 2 CHECKPOINT.EVERY_STEPS 10"
-    run(tiny, f"{options} TAG whole")
-    run(tiny, f"{options} TAG parts")
-    folder = folder_of(tiny).parent / "parts"
+def test_a_damaged_newest_checkpoint_is_skipped_and_the_weights_are_the_same(tiny, undamaged, damage, log):
+    folder = Path(shutil.copytree(undamaged, folder_of(tiny)))
     newest, step_20 = epoch_file(folder, 2), folder / "ckpt_epoch_1_step_20.pth"
     for path in (newest, folder / "max_acc.pth"):
         content = bytearray(path.read_bytes())
@@ -435,19 +584,18 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_the_weights_are_the_same(tin
         path.write_bytes({"truncated": content[:1000], "empty": b""}.get(damage, content))
         if damage == "no longer there":
             path.unlink()
-    log.clear()
-    run(tiny, f"{options} TAG parts")
+    run(tiny, EVERY_TEN)
     assert ("skipped: checkpoint" in log.text) == (damage != "no longer there")
     assert f"continues from {step_20}: 1 epochs and 20 of 22 steps finished" in log.text
-    assert_same_run(folder_of(tiny).parent / "whole", folder, 2)
+    assert_same_run(undamaged, folder, 2)
 
 
 def test_two_runs_in_one_folder_by_mistake_the_second_refuses(tiny, monkeypatch):
-    job = Job(*arguments(tiny, "TRAIN.EPOCHS 50", "default"), command=[sys.executable, "main.py"])
+    job = Job(*arguments(tiny, "TRAIN.EPOCHS 50", "default"), command=[PYTHON, "main.py"])
     job.wait_for(r"epoch 0 \[5/")
     before = {path.name for path in folder_of(tiny).iterdir()}
     monkeypatch.setattr(run_lock, "PATIENCE", 0.5)
-    with pytest.raises(RunFolderBusyError, match=rf"in use by process {job.process.pid} on \S+, since"):
+    with pytest.raises(RunFolderBusyError, match=rf"in use by process {job.worker(0)} on \S+, since"):
         run(tiny, "TRAIN.EPOCHS 50")
     assert before <= {path.name for path in folder_of(tiny).iterdir()}
     assert not (folder_of(tiny) / "STOPPED").exists()  # the run that is in the folder has not failed
@@ -532,7 +680,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_up_to_the_limit(tiny,
 
 def kill_repeatedly(tiny: Path, kills: int) -> None:
     result = subprocess.run(
-        [sys.executable, "tests/kill_loop.py", str(tiny), str(kills)],
+        [PYTHON, "tests/kill_loop.py", str(tiny), str(kills)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -554,3 +702,55 @@ def test_killed_ten_times_at_random_moments(tiny):
 @pytest.mark.timeout(3600)
 def test_killed_a_hundred_times_at_random_moments(tiny):
     kill_repeatedly(tiny, 100)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two processes: any of everything killed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kill_any(tiny: Path, whole: Path, kills: int) -> None:
+    """Kill any process of a run by pretrain.sh, and give the same command again whenever it has ended.
+
+    The script itself, what it starts on the way, torchrun, a rank or a loader process, at a random moment.
+    """
+    seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
+    generator, victims, starts = random.Random(seed), list[str](), 0
+    folder = folder_of(tiny).parent / "parts"
+    while True:
+        job = pretrain(tiny, OPTIONS + " DATA.NUM_WORKERS 1", MAX_RESTARTS="2")
+        killed_before, starts = len(victims), starts + 1
+        reader = threading.Thread(target=job.read, daemon=True)
+        reader.start()
+        while len(victims) < kills:
+            with suppress(subprocess.TimeoutExpired):
+                job.process.wait(generator.uniform(0.5, 5))
+                break
+            pid = generator.choice(sorted(job.processes()))
+            with suppress(OSError):  # it has just ended
+                process = Path(f"/proc/{pid}")
+                rank = rank_of(process)
+                name = (process / "comm").read_text().strip() if rank is None else f"rank {rank}"
+                os.kill(pid, signal.SIGKILL)
+                victims.append(name)
+        status = job.process.wait(300)
+        report = f"KILL_SEED={seed}: killed {victims} in {starts} starts"
+        if len(victims) == killed_before:
+            reader.join(30)
+            assert status == 0, f"{report}; a start that nobody disturbed exited {status}:\n{job.output}"
+        if status == 0 and len(victims) == kills:
+            break
+        if status == 0:  # finished too early
+            shutil.rmtree(folder)
+    print(report)
+    assert_same_run(whole, folder, 2)
+
+
+def test_any_process_killed_at_random_moments_the_same_command_gives_the_same_weights(tiny, whole):
+    kill_any(tiny, whole, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_any_process_killed_forty_times_the_same_command_gives_the_same_weights(tiny, whole):
+    kill_any(tiny, whole, 40)

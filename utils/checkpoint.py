@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from yacs.config import CfgNode
 
@@ -48,7 +49,8 @@ class CheckpointError(ValueError):
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of ours, a released one, or a bare state dict (returned as {"model": …}), on the CPU.
+    """Read a checkpoint of ours, a released one, a bare state dict (returned as {"model": …}), or a .safetensors file,
+    on the CPU.
 
     Raises CheckpointError for a missing, empty, truncated or damaged file, for one that differs from its sidecar, for
     one that asks for any class or function beyond tensors and plain values (naming it), and for one without weights.
@@ -59,6 +61,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if path.stat().st_size == 0:
         raise CheckpointError(f"checkpoint {path} is empty")
     verified = verify_by_sidecar(path)
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
     try:
         if not verified and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -94,6 +98,21 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     ):
         keys = ", ".join(map(str, content))
         raise CheckpointError(f"checkpoint {path} holds no `model` of named tensors; its keys: {keys}")
+    return content
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    """Weights, with the configuration and class names that tools/export.py stores as the file's metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            content: dict[str, Any] = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"checkpoint {path} is truncated or damaged ({error})") from error
+    if "config" in metadata:
+        content["config"] = metadata["config"]
+    if "classes" in metadata:
+        content["classes"] = json.loads(metadata["classes"])
     return content
 
 

@@ -18,6 +18,7 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from logger import get_logger
 from utils.checkpoint import CheckpointError, file_digest, load_checkpoint, read_sidecar, sidecar_of
+from utils.files import remove_temporary, write_atomically
 
 BEST_FILE = "max_acc.pth"
 PATIENCE = (1.0, 5.0, 0.0)  # seconds of waiting after each failure of the file system to read a checkpoint
@@ -109,7 +111,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         raise OSError(f"checkpoint {path} could not be written: {_reason(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        remove_temporary(temporary)
 
 
 def _reason(error: Exception) -> str:
@@ -122,16 +124,7 @@ def _reason(error: Exception) -> str:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(content).encode())
 
 
 def _flush_folder(folder: Path) -> None:
@@ -166,6 +159,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, keep: int, unusable: frozenset[Path] = frozenset()) -> None:
         """`unusable` files, left by an accident, do not count as kept."""
         self.folder, self.keep, self.unusable = folder, keep, set(unusable)
+        self.waiting: Callable[[], None] = lambda: None  # called once a second while somebody waits for a write
         self._best_copy: Path | None = None  # holds the best weights, because the best file could not be written
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
@@ -183,7 +177,9 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Return when nothing is being written any more. Raises OSError when the last write failed."""
         if self._thread is not None:
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(1.0)
+                self.waiting()
             self._thread = None
         self.raise_problem()
 
@@ -220,8 +216,11 @@ class CheckpointWriter:
         kept = {*self.unusable, self._best_copy}
         older = [path for position, path in run_checkpoints(self.folder) if position <= newest and path not in kept]
         for path in older[self.keep :]:
-            path.unlink(missing_ok=True)
-            sidecar_of(path).unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+                sidecar_of(path).unlink(missing_ok=True)
+            except OSError as error:
+                raise OSError(f"old checkpoint {path} could not be removed: {_reason(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,8 +283,9 @@ def stored_position(checkpoint: dict[str, Any]) -> Position:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove what writes that were killed left behind."""
-    for path in folder.glob(".*.tmp"):
+    """Remove what writes and removals that were killed left behind: temporary files, and sidecars of no checkpoint."""
+    orphans = [path for path in folder.glob("*.pth.json") if not path.with_suffix("").exists()]
+    for path in (*folder.glob(".*.tmp"), *orphans):
         path.unlink(missing_ok=True)
 
 
@@ -305,9 +305,8 @@ def set_aside(folder: Path, named: Path) -> Path | None:
     name = time.strftime("earlier-%Y%m%d-%H%M%S")
     target = next(path for i in itertools.count() if not (path := folder / (f"{name}-{i}" if i else name)).exists())
     target.mkdir()
-    records = [
-        folder / name for name in ("metrics.jsonl", "config.yaml", "curves.png", "tensorboard", "environment.json")
-    ]
+    files_of_a_run = "metrics.jsonl config.yaml curves.png tensorboard predictions.npz environment.json".split()
+    records = [folder / name for name in files_of_a_run]
     records += [sidecar_of(path) for path in files]
     for path in (*files, *(record for record in records if record.exists())):
         shutil.move(path, target / path.name)

@@ -6,6 +6,7 @@ on which host was last seen at which step, and end: the launcher then ends, or r
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -59,7 +60,12 @@ class Watchdog:
 
     def beat(self, step: int, phase: str) -> None:
         """This process begins `phase` of optimizer step `step`."""
-        self._beats, self._step, self._phase = self._beats + 1, step, phase
+        self._step, self._phase = step, phase
+        self.go_on()
+
+    def go_on(self) -> None:
+        """What this process is at takes long, and is known to go on."""
+        self._beats += 1
         self._changed = time.monotonic()
 
     def explain(self, error: RuntimeError) -> None:
@@ -121,6 +127,8 @@ class Watchdog:
                 continue
             peers.look()
             silent = peers.silent()
+            if stuck and not silent and time.monotonic() - peers.advanced < self.timeout:
+                continue  # it waits for a process that is busy: rank 0 with its disk
             if stuck and peers.watched() > SILENCE + INTERVAL:
                 slowest = silent or peers.slowest()
                 self._end(peers, f"no progress for {self.timeout:g} s, waiting for {peers.describe(slowest)}")
@@ -159,6 +167,7 @@ class _Peers:
     def __init__(self, store: Any, sign: Callable[[int], Sign]) -> None:
         self.store, self.sign = store, sign
         self.signs: dict[int, Sign] = {}
+        self.advanced = -math.inf  # when a process was last seen to have done more than before
         self._seen: dict[int, tuple[int, float]] = {}
         self._replied = time.monotonic()
         self._began: float | None = None
@@ -182,6 +191,8 @@ class _Peers:
     def _read(self, rank: int) -> None:
         if self.store.check([_key(rank)]):
             sign = Sign(*json.loads(self.store.get(_key(rank))))
+            if rank in self.signs and sign.beats > self.signs[rank].beats:
+                self.advanced = time.monotonic()
             self.signs[rank] = sign
             if rank not in self._seen or self._seen[rank][0] != sign.tick:
                 self._seen[rank] = sign.tick, time.monotonic()

@@ -1,0 +1,287 @@
+"""Classify images with a checkpoint: its most probable classes, by name.
+
+python tools/predict.py --checkpoint FILE.pth image.jpg folder/
+python tools/predict.py --checkpoint FILE.pth folder/ --topk 1 --output predictions.csv
+
+Images pass through the evaluation transform of the checkpoint's configuration, and the model computes as `--eval` does.
+A folder stands for every image below it. Files that are no complete images are named at the end; the rest is
+classified.
+
+Exit codes: 0 every image is classified; 1 some are not readable; 2 a mistake.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as tools/predict.py: what it imports lies beside tools/
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from config import load_config
+from data.datasets import DataError, Picture, UnreadableImage, decode
+from data.transforms import Normalise, evaluation_transform
+from models.loading import LoadedModel, load_model
+from tools.class_names import readable_names
+from utils.checkpoint import file_digest
+from utils.precision import autocast, autocast_dtype, exact_float32
+
+FORMATS = ("table", "csv", "json")
+
+
+class Prediction(NamedTuple):
+    """The most probable classes of an image, best first, and the softmax probability of each."""
+
+    file: str
+    labels: list[int]
+    probabilities: list[float]
+
+
+class Unreadable(NamedTuple):
+    file: str
+    reason: str
+
+
+def find_images(paths: Iterable[Path]) -> list[Path]:
+    """Files as they are named, and of folders every image below them, sorted; hidden folders are left out.
+
+    Raises DataError for a folder without images.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        images = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in IMG_EXTENSIONS
+            and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
+        if not images:
+            raise DataError(f"{path} holds no images ({', '.join(IMG_EXTENSIONS)})")
+        found += images
+    return found
+
+
+class _Images(Dataset[Tensor | Unreadable]):
+    """The image of each path as the model's uint8 input, or why it cannot be read."""
+
+    def __init__(self, paths: Sequence[Path], transform: Callable[[Picture], Tensor]) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor | Unreadable:
+        path = self.paths[index]
+        try:
+            return self.transform(decode(path.read_bytes(), str(path)))
+        except OSError as error:
+            return Unreadable(str(path), error.strerror or str(error))
+        except UnreadableImage as error:
+            return Unreadable(str(path), str(error).removeprefix(f"{path}: "))
+
+
+def _as_list(samples: list[Tensor | Unreadable]) -> list[Tensor | Unreadable]:
+    return samples
+
+
+@torch.inference_mode()
+def predict(
+    loaded: LoadedModel, paths: Sequence[Path], *, topk: int, batch_size: int, device: torch.device, workers: int = 0
+) -> Iterator[Prediction | Unreadable]:
+    """A result for each path, in their order; `topk` classes, or all where there are fewer."""
+    model = loaded.model.to(device)
+    normalise = Normalise(device)
+    amp_dtype = autocast_dtype(loaded.config, device) if loaded.config.TEST.AMP else None
+    loader = DataLoader(
+        _Images(paths, evaluation_transform(loaded.config)),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_as_list,
+    )
+    for start, batch in zip(range(0, len(paths), batch_size), loader, strict=True):
+        images = [sample for sample in batch if isinstance(sample, Tensor)]
+        results: Iterator[Prediction] = iter(())
+        if images:
+            with exact_float32(), autocast(device, amp_dtype):
+                logits = model(normalise(torch.stack(images).to(device)))
+            best = logits.float().softmax(dim=-1).topk(min(topk, model.num_classes))
+            names = [
+                str(path)
+                for path, sample in zip(paths[start : start + batch_size], batch, strict=True)
+                if isinstance(sample, Tensor)
+            ]
+            results = map(Prediction, names, best.indices.tolist(), best.values.tolist())
+        for sample in batch:
+            yield sample if isinstance(sample, Unreadable) else next(results)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def as_table(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
+    """A paragraph an image: probability in percent and class name."""
+    return "".join(
+        f"{prediction.file}\n"
+        + "".join(
+            f"  {100 * probability:6.2f} %  {names[label]}\n"
+            for label, probability in zip(prediction.labels, prediction.probabilities, strict=True)
+        )
+        for prediction in predictions
+    )
+
+
+def as_csv(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
+    """A row for each image and rank."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "rank", "label", "class", "probability"])
+    for prediction in predictions:
+        for rank, (label, probability) in enumerate(
+            zip(prediction.labels, prediction.probabilities, strict=True), start=1
+        ):
+            writer.writerow([prediction.file, rank, label, names[label], f"{probability:.6g}"])
+    return text.getvalue()
+
+
+def as_json(
+    predictions: Sequence[Prediction], names: Sequence[str], unreadable: Sequence[Unreadable], about: dict[str, str]
+) -> str:
+    """An object: what made the predictions, the predictions, and the files that are no images."""
+    rows = [
+        {
+            "file": prediction.file,
+            "classes": [
+                {"label": label, "class": names[label], "probability": probability}
+                for label, probability in zip(prediction.labels, prediction.probabilities, strict=True)
+            ],
+        }
+        for prediction in predictions
+    ]
+    content = {**about, "predictions": rows, "unreadable": [entry._asdict() for entry in unreadable]}
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer ≥ 1")
+    return int(text)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's word for a device that is not there
+        raise argparse.ArgumentTypeError(
+            f"{text!r} cannot be used here: expected cpu{', cuda' if torch.cuda.is_available() else ''}"
+        ) from error
+    return device
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tools/predict.py",
+        description="Classify images with a checkpoint: its most probable classes, by name.",
+        epilog="example: python tools/predict.py --checkpoint output/quickstart/default/max_acc.pth image.png folder/",
+    )
+    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files, and folders of them")
+    parser.add_argument("--checkpoint", metavar="FILE", type=Path, required=True, help=".pth or .safetensors file")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the last ones")
+    parser.add_argument("--cfg", metavar="FILE", help="YAML configuration, for a file that carries none")
+    parser.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="overrides of --cfg, for example TEST.CROP False"
+    )
+    parser.add_argument("--topk", metavar="K", type=_positive, default=5, help="classes an image; default 5")
+    parser.add_argument("--format", choices=FORMATS, help="default: by the ending of --output, else table")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write there instead of standard output")
+    parser.add_argument("--batch-size", metavar="N", type=_positive, default=32, help="default 32")
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=_positive,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that decode images where there is more than a batch of them; default 4, or the number of cores",
+    )
+    parser.add_argument(
+        "--device",
+        type=_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:N; default: cuda where there is one",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code."""
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.opts and not arguments.cfg:
+        parser.error("--opts belongs to --cfg")
+    ending = arguments.output.suffix.removeprefix(".").lower() if arguments.output else ""
+    form = arguments.format or (ending if ending in FORMATS else "table")
+    try:
+        paths = find_images(arguments.images)
+        config = load_config(arguments.cfg, arguments.opts) if arguments.cfg else None
+        loaded = load_model(arguments.checkpoint, ema=arguments.ema, config=config)
+        if loaded.config.MODEL.SWIN.IN_CHANS != 3:
+            raise DataError(f"{arguments.checkpoint} takes {loaded.config.MODEL.SWIN.IN_CHANS} channels, images give 3")
+        results = list(
+            predict(
+                loaded,
+                paths,
+                topk=arguments.topk,
+                batch_size=arguments.batch_size,
+                device=arguments.device,
+                workers=min(arguments.workers, len(paths) // arguments.batch_size),
+            )
+        )
+        predictions = [result for result in results if isinstance(result, Prediction)]
+        unreadable = [result for result in results if isinstance(result, Unreadable)]
+        names = readable_names(loaded.classes, loaded.model.num_classes)
+        if form == "json":
+            about = {
+                "checkpoint": str(arguments.checkpoint),
+                "sha256": file_digest(arguments.checkpoint),
+                "weights": "model_ema" if arguments.ema else "model",
+            }
+            text = as_json(predictions, names, unreadable, about)
+        else:
+            text = (as_csv if form == "csv" else as_table)(predictions, names)
+        if arguments.output:
+            arguments.output.write_text(text, encoding="utf-8")
+        else:
+            sys.stdout.write(text)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for entry in unreadable:
+        print(f"unreadable: {entry.file}: {entry.reason}", file=sys.stderr)
+    if unreadable:
+        print(f"{len(unreadable)} of {len(paths)} files are no complete images", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

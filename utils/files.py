@@ -1,0 +1,25 @@
+"""Files that are whole or not there."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that `path` holds either what was there before or all of `content`. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it under the run
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        remove_temporary(temporary)
+
+
+def remove_temporary(path: Path) -> None:
+    """As far as the disk lets it: the next start tries again, and the reason of the failure is what has to be told."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
