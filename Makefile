@@ -6,6 +6,8 @@
 # make bench-training  set up, then time what the training loop and its checkpoints cost (5 minutes)
 # make ablation      set up, then compare kinds of attention on two small data sets (docs/ablation.md; 20 minutes); one of
 #                    them is Fashion-MNIST (apt install dataset-fashion-mnist); ABLATION="--datasets digits" does without
+# make bench-maps    set up, then time the attention maps of one image (1 minute)
+# make bench-features  set up, then time feature pyramids against the plain forward pass (2 minutes)
 # PYTHON=/path/to/python make …   uses that environment as it is and installs nothing
 
 ifdef PYTHON
@@ -18,7 +20,7 @@ else
   SETUP_DEV := .venv/installed-dev
 endif
 
-.PHONY: quickstart test test-slow lint reference bench bench-input bench-training ablation
+.PHONY: quickstart test test-slow lint reference bench bench-input bench-training ablation bench-maps bench-features
 
 quickstart: $(SETUP)
 	PYTHON=$(RUN) TAG=$$(date +%Y%m%d-%H%M%S) bash pretrain.sh
@@ -52,6 +54,12 @@ bench-training: $(SETUP)
 
 ablation: $(SETUP)
 	$(RUN) -m tools.ablation $(ABLATION)
+
+bench-maps: $(SETUP)
+	$(RUN) -m benchmarks.attention_maps
+
+bench-features: $(SETUP)
+	$(RUN) -m benchmarks.features
 
 .venv/installed: requirements.txt
 	@echo "setting up .venv (torch is large: this takes minutes on a slow line)"

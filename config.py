@@ -167,6 +167,11 @@ KEYS: dict[str, Key] = {
     "TRAIN.COOLDOWN_EPOCHS": Key(0, integer(0), "further epochs at the schedule's last rate (cosine: MIN_LR)"),
     "TRAIN.WEIGHT_DECAY": Key(0.05, real(0), "decoupled weight decay; 1-D parameters and biases have none"),
     "TRAIN.BASE_LR": Key(5e-4, real(0), "peak learning rate for 512 images a step, scaled by the real global batch"),
+    "TRAIN.LAYER_DECAY": Key(
+        1.0,
+        real(0, 1),
+        "for fine-tuning: ratio of a layer's learning rate to that of the next (stem, blocks, head); 1.0: one rate",
+    ),
     "TRAIN.WARMUP_LR": Key(5e-7, real(0), "learning rate at the start of the warm-up, scaled likewise"),
     "TRAIN.MIN_LR": Key(5e-6, real(0), "lowest learning rate after the warm-up, scaled likewise"),
     "TRAIN.CLIP_GRAD": Key(5.0, optional(real(0)), "largest total gradient norm; null or 0: no clipping"),

@@ -39,7 +39,6 @@ from data import DataError, Loaders, build_loaders
 from data.check import run_check
 from data.transforms import TrainBatch, mixup_enabled
 from engine import Interval, NonFiniteError, Training, evaluate, throughput, train_one_epoch
-from evaluation import Subject, build_benchmark, evaluate_benchmark, keep_predictions, write_evaluation
 from logger import MetricsWriter, get_logger, setup_logger
 from lr_scheduler import build_scheduler
 from models import build_model
@@ -65,6 +64,7 @@ from utils.checkpoint_store import (
     set_aside,
 )
 from utils.environment import record_environment
+from utils.evaluation import Subject, build_benchmark, evaluate_benchmark, keep_predictions, write_evaluation
 from utils.keeper import CheckpointKeeper
 from utils.metrics import Accuracy
 from utils.observer import Observer

@@ -1,8 +1,9 @@
 """The optimizer: which parameters decay, AdamW or SGD, and how its state returns from a checkpoint."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from timm.models import group_parameters
 from torch import Tensor
 from torch.optim import Optimizer
 from yacs.config import CfgNode
@@ -25,17 +26,51 @@ def parameter_groups(model: Classifier) -> tuple[list[str], list[str]]:
     return decay, no_decay
 
 
+class LayerGroup(NamedTuple):
+    """Parameters of one layer, by name, which decay or do not, and the factor of their learning rate."""
+
+    names: list[str]
+    decayed: bool
+    lr_scale: float
+
+
+def layer_groups(model: Classifier, layer_decay: float) -> list[LayerGroup]:
+    """The two groups of every layer, from the head (factor 1) down to the stem (`layer_decay` to the number of layers).
+
+    Layers are those of the model's `group_matcher`, as timm counts them. The head comes first, so that the rate of the
+    optimizer's first group is the schedule's own. (Layer-wise decay for fine-tuning: BEiT, arXiv 2106.08254.)
+    """
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    last = max(layers.values())
+    groups = []
+    for layer in range(last, -1, -1):
+        for names, decayed in zip(parameter_groups(model), (True, False), strict=True):
+            if members := [name for name in names if layers[name] == layer]:
+                groups.append(LayerGroup(members, decayed, layer_decay ** (last - layer)))
+    return groups
+
+
 def build_optimizer(config: CfgNode, model: Classifier, lr_scale: float = 1.0) -> Optimizer:
-    """AdamW or SGD (Nesterov) at BASE_LR · `lr_scale` over the bare model's two parameter groups.
+    """AdamW or SGD (Nesterov) at BASE_LR · `lr_scale` over the bare model's parameters: decayed and undecayed, and with
+    TRAIN.LAYER_DECAY below 1 in layers, whose `lr_scale` the schedule multiplies its rate by.
 
     Fused kernels are used because they can suppress an update on the device (`found_inf`), without the host.
     """
     parameters = dict(model.named_parameters())
     decay, no_decay = parameter_groups(model)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [parameters[name] for name in decay], "weight_decay": config.TRAIN.WEIGHT_DECAY},
         {"params": [parameters[name] for name in no_decay], "weight_decay": 0.0},
     ]
+    if config.TRAIN.LAYER_DECAY < 1:
+        groups = [
+            {
+                "params": [parameters[name] for name in group.names],
+                "weight_decay": config.TRAIN.WEIGHT_DECAY if group.decayed else 0.0,
+                "lr_scale": group.lr_scale,
+            }
+            for group in layer_groups(model, config.TRAIN.LAYER_DECAY)
+        ]
     lr = config.TRAIN.BASE_LR * lr_scale
     name = config.TRAIN.OPTIMIZER.NAME
     if name == "adamw":
@@ -61,24 +96,36 @@ def build_optimizer(config: CfgNode, model: Classifier, lr_scale: float = 1.0) -
     raise ValueError(f"TRAIN.OPTIMIZER.NAME {name!r} is unknown, expected adamw or sgd")
 
 
+def _lengths(groups: list[list[str]]) -> list[int]:
+    return [len(group) for group in groups]
+
+
 def load_optimizer_state(optimizer: Optimizer, model: Classifier, stored: Any, source: str) -> None:
     """Restore moments and step counts from an optimizer state dict; hyperparameters stay those of the configuration.
 
     Positions in a released file also count parameters that the released model had and ours does not
-    (`unused_released_parameters`, which stood before the head); they are skipped.
+    (`unused_released_parameters`, which stood before the head); they are skipped. A state may have been written with or
+    without layer decay, whatever the configuration says now.
 
     Raises CheckpointError when the state belongs to another optimizer or another model.
     """
-    names = [name for group in parameter_groups(model) for name in group]
     if not isinstance(stored, dict) or not {"state", "param_groups"} <= stored.keys():
         raise CheckpointError(f"{source} has no optimizer state to continue from; --pretrained starts from its weights")
+    decay, no_decay = plain = list(parameter_groups(model))
+    layered = [group.names for group in layer_groups(model, 1.0)]
     groups = [len(group["params"]) for group in stored["param_groups"]]
     own = [len(group["params"]) for group in optimizer.param_groups]
-    stored_names: list[str | None] = list(names)
-    if groups == [own[0], own[1] + len(model.unused_released_parameters)] != own:
-        head = names.index("head.bias")
-        stored_names[head:head] = [None] * len(model.unused_released_parameters)
-    elif groups != own:
+    names = [name for group in (plain if own == _lengths(plain) else layered) for name in group]
+    unused: list[str | None] = [None] * len(model.unused_released_parameters)
+    stored_names: list[str | None]
+    if groups == _lengths(plain):
+        stored_names = [*decay, *no_decay]
+    elif groups == _lengths(layered):
+        stored_names = [name for group in layered for name in group]
+    elif groups == [len(decay), len(no_decay) + len(unused)]:
+        head = no_decay.index("head.bias")
+        stored_names = [*decay, *no_decay[:head], *unused, *no_decay[head:]]
+    else:
         raise CheckpointError(f"{source}: its optimizer has groups of {groups} parameters, this model {own}")
     parameters = dict(model.named_parameters())
     state: dict[int, Any] = {}

@@ -229,7 +229,7 @@ class Classifier(nn.Module, ABC):
             if grid != before[name]:
                 owner, _, leaf = name.rpartition(".")
                 table = self.get_parameter(name)
-                resized = resize_table(table.detach(), before[name], grid)
+                resized = resize_table(table.detach(), before[name], grid).contiguous()
                 setattr(self.get_submodule(owner), leaf, nn.Parameter(resized, table.requires_grad))
 
     def _note_arguments(self, **changed: Any) -> None:

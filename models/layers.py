@@ -5,12 +5,16 @@ Letters: B batch, C channels, H×W token grid, N = H·W tokens.
 
 import torch
 from einops import rearrange
+from timm.layers import DropPath as TimmDropPath
+from timm.layers import drop_path
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 Grid = tuple[int, int]  # (height, width) in tokens or pixels
 
-torch.fx.wrap("rearrange")  # which asks for the type of its input: torch.fx takes it as one operation
+# torch.fx takes each as one operation: `rearrange` asks for the type of its input, `drop_path` changes values in place
+torch.fx.wrap("rearrange")
+torch.fx.wrap("drop_path")
 
 
 class Mlp(nn.Module):
@@ -25,6 +29,13 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class DropPath(TimmDropPath):
+    """timm's stochastic depth, in a form that keeps its scale when torch.fx removes operations without a reader."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
 
 
 class PatchEmbed(nn.Module):

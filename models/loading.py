@@ -1,14 +1,15 @@
 """Weights into models: strictly, apart from a short named list of allowances, or adapted for fine-tuning."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import timm
 import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
 from logger import get_logger
-from models import build_model
+from models import build_model, list_models
 from models.adaptation import adapt_position_tables, released_names, require_fit
 from models.classifier import Classifier
 from models.layers import Grid
@@ -104,3 +105,25 @@ def load_model(path: str | Path, *, ema: bool = False, config: CfgNode | None = 
     load_weights(model, weights, source)
     classes = checkpoint.get("classes")
     return LoadedModel(model.eval(), config, list(classes) if classes else None)
+
+
+def create_model(name: str, *, checkpoint: str | Path | None = None, **arguments: Any) -> Classifier:
+    """A registered variant, with the weights of a checkpoint of ours or a released one.
+
+    Args:
+        arguments: of `timm.create_model`. `num_classes` is the file's unless given; for other classes the head starts
+            anew, and for another `img_size` position tables are resized, each adaptation logged.
+
+    Raises:
+        ValueError: an unknown name.
+        CheckpointError: an unusable file, or one of another architecture.
+    """
+    if name not in list_models():
+        raise ValueError(f"model {name!r} is unknown, expected one of {', '.join(list_models())}")
+    if checkpoint is None:
+        return cast(Classifier, timm.create_model(name, **arguments))
+    source, stored = str(checkpoint), load_checkpoint(checkpoint)
+    arguments.setdefault("num_classes", num_classes_of(stored, source))
+    model = cast(Classifier, timm.create_model(name, **arguments))
+    load_pretrained(model, stored, source)
+    return model

@@ -11,7 +11,7 @@ h heads, d channels per head, K kernel size, Q chosen queries.
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +28,12 @@ from models.attention import (
 )
 from models.classifier import Classifier
 from models.layers import Grid, window_partition
+from models.ops.linear_attention import feature_map
 from models.pola_swin import PolaSwinBlock, Tiling
 
-STREAMS = {"polarity": ("combined", "same", "opposite"), "softmax": ("softmax",)}
-# Other attention over the same queries and keys: what a layer would look at if it were of that kind.
-COMPARISONS = {"polarity": ("softmax", "relu"), "softmax": ("relu",)}
+Attention = PolaLinearAttention | WindowAttention | SpatialReductionAttention
+POLARITY_STREAMS = ("combined", "same", "opposite")
+COMPARISONS = ("softmax", "relu")  # over the queries and keys of a layer of another kind
 EPS = 1e-6  # of the normalisers, as in models.ops.polarity_attention
 QUERY_BLOCK = 256  # rows that are held at once where all of them are averaged
 
@@ -51,13 +52,13 @@ class LayerRecord:
     """
 
     name: str
-    kind: str  # polarity or softmax
+    kind: str  # polarity, or one of models.ops.linear_attention.KINDS
     grid: Grid
     key_grid: Grid
-    q: Tensor  # (B, W, h, N, d); in polarity layers shifted and scaled, as its features are made of them
+    q: Tensor  # (B, W, h, N, d); outside of S blocks shifted and scaled, as features are made of them
     k: Tensor  # (B, W, h, n, d), likewise
     v: Tensor  # (B, W, h, n, d), 0 for padding
-    g: Tensor | None  # (B, W, h, N, d), the gate of polarity layers
+    g: Tensor | None  # (B, W, h, N, d), the gate
     query_places: Tensor  # (W, N): where each query of a window is in the map, -1 for padding
     key_places: Tensor  # (W, n)
     exponent: Tensor | None = None  # (h, d)
@@ -71,10 +72,19 @@ class LayerRecord:
         return self.q.shape[2]
 
     @property
+    def own_streams(self) -> tuple[str, ...]:
+        """The maps that the layer applied to its values; the first is the default of `rows`."""
+        return POLARITY_STREAMS if self.kind == "polarity" else (self.kind,)
+
+    @property
+    def comparisons(self) -> tuple[str, ...]:
+        """Attention of other kinds over the same queries and keys: what the layer would look at if it were one."""
+        return tuple(kind for kind in COMPARISONS if kind != self.kind)
+
+    @property
     def streams(self) -> tuple[str, ...]:
-        """What `rows` can be asked for; the first is the default. Softmax and relu in a layer of another kind are the
-        maps that these attentions would have over the same queries and keys."""
-        return STREAMS[self.kind] + COMPARISONS[self.kind]
+        """What `rows` can be asked for."""
+        return self.own_streams + self.comparisons
 
     @torch.no_grad()
     def rows(
@@ -89,8 +99,8 @@ class LayerRecord:
 
         Args:
             head: one head only (h is then 1).
-            stream: of `streams`. `same` and `opposite` are the maps of the two streams, each applied to its half of the
-                head's value channels; `combined` is their mean over these channels.
+            stream: one of `streams`. `same` and `opposite` are the maps of the two streams, each applied to its half of
+                the head's value channels; `combined` is their mean over these channels.
             depthwise: add what the depthwise branch applies to the values, averaged over the channels of the stream.
                 Its weights may be negative, and a row does not sum to 1 then.
 
@@ -99,8 +109,8 @@ class LayerRecord:
         """
         stream, heads = self._stream(stream), self._heads(head)
         index = self._queries(queries)
-        if depthwise and stream not in STREAMS["polarity"]:
-            raise MapError(f"{self.name}: the {stream} map has no depthwise branch; only polarity maps do")
+        if depthwise and (self.kernel is None or stream not in self.own_streams):
+            raise MapError(f"{self.name}: the {stream} map has no depthwise branch")
         keys = self.key_grid[0] * self.key_grid[1]
         out = self.q.new_zeros(len(self.q), heads.stop - heads.start, len(index), keys)
         for window, chosen, positions in self._by_window(index):
@@ -126,8 +136,8 @@ class LayerRecord:
                 blocks = positions.split(QUERY_BLOCK)
                 total = sum(self._window_rows(stream, window, block, heads).sum(dim=2) for block in blocks)
             else:
-                left, right = self._factors(stream, window, heads)
-                total = (left[:, :, positions].sum(dim=2, keepdim=True) @ right.transpose(-2, -1))[:, :, 0]
+                left, right = self._factors(stream, window, positions, heads)
+                total = (left.sum(dim=2, keepdim=True) @ right.transpose(-2, -1))[:, :, 0]
             assert isinstance(total, Tensor)
             out[:, :, self.key_places[window, real]] = total[..., real]
         return out / (self.grid[0] * self.grid[1])
@@ -140,7 +150,7 @@ class LayerRecord:
         The kernel differs from channel to channel of a head: the rows are the mean over `channels` (None: all).
         """
         if self.kernel is None or self.window is None:
-            raise MapError(f"{self.name}: {self.kind} attention has no depthwise branch; only polarity attention has")
+            raise MapError(f"{self.name}: its {self.kind} attention has no depthwise branch")
         index = self._queries(queries)
         kernel = (self.kernel if channels is None else self.kernel[list(channels)]).mean(dim=0)
         H, W = self.window
@@ -161,9 +171,9 @@ class LayerRecord:
         return out
 
     def channels(self, stream: str) -> range:
-        """The value channels of a head that a stream of polarity attention is applied to."""
+        """The value channels of a head that a stream is applied to."""
         d = self.v.shape[-1]
-        return {"same": range((d + 1) // 2), "opposite": range((d + 1) // 2, d), "combined": range(d)}[stream]
+        return {"same": range((d + 1) // 2), "opposite": range((d + 1) // 2, d)}.get(stream, range(d))
 
     # -----------------------------------------------------------------------------------------------------------------
     # One window
@@ -172,35 +182,51 @@ class LayerRecord:
     def _window_rows(self, stream: str, window: int, positions: Tensor, heads: slice) -> Tensor:
         """(B, h, Q, n) of the queries at `positions` in a window."""
         if stream != "softmax":
-            left, right = self._factors(stream, window, heads)
-            return left[:, :, positions] @ right.transpose(-2, -1)
+            left, right = self._factors(stream, window, positions, heads)
+            return left @ right.transpose(-2, -1)
         q, k = self.q[:, window, heads, positions], self.k[:, window, heads]
         scores = q @ k.transpose(-2, -1) * (self.softmax_scale or q.shape[-1] ** -0.5)
         if self.bias is not None:
             scores = scores + self.bias[window % len(self.bias), heads][:, positions]
         return scores.masked_fill(self.key_places[window] < 0, -torch.inf).softmax(dim=-1)
 
-    def _factors(self, stream: str, window: int, heads: slice) -> tuple[Tensor, Tensor]:
-        """left (B, h, N, f) and right (B, h, n, f) with rows = left rightᵀ: linear attention with its normaliser."""
-        q, k = self.q[:, window, heads], self.k[:, window, heads]
-        padding = (self.key_places[window] < 0)[:, None]
-        count = max(1, int((~padding).sum()))
-
-        def normalised(query_features: Tensor, key_features: Tensor) -> Tensor:
-            mean = key_features.sum(dim=2, keepdim=True) / count
-            return query_features / (((query_features * mean).sum(dim=-1, keepdim=True) + EPS) * count)
-
-        if stream == "relu":
-            right = torch.relu(k).masked_fill(padding, 0.0)
-            return normalised(torch.relu(q), right), right
-        assert self.exponent is not None
-        power = self.exponent[heads, None]
-        positive, negative = torch.relu(q) ** power, torch.relu(-q) ** power
-        right = torch.cat([torch.relu(k) ** power, torch.relu(-k) ** power], dim=-1).masked_fill(padding, 0.0)
-        same = normalised(torch.cat([positive, negative], dim=-1), right)
-        opposite = normalised(torch.cat([negative, positive], dim=-1), right)
+    def _factors(self, stream: str, window: int, positions: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
+        """left (B, h, Q, f) and right (B, h, n, f) with rows = left rightᵀ: linear attention with its normaliser."""
+        if stream not in POLARITY_STREAMS:
+            padding = (self.key_places[window] < 0)[:, None]
+            right = feature_map(stream, self.k[:, window, heads]).masked_fill(padding, 0.0)
+            return self._normalised(feature_map(stream, self.q[:, window, heads, positions]), right, window), right
+        right = self._key_features[:, window, heads]
+        features = self._query_features[:, window, heads, positions]
+        sides = []
+        if stream != "opposite":
+            sides.append(self._normalised(features, right, window))
+        if stream != "same":  # the halves of its query features change places
+            sides.append(self._normalised(features.roll(features.shape[-1] // 2, dims=-1), right, window))
+        if len(sides) == 1:
+            return sides[0], right
         share = len(self.channels("same")) / self.v.shape[-1]
-        return {"same": same, "opposite": opposite, "combined": share * same + (1 - share) * opposite}[stream], right
+        return share * sides[0] + (1 - share) * sides[1], right
+
+    def _normalised(self, query_features: Tensor, key_features: Tensor, window: int) -> Tensor:
+        count = max(1, int((self.key_places[window] >= 0).sum()))
+        mean = key_features.sum(dim=2, keepdim=True) / count
+        return query_features / ((query_features @ mean.transpose(-2, -1) + EPS) * count)
+
+    @cached_property
+    def _query_features(self) -> Tensor:
+        """[φ₊(q), φ₋(q)], (B, W, h, N, 2d)."""
+        return self._features(self.q)
+
+    @cached_property
+    def _key_features(self) -> Tensor:
+        """[φ₊(k), φ₋(k)], (B, W, h, n, 2d), 0 for padding."""
+        return self._features(self.k).masked_fill_((self.key_places < 0)[:, None, :, None], 0.0)
+
+    def _features(self, u: Tensor) -> Tensor:
+        assert self.exponent is not None
+        size = u.abs().pow_(self.exponent[:, None])
+        return torch.cat([size.where(u > 0, 0.0), size.where(u < 0, 0.0)], dim=-1)
 
     def _by_window(self, index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """For every window with one of the queries: its number, which queries they are, and their positions in it."""
@@ -218,7 +244,7 @@ class LayerRecord:
 
     def _stream(self, stream: str | None) -> str:
         if stream is None:
-            return self.streams[0]
+            return self.own_streams[0]
         if stream not in self.streams:
             raise MapError(f"{self.name} has no map {stream!r}, expected one of {', '.join(self.streams)}")
         return stream
@@ -258,10 +284,16 @@ class Recording(NamedTuple):
     layers: dict[str, LayerRecord]
 
 
-def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+def attention_layers(model: nn.Module) -> dict[str, Attention]:
     """The attention modules by the name of their block (`layers.0.blocks.1`, `block3.0`), in order of computation."""
-    kinds = (PolaLinearAttention, WindowAttention, SpatialReductionAttention)
-    return {name.removesuffix(".attn"): module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {
+        name.removesuffix(".attn"): module for name, module in model.named_modules() if isinstance(module, Attention)
+    }
+
+
+def kind_of(attention: Attention) -> str:
+    """The kind of a module of `attention_layers`: polarity, or one of models.ops.linear_attention.KINDS."""
+    return attention.attention if isinstance(attention, PolaLinearAttention) else "softmax"
 
 
 def choose_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -338,10 +370,6 @@ def _polarity_record(
     g: Tensor | None,
     grid: Grid,
 ) -> LayerRecord:
-    if module.attention != "polarity":
-        raise MapError(
-            f"{name} has MODEL.LA.ATTENTION {module.attention}: maps are made of polarity and softmax (S) layers"
-        )
     h = module.num_heads
     dtype = torch.promote_types(tokens[0].dtype, torch.float32)
     q, k, v = (token.detach().to(dtype) for token in tokens)
@@ -360,7 +388,7 @@ def _polarity_record(
     padding = (key_places < 0)[:, None, :, None]
     return LayerRecord(
         name=name,
-        kind="polarity",
+        kind=module.attention,
         grid=full,
         key_grid=keys,
         q=_split(q, windows, h),
@@ -369,7 +397,7 @@ def _polarity_record(
         g=None if g is None else _split(g.detach().to(dtype), windows, h),
         query_places=places,
         key_places=key_places,
-        exponent=module.exponent().to(dtype),
+        exponent=module.exponent().to(dtype) if module.attention == "polarity" else None,
         kernel=module.dwc.weight[:, 0].to(dtype),
         window=grid,
     )

@@ -9,7 +9,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from config import parse_attention_types
 from models.attention import PolaReductionAttention, SpatialReductionAttention, reduced_grid
 from models.classifier import Classifier
-from models.layers import Grid, Mlp, PatchEmbed, drop_path_rates, resize_table
+from models.layers import DropPath, Grid, Mlp, PatchEmbed, drop_path_rates, resize_table
 from models.registry import create_variant, default_cfg
 
 SOFTMAX_SR_RATIOS = (8, 4, 2, 1)  # of the S stages, as in PVT
@@ -188,7 +187,7 @@ class PolaPVT(Classifier):
         self._note_arguments()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        stem = r"^(patch_embed1|pos_embed1)"
+        stem = r"^(?:patch_embed1|pos_embed1)"
         if coarse:
             return {"stem": stem, "blocks": r"^(?:patch_embed|pos_embed|block)(\d+)"}
         blocks = [(r"^block(\d+)\.(\d+)", None), (r"^(?:patch_embed|pos_embed)(\d+)", (0,))]

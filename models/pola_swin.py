@@ -9,7 +9,6 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +18,7 @@ from config import parse_attention_types
 from models.attention import PolaWindowAttention, WindowAttention
 from models.classifier import PREVIOUS, Classifier
 from models.layers import (
+    DropPath,
     Grid,
     Mlp,
     PatchEmbed,
@@ -372,7 +372,7 @@ class PolaSwin(Classifier):
         self._note_arguments(window_size=self.window_size, softmax_window_size=self.softmax_window_size)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        stem = r"^(patch_embed|absolute_pos_embed)"
+        stem = r"^(?:patch_embed|absolute_pos_embed)"
         if coarse:
             return {"stem": stem, "blocks": [(r"^layers\.(\d+)", None), (r"^norm", PREVIOUS)]}
         blocks = [

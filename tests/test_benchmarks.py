@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 import models.attention
-from benchmarks import attention, input_pipeline, model_step, training_loop
+from benchmarks import attention, features, input_pipeline, model_step, training_loop
 from benchmarks.baseline import literal_polarity_attention, patched_model_attention
 from benchmarks.common import WrongResultError, interleaved, ratios, saved_bytes
 from data.datasets import decode_fast
@@ -378,3 +378,22 @@ def test_checkpoints_of_the_training_loop_are_written(tmp_path, monkeypatch):
     record = training_loop.measure_checkpoints(tmp_path, 1, 1)
     assert record["steps"] == 24 and record["checkpoint_mib"] > 100
     assert len(list((tmp_path / "with").glob("*.pth"))) == 1
+
+
+def test_features_benchmark_writes_ratios_and_bars(tmp_path, capsys):
+    arguments = "--models pola_pvt_tiny --batch-size 1 --image-size 32 --repeats 3 --output"
+    features.main([*arguments.split(), str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    content = json.loads(path.read_text())
+    (record,) = content["models"]
+    assert all(0 < ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in record["ratio"].values())
+    shown = capsys.readouterr().out
+    assert all(f"pola_pvt_tiny: {key} over forward" in shown for key in ("forward_intermediates", "features_only"))
+    assert [bar["bound"] for bar in content["bars"]] == [1.03, 1.03]
+
+
+def test_features_benchmark_times_nothing_that_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr("models.classifier._formatted", lambda tokens, grid, output_fmt: torch.rand(3))
+    with pytest.raises(SystemExit, match="nothing is timed that is wrong: pola_pvt_tiny: .* features_only differ"):
+        features.main(["--models", "pola_pvt_tiny", "--image-size", "32", "--output", str(tmp_path)])
+    assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ from config import load_config
 from data.transforms import Normalise, evaluation_transform
 from models import build_model
 from models.loading import load_model
-from tools.export import main
+from tools.export import deviation_from_eager, main, open_source
 from tools.hub_folder import ARCHITECTURES, architecture_of, hub_config
 from utils.checkpoint import file_digest, load_checkpoint
 from utils.checkpoint_store import save_checkpoint
@@ -141,6 +141,15 @@ def test_averaged_weights_are_exported_by_option(checkpoint, tmp_path):
     expected = logits_of(checkpoint, images(1), ema=True)
     assert torch.equal(logits_of(path, images(1)), expected)
     assert not torch.allclose(logits_of(checkpoint, images(1)), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "kind", ["softmax", *(pytest.param(k, marks=pytest.mark.slow) for k in ("relu", "elu", "focused"))]
+)
+def test_other_kinds_of_attention_are_traced_as_they_compute(tmp_path, kind):
+    options = f"{SMALL} MODEL.LA.ATTENTION {kind} MODEL.SWIN.DEPTHS [1,1] MODEL.LA.GATE {kind != 'elu'}"
+    source = open_source(write_checkpoint(tmp_path / "model.pth", options))
+    assert deviation_from_eager(source, source.program.module()).relative < 1e-5
 
 
 # -- the Hub folder

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import attention_maps
+from benchmarks.common import WrongResultError
 from data.transforms import Normalise
 from models.attention import PolaLinearAttention
 from models.maps import LayerRecord, MapError, attention_layers, record
+from models.ops.linear_attention import KINDS
 from models.pola_pvt import PolaPVT
 from models.pola_swin import PolaSwin
-from tools.overlays import last_polarity_layer, overlay, paint
+from tools.overlays import ground, last_polarity_layer, overlay, paint
 
 SWIN = {"patch_size": 4, "embed_dim": 10, "num_heads": (1, 2, 2, 4), "kernel_size": 3, "num_classes": 3}
 PVT = {
@@ -36,6 +39,21 @@ MODELS = {
     "pvt": lambda: PolaPVT(img_size=(32, 64), depths=(1, 1, 1, 1), attn_type="LLLL", **PVT),
     "pvt, reduced keys": lambda: PolaPVT(
         img_size=(32, 64), depths=(1, 1, 1, 1), attn_type="LLLL", sr_ratios=(4, 2, 2, 1), **PVT
+    ),
+    **{
+        f"pvt, {kind} in place of polarity": lambda kind=kind: PolaPVT(
+            img_size=(32, 64),
+            depths=(1, 1, 1, 1),
+            attn_type="LLLL",
+            attention=kind,
+            gate=kind != "elu",
+            sr_ratios=(1, 2, 1, 1),
+            **PVT,
+        )
+        for kind in KINDS
+    },
+    "swin, padded windows of focused attention": lambda: PolaSwin(
+        img_size=(64, 32), depths=(1, 1, 1, 1), attn_type="LLSS", window_size=5, attention="focused", **SWIN
     ),
     "pvt, softmax": lambda: PolaPVT(img_size=(64, 32), depths=(1, 1, 1, 1), attn_type="SSSS", **PVT),
 }
@@ -81,17 +99,24 @@ def _through_rows(layer: LayerRecord, module: nn.Module) -> Tensor:
     keys = layer.key_grid[0] * layer.key_grid[1]
     values = _unwindowed(layer.v.transpose(2, 3).flatten(3), layer.key_places, keys)
     values = values.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)  # (B, h, n, d)
-    if layer.kind == "softmax":
+    if layer.kernel is None:
         mixed = layer.rows(queries) @ values
         return module.proj(mixed.transpose(1, 2).flatten(2))
     mixed = torch.empty_like(values[:, :, :1]).repeat(1, 1, len(queries), 1)
-    for stream in ("same", "opposite"):
+    for stream in _streams(layer):
         rows = layer.rows(queries, stream=stream)
         for channel in layer.channels(stream):
             own = rows + layer.depthwise_rows(queries, [channel])
             mixed[..., channel] = (own @ values[..., channel, None])[..., 0] + module.dwc.bias[channel]
-    gate = _unwindowed(layer.g.transpose(2, 3).flatten(3), layer.query_places, len(queries))
-    return module.proj(mixed.transpose(1, 2).flatten(2) * gate)
+    mixed = mixed.transpose(1, 2).flatten(2)
+    if layer.g is not None:
+        mixed = mixed * _unwindowed(layer.g.transpose(2, 3).flatten(3), layer.query_places, len(queries))
+    return module.proj(mixed)
+
+
+def _streams(layer: LayerRecord) -> tuple[str, ...]:
+    """Those that between them are applied to every value channel once."""
+    return ("same", "opposite") if layer.kind == "polarity" else (layer.kind,)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -119,13 +144,13 @@ def test_combined_map_with_the_depthwise_branch_is_the_mean_over_channels(name):
     for layer in record(model, _images(model, 1)).layers.values():
         last = layer.grid[0] * layer.grid[1] - 1
         queries = [0, last // 2, last]
-        if layer.kind == "softmax":
+        if layer.kernel is None:
             with pytest.raises(MapError, match="softmax map has no depthwise branch"):
                 layer.rows(queries, depthwise=True)
             continue
         d = layer.v.shape[-1]
         by_channel = []
-        for stream in ("same", "opposite"):
+        for stream in _streams(layer):
             for channel in layer.channels(stream):
                 by_channel.append(layer.rows(queries, stream=stream) + layer.depthwise_rows(queries, [channel]))
         assert len(by_channel) == d
@@ -192,7 +217,7 @@ def test_maps_of_a_low_precision_run_are_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layers = record(model, torch.randn(1, 3, 32, 32)).layers
     for layer in layers.values():
-        rows = layer.rows([0], depthwise=layer.kind == "polarity")
+        rows = layer.rows([0], depthwise=layer.kernel is not None)
         assert rows.dtype == torch.float32 and rows.isfinite().all()
 
 
@@ -202,15 +227,15 @@ def test_maps_of_a_low_precision_run_are_float32():
 
 
 def test_painted_map_is_brightest_where_the_weight_is_and_blue_where_it_is_negative():
-    pixels = np.full((32, 32, 3), 128, dtype=np.uint8)
+    pixels = torch.full((3, 32, 32), 128, dtype=torch.uint8)
     weights = torch.zeros(4, 4)
     weights[0, 3], weights[3, 0] = 1.0, -1.0
-    painted = np.asarray(paint(pixels, weights)).astype(int)
+    painted = np.asarray(paint(ground(pixels), weights)).astype(int)
     assert painted.shape == (32, 32, 3)
     positive, negative, empty = painted[2, 29], painted[29, 2], painted[16, 16]
     assert positive[0] > negative[0] and positive.sum() > 2 * empty.sum()
     assert negative[2] > positive[2] and negative.sum() > 2 * empty.sum()
-    assert np.asarray(paint(pixels, weights, size=(48, 40))).shape == (40, 48, 3)
+    assert np.asarray(paint(ground(pixels, (48, 40)), weights)).shape == (40, 48, 3)
 
 
 def test_overlay_of_a_query_shows_the_mean_row_over_heads_of_the_patch_under_the_pixel():
@@ -218,10 +243,9 @@ def test_overlay_of_a_query_shows_the_mean_row_over_heads_of_the_patch_under_the
     pixels = torch.randint(0, 256, (3, 32, 64), dtype=torch.uint8)
     layer = record(model, Normalise(torch.device("cpu"))(pixels[None])).layers["block2.0"]
     row = layer.rows([1 * 8 + 5])[0, :, 0].mean(dim=0).reshape(layer.key_grid)  # a patch has 8×8 pixels
-    picture = pixels.permute(1, 2, 0).numpy()
-    assert overlay(model, pixels, "block2.0", (40, 8)).tobytes() == paint(picture, row).tobytes()
+    assert overlay(model, pixels, "block2.0", (40, 8)).tobytes() == paint(ground(pixels), row).tobytes()
     mean = layer.received()[0].mean(dim=0).reshape(layer.key_grid)
-    assert overlay(model, pixels, "block2.0").tobytes() == paint(picture, mean).tobytes()
+    assert overlay(model, pixels, "block2.0").tobytes() == paint(ground(pixels), mean).tobytes()
     with pytest.raises(MapError, match="point 64,8 is outside of the 64×32 image"):
         overlay(model, pixels, query=(64, 8))
 
@@ -230,3 +254,13 @@ def test_overlay_of_a_query_shows_the_mean_row_over_heads_of_the_patch_under_the
 def test_overlay_takes_the_deepest_polarity_layer(letters, layer):
     model = PolaPVT(img_size=(64, 64), depths=(1, 1, 1, 1), attn_type=letters, **PVT)
     assert last_polarity_layer(model) == layer
+
+
+def test_benchmark_times_no_rows_that_give_other_outputs_than_the_op(monkeypatch):
+    model = MODELS["pvt"]().eval()
+    layers = record(model, torch.randn(1, 3, 32, 64)).layers
+    attention_maps.check_rows(layers)
+    rows = LayerRecord.rows
+    monkeypatch.setattr(LayerRecord, "rows", lambda *arguments, **named: 1.001 * rows(*arguments, **named))
+    with pytest.raises(WrongResultError, match="rows of block1.0 give other outputs"):
+        attention_maps.check_rows(layers)

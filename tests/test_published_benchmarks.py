@@ -22,11 +22,11 @@ from config import ConfigError, load_config
 from data.benchmarks import ALEXNET_ERRORS, EXTRA_CORRUPTIONS, PUBLISHED_IMAGES, imagenet_ids, read_real_labels
 from data.datasets import DataError
 from data.transforms import evaluation_transform
-from evaluation import corruption_score
 from logger import get_logger
 from models import build_model
 from models.evaluation import EvaluatedModel
 from utils.checkpoint_store import save_checkpoint
+from utils.evaluation import corruption_score
 from utils.metrics import Accuracy
 
 IDS = imagenet_ids()

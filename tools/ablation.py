@@ -32,7 +32,7 @@ from scipy.stats import t as student_t
 from yacs.config import CfgNode
 
 from benchmarks.common import environment
-from config import ConfigError, image_size, load_config, run_folder
+from config import ConfigError, config_from_tree, image_size, load_config, run_folder
 from data.datasets import FASHION_MNIST, DataError, FashionMnistSource
 from logger import read_metrics
 from models import build_model
@@ -121,14 +121,14 @@ def check_folder(run: Run) -> None:
     path = run.folder / "config.yaml"
     if not path.exists():
         return
-    stored, own = (_flat(yaml.safe_load(text)) for text in (path.read_text(encoding="utf-8"), run.config.dump()))
-    differing = sorted(key for key in stored.keys() | own.keys() if stored.get(key) != own.get(key))
-    if differing:
-        key = differing[0]
-        raise AblationError(
-            f"{run.folder} holds a run with {key} {stored.get(key)}, this experiment has {own.get(key)}: name another"
-            " --output, or remove that folder"
-        )
+    held, _ = config_from_tree(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    stored, own = _flat(held), _flat(run.config)
+    for key in own.keys() - {"OUTPUT"}:  # the folder may have been moved
+        if stored[key] != own[key]:
+            raise AblationError(
+                f"{run.folder} holds a run with {key} {stored[key]}, this experiment has {own[key]}: name another"
+                " --output, or remove that folder"
+            )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -365,7 +365,7 @@ def write_page(runs: Sequence[Run], docs: Path, jobs: int) -> Path:
     longest, bar = max((entry["wall_s"] for entry in times), default=0.0), f"{BAR_S:.0f} s"
     over = sum(entry["wall_s"] > BAR_S for entry in times)
     page = PAGE.format(
-        parameters=max(parameters(run) for run in finished),
+        parameters=max(parameters(run) for run in {run.variant: run for run in finished}.values()),
         image=image.relative_to(docs).as_posix(),
         bar=bar,
         results="\n".join(

@@ -124,7 +124,10 @@ def _softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *, scale: float | None = None
 ) -> Tensor:
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
-    return (scores if attn_mask is None else scores + attn_mask).softmax(dim=-1) @ v
+    if attn_mask is not None:
+        boolean = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if boolean else scores + attn_mask
+    return scores.softmax(dim=-1) @ v
 
 
 def open_source(path: Path, *, ema: bool = False, config: CfgNode | None = None, name: str | None = None) -> Source:

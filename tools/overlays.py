@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from data.transforms import Normalise
 from models.layers import Grid
-from models.maps import LayerRecord, MapError, attention_layers, record
+from models.maps import LayerRecord, MapError, attention_layers, kind_of, record
 
 # −1 to 1: negative weights blue, none dark, positive from violet over orange to light yellow.
 COLOURS = LinearSegmentedColormap.from_list(
@@ -17,27 +17,35 @@ COLOURS = LinearSegmentedColormap.from_list(
 )
 
 
-def paint(
-    pixels: np.ndarray, weights: Tensor, *, gamma: float = 1.0, size: tuple[int, int] | None = None
-) -> Image.Image:
-    """Weights (rows, columns) of an image's parts over the image, uint8 (H, W, 3): bilinearly enlarged, black where
-    they are 0, brightest at the largest |weight|.
+# its value at −1, …, 1, in 511 steps
+_TABLE = COLOURS(np.linspace(0, 1, 511))[:, :3].astype(np.float32) * 255
 
-    Args:
-        gamma: colour follows sign(w)·|w / largest|^gamma; 0.5 shows small weights beside large ones.
-        size: (width, height) of the result; None: the image's.
+
+def ground(pixels: Tensor, size: tuple[int, int] | None = None) -> np.ndarray:
+    """What maps are painted on: an image, uint8 (3, H, W), nearly grey, float32 (height, width, 3) from 0 to 255.
+
+    `size`: (width, height) of the result; None: the image's.
     """
-    size = size or (pixels.shape[1], pixels.shape[0])
+    image = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    if size is not None:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    base = np.asarray(image, dtype=np.float32)
+    grey = base @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    return 0.8 * grey[..., None] + 0.2 * base  # colours of the image must not read as weights
+
+
+def paint(base: np.ndarray, weights: Tensor, *, gamma: float = 1.0) -> Image.Image:
+    """Weights (rows, columns) of an image's parts over its `ground`, bilinearly enlarged: dark where they are 0,
+    brightest at the largest |weight|, blue where they are negative.
+
+    `gamma`: colour follows sign(w)·|w / largest|^gamma; 0.5 shows small weights beside large ones.
+    """
     largest = weights.abs().max().clamp(min=torch.finfo(weights.dtype).tiny)
     value = (weights / largest).abs() ** gamma * weights.sign()
-    value = F.interpolate(value[None, None].float(), (size[1], size[0]), mode="bilinear", align_corners=False)[0, 0]
-    base = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / 255
-    grey = base @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    base = 0.6 * grey[..., None] + 0.4 * base  # colours of the image must not read as weights
-    level = value.numpy()
-    strength = (0.5 + 0.35 * np.abs(level))[..., None]
-    painted = (1 - strength) * base + strength * COLOURS(level / 2 + 0.5)[..., :3]
-    return Image.fromarray((painted * 255).round().astype(np.uint8))
+    level = F.interpolate(value[None, None].float(), base.shape[:2], mode="bilinear", align_corners=False)[0, 0].numpy()
+    colours = _TABLE[np.rint(level * 255).astype(np.int32) + 255]
+    strength = (0.6 + 0.3 * np.abs(level))[..., None]
+    return Image.fromarray((base + strength * (colours - base)).round().astype(np.uint8))
 
 
 def key_map(layer: LayerRecord, weights: Tensor) -> Tensor:
@@ -56,7 +64,7 @@ def token_at(point: tuple[float, float], size: tuple[int, int], grid: Grid) -> i
 def last_polarity_layer(model: nn.Module) -> str:
     """The deepest polarity attention layer, or the deepest of all where there is none."""
     layers = attention_layers(model)
-    polarity = [name for name, module in layers.items() if hasattr(module, "power")]
+    polarity = [name for name, module in layers.items() if kind_of(module) == "polarity"]
     return polarity[-1] if polarity else list(layers)[-1]
 
 
@@ -90,4 +98,4 @@ def overlay(
         weights = seen.received()[0]
     else:
         weights = seen.rows([token_at(query, (pixels.shape[2], pixels.shape[1]), seen.grid)])[0, :, 0]
-    return paint(pixels.permute(1, 2, 0).cpu().numpy(), key_map(seen, weights.mean(dim=0)), size=size)
+    return paint(ground(pixels, size), key_map(seen, weights.mean(dim=0)))

@@ -305,15 +305,17 @@ def set_aside(folder: Path, named: Path) -> Path | None:
     name = time.strftime("earlier-%Y%m%d-%H%M%S")
     target = next(path for i in itertools.count() if not (path := folder / (f"{name}-{i}" if i else name)).exists())
     target.mkdir()
-    files_of_a_run = [
-        "metrics.jsonl",
-        "config.yaml",
-        "curves.png",
-        "tensorboard",
-        "predictions.npz",
-        "environment.json",
+    records = [
+        folder / name
+        for name in (
+            "metrics.jsonl",
+            "config.yaml",
+            "curves.png",
+            "tensorboard",
+            "predictions.npz",
+            "environment.json",
+        )
     ]
-    records = [folder / name for name in files_of_a_run]
     records += [sidecar_of(path) for path in files]
     for path in (*files, *(record for record in records if record.exists())):
         shutil.move(path, target / path.name)

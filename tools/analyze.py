@@ -1,0 +1,438 @@
+"""What attention layers do, in numbers: entropy, rank, exponents and gates, as a CSV and figures.
+
+python tools/analyze.py --checkpoint max_acc.pth                     on the two photographs that ship with scikit-learn
+python tools/analyze.py images/ --checkpoint max_acc.pth --metrics entropy,rank --layers layers.0.blocks.0
+
+docs/attention_maps.md defines every measure.
+"""
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: the repository root is not on the path then
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from config import ConfigError, load_config
+from data.datasets import DataError
+from data.transforms import Normalise, evaluation_transform
+from models.attention import PolaLinearAttention
+from models.loading import load_model
+from models.maps import LayerRecord, MapError, attention_layers, choose_layers, record
+from tools.images import find_images, read_image
+from utils.checkpoint import CheckpointError
+
+METRICS = ("entropy", "rank", "exponent", "gate")
+WITH_DEPTHWISE = "combined+depthwise"
+QUANTILES = {"minimum": 0.0, "quartile 1": 0.25, "median": 0.5, "quartile 3": 0.75, "maximum": 1.0}
+PAIRED, TOKEN_MEANS = "paired channels", "token means"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A line of the CSV: a measure of one head, the mean over the images, and the largest value that it could have."""
+
+    layer: str
+    kind: str
+    head: int
+    metric: str
+    map: str
+    value: float
+    limit: float
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def row_entropy(rows: Tensor) -> Tensor:
+    """Mean over rows of −Σ a ln a in nats, of (…, Q, keys) normalised to sum 1; rows of zeros do not count."""
+    total = rows.sum(dim=-1, keepdim=True)
+    entropy = torch.special.entr(rows / total).sum(dim=-1)
+    return entropy.masked_fill(total[..., 0] == 0, math.nan).nanmean(dim=-1)
+
+
+def numerical_rank(rows: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Of (…, Q, keys): how many singular values are larger than `tolerance` times the largest, and the effective rank
+    exp(−Σ p ln p), p the singular values over their sum (Roy and Vetterli, EUSIPCO 2007), which needs no tolerance."""
+    values = torch.linalg.svdvals(rows)
+    share = values / values.sum(dim=-1, keepdim=True)
+    rank = (values > tolerance * values[..., :1]).sum(dim=-1).to(rows.dtype)
+    return rank, torch.special.entr(share).sum(dim=-1).exp()
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's r over the last axis."""
+    a, b = a - a.mean(dim=-1, keepdim=True), b - b.mean(dim=-1, keepdim=True)
+    return (a * b).sum(dim=-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+
+
+def gate_halves(layer: LayerRecord) -> tuple[Tensor, Tensor]:
+    """The gate's same-signed and opposite-signed channels of one image, (h, tokens, ⌊d/2⌋) each, padding left out.
+
+    Channel i of one half is paired with channel i of the other; for odd d the first half's last has no partner.
+    """
+    assert layer.g is not None
+    window, position = (layer.query_places >= 0).nonzero(as_tuple=True)
+    gate = layer.g[0, window, :, position].transpose(0, 1)  # (h, tokens, d)
+    opposite = gate[..., layer.channels("opposite").start :]
+    return gate[..., : opposite.shape[-1]], opposite
+
+
+def _entropy(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[Measurement]:
+    if layer.k.shape[3] == 1:
+        return  # one key: nothing to choose
+    limit = math.log(layer.k.shape[3])
+    for stream in layer.streams:
+        for head in range(layer.num_heads):
+            value = row_entropy(layer.rows(queries, head=head, stream=stream)[0, 0])
+            yield Measurement(layer.name, layer.kind, head, "entropy", stream, value.item(), limit)
+
+
+def _rank(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[Measurement]:
+    own = layer.own_streams[0]
+    maps = (own, f"{own}+depthwise") if layer.kernel is not None else (own,)
+    limit = min(len(queries), layer.key_grid[0] * layer.key_grid[1])
+    for name in (*maps, *layer.comparisons):
+        for head in range(layer.num_heads):  # one by one: a map of all queries and heads could be large
+            stream, _, branch = name.partition("+")
+            rows = layer.rows(queries, head=head, stream=stream, depthwise=bool(branch))[0, 0]
+            for metric, value in zip(("rank", "effective rank"), numerical_rank(rows, tolerance), strict=True):
+                yield Measurement(layer.name, layer.kind, head, metric, name, value.item(), limit)
+
+
+def _gate(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[Measurement]:
+    if layer.g is None or layer.v.shape[-1] < 2:
+        return
+    same, opposite = gate_halves(layer)
+    pairs = {
+        PAIRED: correlation(same.flatten(1), opposite.flatten(1)),
+        TOKEN_MEANS: correlation(same.mean(dim=-1), opposite.mean(dim=-1)),
+    }
+    for name, values in pairs.items():
+        for head, value in enumerate(values.tolist()):
+            yield Measurement(layer.name, layer.kind, head, "gate", name, value, 1.0)
+
+
+OF_IMAGES: dict[str, Callable[[LayerRecord, Tensor, float], Iterator[Measurement]]] = {
+    "entropy": _entropy,
+    "rank": _rank,
+    "gate": _gate,
+}
+
+
+def exponent_measurements(model: nn.Module, layers: Iterable[str]) -> list[Measurement]:
+    """Mean, standard deviation and quartiles of each head's learned exponents."""
+    modules, found = attention_layers(model), []
+    for name in layers:
+        module = modules[name]
+        if not isinstance(module, PolaLinearAttention) or module.attention != "polarity":
+            continue
+        for head, values in enumerate(module.exponent().detach()):
+            numbers = {"mean": values.mean().item(), "standard deviation": values.std(correction=0).item()}
+            numbers |= {label: values.quantile(q).item() for label, q in QUANTILES.items()}
+            found += [
+                Measurement(name, "polarity", head, "exponent", label, value, 1 + module.alpha)
+                for label, value in numbers.items()
+            ]
+    return found
+
+
+def analyze(
+    model: nn.Module,
+    images: Iterable[Tensor],
+    layers: Sequence[str],
+    metrics: Sequence[str] = METRICS,
+    *,
+    queries: int = 512,
+    tolerance: float = 1e-3,
+) -> tuple[list[Measurement], dict[str, tuple[Tensor, Tensor]]]:
+    """Measure the layers on images, uint8 (3, H, W), one at a time.
+
+    Args:
+        queries: rows that entropy and rank are measured on, evenly spaced over the map (all, where it has no more).
+        tolerance: singular values below this share of the largest do not count towards the rank.
+
+    Returns:
+        The measurements, averaged over the images, and for `gate` the halves of every layer's gate in the last image.
+    """
+    normalise = Normalise(torch.device("cpu"))
+    collected: dict[tuple[Any, ...], list[Measurement]] = {}
+    gates: dict[str, tuple[Tensor, Tensor]] = {}
+    of_images = [OF_IMAGES[metric] for metric in metrics if metric in OF_IMAGES]
+    for pixels in images if of_images else ():
+        for layer in record(model, normalise(pixels[None]), layers).layers.values():
+            count = layer.grid[0] * layer.grid[1]
+            chosen = torch.linspace(0, count - 1, min(queries, count)).round().long()
+            for measure in of_images:
+                for found in measure(layer, chosen, tolerance):
+                    key = (found.layer, found.head, found.metric, found.map)
+                    collected.setdefault(key, []).append(found)
+            if "gate" in metrics and layer.g is not None and layer.v.shape[-1] > 1:
+                gates[layer.name] = gate_halves(layer)
+    averaged = [replace(each[0], value=math.fsum(m.value for m in each) / len(each)) for each in collected.values()]
+    return averaged + (exponent_measurements(model, layers) if "exponent" in metrics else []), gates
+
+
+def write_csv(path: Path, measurements: Iterable[Measurement]) -> None:
+    """A line for each measurement."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in fields(Measurement)])
+        writer.writerows(astuple(measurement) for measurement in measurements)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLOUR = {
+    "combined": "#7b2d8b",
+    "same": "#d9541e",
+    "opposite": "#2277c9",
+    WITH_DEPTHWISE: "#1f9e77",
+    "softmax": "#333333",
+    "relu": "#a0a0a0",
+    "elu": "#c9a227",
+    "focused": "#d1438b",
+    "softmax+depthwise": "#66a98f",
+    "relu+depthwise": "#8fd0b8",
+    "elu+depthwise": "#0f5a42",
+    "focused+depthwise": "#3f8f2f",
+    PAIRED: "#7b2d8b",
+    TOKEN_MEANS: "#d9541e",
+}
+LABEL = {
+    "combined": "polarity, combined",
+    "same": "polarity, same-signed",
+    "opposite": "polarity, opposite-signed",
+    WITH_DEPTHWISE: "polarity, combined + depthwise",
+    "softmax": "softmax on the same q and k",
+    "relu": "plain ReLU linear on the same q and k",
+    PAIRED: "paired channels",
+    TOKEN_MEANS: "means over each half's channels",
+}
+
+
+def draw_figures(
+    folder: Path, model: nn.Module, measurements: Sequence[Measurement], gates: dict[str, tuple[Tensor, Tensor]]
+) -> list[Path]:
+    """entropy.png, rank.png, exponent.png and gate.png, those of them for which there are measurements."""
+    import matplotlib  # slow to import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    by_metric: dict[str, list[Measurement]] = {}
+    for measurement in measurements:
+        by_metric.setdefault(measurement.metric, []).append(measurement)
+    paths = []
+
+    def save(figure: Any, name: str) -> None:
+        figure.savefig(folder / name, dpi=130)
+        pyplot.close(figure)
+        paths.append(folder / name)
+
+    def canvas(layers: Sequence[str], panels: int = 1) -> tuple[Any, list[Any]]:
+        width = max(5.6, 1.6 + 0.75 * len(layers))
+        figure, axes = pyplot.subplots(1, panels, figsize=(panels * width, 4.4), layout="constrained", squeeze=False)
+        return figure, list(axes[0])
+
+    if entropy := by_metric.get("entropy"):
+        figure, (axes,) = canvas(_layers(entropy))
+        _dots(axes, entropy, lambda m: m.value / m.limit)
+        axes.set(title="Entropy of attention rows", ylabel="entropy / ln(keys); 1 is uniform", ylim=(0, 1.03))
+        save(figure, "entropy.png")
+    if rank := by_metric.get("rank"):
+        figure, (left, right) = canvas(_layers(rank), 2)
+        _dots(left, rank, lambda m: m.value / m.limit)
+        left.set(title="Numerical rank", ylabel="rank / largest possible", ylim=(0, 1.03))
+        _dots(right, by_metric["effective rank"], lambda m: m.value / m.limit, legend=False)
+        right.set(title="Effective rank", ylabel="effective rank / largest possible", ylim=(0, None))
+        save(figure, "rank.png")
+    if exponent := by_metric.get("exponent"):
+        layers = _layers(exponent)
+        modules = attention_layers(model)
+        values = [modules[name].exponent().detach().flatten().numpy() for name in layers]  # type: ignore[operator]
+        figure, (axes,) = canvas(layers)
+        parts = axes.violinplot(values, showmedians=True, widths=0.8)
+        for body in parts["bodies"]:
+            body.set(facecolor=COLOUR["combined"], alpha=0.45)
+        for line in ("cbars", "cmins", "cmaxes", "cmedians"):
+            parts[line].set(color=COLOUR["combined"], linewidth=1.2)
+        start = 1 + (exponent[0].limit - 1) / 2
+        axes.axhline(start, color="#888888", linestyle=":", linewidth=1)
+        axes.annotate("at the start", (0.5, start), (2, 3), textcoords="offset points", color="#666666", fontsize=8)
+        axes.set(title="Learned exponents of all heads and channels", ylabel="p", xlim=(0.4, len(layers) + 0.6))
+        _layer_axis(axes, layers, range(1, len(layers) + 1))
+        save(figure, "exponent.png")
+    if gate := by_metric.get("gate"):
+        figure, (left, right) = canvas(_layers(gate), 2)
+        _dots(left, gate, lambda m: m.value)
+        left.axhline(0, color="#888888", linewidth=0.8)
+        left.set(title="Correlation of the gate's halves", ylabel="Pearson's r", ylim=(-1.05, 1.05))
+        paired = [m for m in gate if m.map == PAIRED]
+        shown = max(paired, key=lambda m: abs(m.value))
+        same, opposite = (half[shown.head].flatten().numpy() for half in gates[shown.layer])
+        right.hexbin(same, opposite, gridsize=45, bins="log", cmap="magma_r", mincnt=1, linewidths=0.1)
+        right.set(
+            title=f"{shown.layer}, head {shown.head}: the strongest, r = {shown.value:+.2f}".replace("-", "−"),
+            xlabel="gate of a same-signed channel",
+            ylabel="its opposite-signed partner",
+        )
+        save(figure, "gate.png")
+    return paths
+
+
+def _layers(measurements: Iterable[Measurement]) -> list[str]:
+    return list(dict.fromkeys(measurement.layer for measurement in measurements))
+
+
+def _dots(
+    axes: Any, measurements: Sequence[Measurement], height: Callable[[Measurement], float], legend: bool = True
+) -> None:
+    """A small dot for each head, and a line through the heads' mean of each layer."""
+    layers = _layers(measurements)
+    maps = list(dict.fromkeys(measurement.map for measurement in measurements))
+    for number, name in enumerate(maps):
+        shift = (number - (len(maps) - 1) / 2) * 0.09
+        means: list[float] = []
+        for place, layer in enumerate(layers):
+            heights = [height(m) for m in measurements if m.map == name and m.layer == layer]
+            means.append(sum(heights) / len(heights) if heights else math.nan)
+            axes.scatter([place + shift] * len(heights), heights, s=11, color=COLOUR[name], alpha=0.45, linewidths=0)
+        places = [place + shift for place in range(len(layers))]
+        axes.plot(places, means, "-o", color=COLOUR[name], linewidth=1.1, markersize=5, label=LABEL.get(name, name))
+    _layer_axis(axes, layers, range(len(layers)))
+    if legend:
+        axes.legend(fontsize=8, framealpha=0.85)
+
+
+def _layer_axis(axes: Any, layers: Sequence[str], places: Sequence[int]) -> None:
+    axes.set_xticks(list(places), [name.replace("layers.", "").replace("blocks.", "") for name in layers], fontsize=8)
+    if len(layers) > 6:
+        axes.tick_params(axis="x", rotation=60)
+    swin = layers[0].startswith("layers.")
+    axes.set_xlabel("layer (stage.block)" if swin else "layer")
+    axes.grid(axis="y", alpha=0.3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _metrics(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in METRICS:
+            raise argparse.ArgumentTypeError(f"there is no metric {name!r}, expected some of {', '.join(METRICS)}")
+    return names
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python tools/analyze.py",
+        description="Entropy and rank of attention maps, learned exponents and gates of every layer and head, as"
+        " analysis.csv and figures (docs/attention_maps.md).",
+        epilog="example: python tools/analyze.py photos/ --checkpoint output/quickstart/default/max_acc.pth"
+        " --metrics entropy,rank",
+    )
+    parser.add_argument(
+        "images",
+        metavar="IMAGE",
+        type=Path,
+        nargs="*",
+        help="files or folders; default: scikit-learn's two photographs",
+    )
+    parser.add_argument("--checkpoint", metavar="F", type=Path, required=True, help="of ours, or released")
+    parser.add_argument("--cfg", metavar="YAML", help="configuration of a checkpoint that carries none")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights of the checkpoint")
+    parser.add_argument(
+        "--layers", metavar="A,B", help="as tools/visualize_attention.py --list names them; default: all"
+    )
+    parser.add_argument(
+        "--metrics", metavar="A,B", type=_metrics, default=METRICS, help=f"some of {', '.join(METRICS)}; default: all"
+    )
+    parser.add_argument(
+        "--queries", metavar="N", type=_positive, default=512, help="rows measured of each map (default 512)"
+    )
+    parser.add_argument(
+        "--tolerance", metavar="T", type=_share, default=1e-3, help="of the numerical rank (default 0.001)"
+    )
+    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("analysis"), help="default: analysis")
+    return parser
+
+
+def _sample_images(transform: Callable[[Image.Image], Tensor]) -> list[Tensor]:
+    from sklearn.datasets import load_sample_images  # slow to import
+
+    return [transform(Image.fromarray(image)) for image in load_sample_images().images]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the table and the figures that the command line asks for."""
+    config = load_config(arguments.cfg) if arguments.cfg else None
+    loaded = load_model(arguments.checkpoint, ema=arguments.ema, config=config)
+    names = arguments.layers.split(",") if arguments.layers else attention_layers(loaded.model)
+    layers = choose_layers(loaded.model, names)
+    transform = evaluation_transform(loaded.config)
+    if arguments.images:
+        images = [read_image(path, transform) for path in find_images(arguments.images)]
+    else:
+        images = _sample_images(transform)
+    measurements, gates = analyze(
+        loaded.model, images, layers, arguments.metrics, queries=arguments.queries, tolerance=arguments.tolerance
+    )
+    if not measurements:
+        raise MapError(
+            f"{', '.join(arguments.metrics)} describe polarity attention, and none of {', '.join(layers)} has it"
+        )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    table = arguments.output / "analysis.csv"
+    write_csv(table, measurements)
+    print(f"{len(measurements)} measurements of {len(layers)} layers on {len(images)} images: {table}")
+    for path in draw_figures(arguments.output, loaded.model, measurements, gates):
+        print(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 2 for a mistake, which is answered in one line."""
+    arguments = _parser().parse_args(argv)
+    torch.set_flush_denormal(True)  # small powers are denormals, which a CPU handles many times slower
+    try:
+        run(arguments)
+    except (CheckpointError, ConfigError, DataError, MapError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
