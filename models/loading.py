@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, cast
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from logger import get_logger
@@ -107,12 +107,12 @@ def load_model(path: str | Path, *, ema: bool = False, config: CfgNode | None = 
     return LoadedModel(model.eval(), config, list(classes) if classes else None)
 
 
-def create_model(name: str, *, checkpoint: str | Path | None = None, **arguments: Any) -> Classifier:
+def create_model(name: str, *, checkpoint: str | Path | None = None, **arguments: Any) -> nn.Module:
     """A registered variant, with the weights of a checkpoint of ours or a released one.
 
     Args:
         arguments: of `timm.create_model`. `num_classes` is the file's unless given; for other classes the head starts
-            anew, and for another `img_size` position tables are resized, each adaptation logged.
+            anew, and for another `img_size` position tables are resized.
 
     Raises:
         ValueError: an unknown name.
@@ -120,10 +120,6 @@ def create_model(name: str, *, checkpoint: str | Path | None = None, **arguments
     """
     if name not in list_models():
         raise ValueError(f"model {name!r} is unknown, expected one of {', '.join(list_models())}")
-    if checkpoint is None:
-        return cast(Classifier, timm.create_model(name, **arguments))
-    source, stored = str(checkpoint), load_checkpoint(checkpoint)
-    arguments.setdefault("num_classes", num_classes_of(stored, source))
-    model = cast(Classifier, timm.create_model(name, **arguments))
-    load_pretrained(model, stored, source)
-    return model
+    if checkpoint is not None:
+        arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(checkpoint)}}
+    return cast(Classifier, timm.create_model(name, **arguments))

@@ -12,7 +12,7 @@ from config import image_size
 from models.adaptation import adapt_position_tables, released_names, require_fit
 from models.classifier import Classifier
 from models.layers import Grid
-from utils.checkpoint import load_checkpoint, stored_config
+from utils.checkpoint import load_checkpoint, num_classes_of, stored_config
 
 RELEASED_WEIGHTS = "https://huggingface.co/ZachMeng/PolaFormer"
 
@@ -66,11 +66,14 @@ def create_variant(
             f"no weights of {name} can be downloaded through timm: fetch them from {RELEASED_WEIGHTS} and add"
             f' pretrained_cfg_overlay={{"file": "FILE.pth"}}, or pass pretrained=False'
         )
-    if pretrained and overlay.get("file", "").endswith((".pth", ".pt")):
+    file = str(overlay.get("file") or "")
+    if pretrained and file and not file.endswith(".safetensors"):
         # read here, because released files hold a configuration object that timm's reader refuses
-        checkpoint = load_checkpoint(overlay["file"])
+        checkpoint = load_checkpoint(file)
         overlay["state_dict"] = checkpoint["model"]
-        if config := stored_config(checkpoint, overlay["file"]):
+        headless = not any(key.endswith("head.bias") for key in checkpoint["model"])
+        overlay.setdefault("num_classes", 0 if headless else num_classes_of(checkpoint, file))
+        if config := stored_config(checkpoint, file):
             source = {"img_size": image_size(config), "window_size": config.MODEL.SWIN.WINDOW_SIZE}
     accepted = signature(cls).parameters
 
@@ -80,7 +83,7 @@ def create_variant(
         state, _ = released_names(model, state)
         grids = {table: grid for table, grid in twin.position_grids().items() if _fits(state, table, grid)}
         state, _ = adapt_position_tables(model, state, grids, name)
-        require_fit(model, state, overlay.get("file") or name, (f"{cfg.first_conv}.weight", "head.weight", "head.bias"))
+        require_fit(model, state, file or name, (f"{cfg.first_conv}.weight", "head.weight", "head.bias"))
         return state
 
     model: Any = build_model_with_cfg(

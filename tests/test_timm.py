@@ -458,8 +458,8 @@ def test_pretrained_file_is_adapted_to_what_was_asked_for(name, suffix, tmp_path
         torch.save({"model": source.state_dict(), "model_ema": None}, path)
     else:
         save_file(source.state_dict(), path)
-    overlay = {"file": str(path), "num_classes": 7}
-    same = create(name, **SMALL[name], num_classes=7, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    overlay = {"file": str(path), **({"num_classes": 7} if suffix == "safetensors" else {})}
+    same = create(name, **SMALL[name], pretrained=True, pretrained_cfg_overlay=overlay).eval()
     with torch.no_grad():
         assert torch.equal(same(images()), source(images()))
         assert "state_dict" not in same.pretrained_cfg
@@ -479,6 +479,16 @@ def test_pretrained_file_is_adapted_to_what_was_asked_for(name, suffix, tmp_path
     with torch.no_grad():
         expected = small(name).forward_intermediates(images(), [2], intermediates_only=True)[0]
         assert torch.equal(backbone(images())[0], expected)
+
+
+def test_file_without_a_head_gives_a_model_without_one(tmp_path):
+    source = small("pola_pvt_tiny")
+    source.reset_classifier(0)
+    torch.save({f"module.{key}": value for key, value in source.state_dict().items()}, tmp_path / "backbone.pth")
+    overlay = {"file": str(tmp_path / "backbone.pth")}
+    loaded = create("pola_pvt_tiny", **SMALL["pola_pvt_tiny"], pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), source(images()))
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
@@ -536,10 +546,8 @@ def test_released_file_loads_by_timm_and_by_torch_hub(monkeypatch):
     }
     weights = load_checkpoint(RELEASED)["model"]
     classes = len(weights["head.bias"])
-    overlay = {"file": str(RELEASED), "num_classes": classes}
-    by_timm = timm.create_model(
-        "pola_swin_tiny", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **shape
-    )
+    overlay = {"file": str(RELEASED)}
+    by_timm = timm.create_model("pola_swin_tiny", pretrained=True, pretrained_cfg_overlay=overlay, **shape)
     by_hub = torch.hub.load(str(ROOT), "pola_swin_tiny", source="local", checkpoint=str(RELEASED), **shape)
     for model in (by_timm, by_hub):
         assert model.num_classes == classes
