@@ -54,7 +54,7 @@ def measure(
         raise WrongResultError(f"{name}: forward_intermediates and features_only differ")
     calls = {"forward": model, "forward_intermediates": model.forward_intermediates, "features_only": backbone}
     samples = interleaved(
-        {key: partial(_seconds, device, partial(call, images)) for key, call in calls.items()},
+        {key: partial(_seconds, device, clock, partial(call, images)) for key, call in calls.items()},
         repeats,
         warmup=2,
     )
