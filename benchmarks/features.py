@@ -5,7 +5,6 @@ all stages, and `timm.create_model(…, features_only=True)(x)`. A gate comes fi
 those of `forward_features`, and both ways give the same maps.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -35,9 +34,7 @@ CONTENDERS = ("forward", "forward_intermediates", "features_only")
 
 
 @torch.inference_mode()
-def measure(
-    name: str, batch_size: int, image_size: int, repeats: int, device: torch.device, clock: str = "wall"
-) -> dict[str, Any]:
+def measure(name: str, batch_size: int, image_size: int, repeats: int, device: torch.device) -> dict[str, Any]:
     """Seconds of each contender, and ratios to the forward pass within each round.
 
     Raises:
@@ -53,11 +50,8 @@ def measure(
     if not all(torch.equal(a, b) for a, b in zip(maps, backbone(images), strict=True)):
         raise WrongResultError(f"{name}: forward_intermediates and features_only differ")
     calls = {"forward": model, "forward_intermediates": model.forward_intermediates, "features_only": backbone}
-    samples = interleaved(
-        {key: partial(_seconds, device, clock, partial(call, images)) for key, call in calls.items()},
-        repeats,
-        warmup=2,
-    )
+    runs = {key: partial(_seconds, device, partial(call, images)) for key, call in calls.items()}
+    samples = interleaved(runs, repeats, warmup=2)
     return {
         "model": name,
         "milliseconds": {key: asdict(Spread.of(1e3 * each for each in samples[key])) for key in CONTENDERS},
@@ -65,12 +59,8 @@ def measure(
     }
 
 
-def _seconds(device: torch.device, clock: str, call: Callable[[], object]) -> float:
-    if clock == "wall":
-        return timed(device, call)[0]
-    start = time.process_time()
-    call()
-    return time.process_time() - start
+def _seconds(device: torch.device, call: Callable[[], object]) -> float:
+    return timed(device, call)[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -81,17 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
     parser.add_argument("--repeats", type=int, default=25, help="timed rounds")
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: the process's own processor time, for a machine that has other work too; with --threads 1",
-    )
     options = parser.parse_args(arguments)
     prepare_process(options.threads)
     device = torch.device(options.device)
     with gated():
-        setting = (options.batch_size, options.image_size, options.repeats, device, options.clock)
+        setting = (options.batch_size, options.image_size, options.repeats, device)
         records = [measure(name, *setting) for name in options.models]
     rows = []
     bars = []
@@ -101,14 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows.append((record["model"], key, Spread(**record["milliseconds"][key]).text(), ratio))
         for key, ratio in record["ratio"].items():
             bars.append(Bar(f"{record['model']}: {key} over forward", ratio["median"], FEATURES_BAR, "at most"))
-    title = f"batch {options.batch_size}, {options.image_size}², {options.clock} time: median (smallest to largest)"
+    title = f"batch {options.batch_size}, {options.image_size}²: median (smallest to largest)"
     print_table(title, ("model", "call", "ms", "× forward"), rows)
     print_bars(bars)
     content = {
         "batch_size": options.batch_size,
         "image_size": options.image_size,
         "repeats": options.repeats,
-        "clock": options.clock,
         "models": records,
     }
     path = write_result(options.output, "features", device, content, bars, packages=["timm"])
