@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -94,7 +95,8 @@ def jpeg(seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
     return buffer.getvalue()
 
 
-# A model of a few thousand parameters on the bundled digits: one epoch takes about a second.
+# A model of a few thousand parameters on the bundled digits: one epoch takes about a second. RandAugment would be a
+# third of it; tests of augmentation ask for it.
 TINY = """
 DATA: {DATASET: digits, IMG_SIZE: 32, BATCH_SIZE: 64, NUM_WORKERS: 0}
 MODEL:
@@ -104,6 +106,7 @@ MODEL:
   SWIN: {PATCH_SIZE: 4, EMBED_DIM: 8, DEPTHS: [1, 1, 1, 1], NUM_HEADS: [1, 2, 2, 4], WINDOW_SIZE: 56}
   LA: {ATTN_TYPE: LLSS}
 TRAIN: {EPOCHS: 2, WARMUP_EPOCHS: 1, BASE_LR: 8.0e-3}
+AUG: {AUTO_AUGMENT: none, COLOR_JITTER: 0.0}
 PRINT_FREQ: 5
 """
 
@@ -162,8 +165,9 @@ def log(caplog):
 
 
 def run(cfg: Path, options: str = "") -> None:
-    """main.main in this process."""
-    main.main(load_config(str(cfg), shlex.split(options)))
+    """main.main in this process; without the picture of its curves, which takes as long as an epoch."""
+    with mock.patch.object(main, "draw_curves", return_value=None):
+        main.main(load_config(str(cfg), shlex.split(options)))
 
 
 def folder_of(tiny: Path) -> Path:

@@ -172,7 +172,9 @@ def test_a_hub_folder_can_be_fine_tuned_and_gives_features(exported):
     assert [tuple(x.shape) for x in maps] == [(1, 8, 16, 16), (1, 16, 8, 8)]
 
 
-@pytest.mark.parametrize("options", ["", "TEST.RESIZE shorter", "TEST.CROP False DATA.INTERPOLATION bilinear"])
+@pytest.mark.parametrize(
+    "options", ["", "TEST.RESIZE shorter TEST.CROP_RATIO 0.9", "TEST.CROP False DATA.INTERPOLATION bilinear"]
+)
 def test_a_hub_folder_names_the_evaluation_transform(options):
     config = load_config(config_file("pola_swin_t"), f"{SMALL} {options}".split())
     described = hub_config(config, 16, None)["pretrained_cfg"]

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import re
 import time
 
 import numpy as np
@@ -22,6 +23,7 @@ from config import load_config
 from data.datasets import DigitsSource
 from logger import get_logger, read_metrics
 from models import build_model
+from tools import report
 from utils.curves import POINTS, CurvesInBackground, draw_curves, thin
 from utils.environment import record_environment
 from utils.observer import exponents
@@ -192,3 +194,14 @@ def test_thinning_keeps_means_ends_and_gaps():
     assert np.isnan(values[20:30]).all() and np.isfinite(np.delete(values, range(20, 30))).all()
     assert values[0] == pytest.approx(y[:10].mean()) and values[-1] == pytest.approx(y[990:].mean())
     assert thin(x[:50], y[:50], 100)[1] is not None and len(thin(x[:50], y[:50], 100)[0]) == 50
+
+
+def test_the_report_shows_all_that_a_run_writes(trained, tmp_path):
+    page = tmp_path / "page.html"
+    assert report.main([str(trained), "--images", "2", "--output", str(page)]) == 0
+    text = page.read_text()
+    titles = re.findall("<h2>(.*?)</h2>", text)
+    assert titles == ["Results", "Curves", "Configuration", "Classes", "Confusions", "Hardest images", "Environment"]
+    assert text.count("data:image/jpeg") == 4 and "<aside>" not in text  # pictures and attention, nothing missing
+    best = max(record["top1"] for record in read_metrics(trained / "metrics.jsonl") if record["kind"] == "val")
+    assert f"{best:.2f} %" in text and f": {best:.2f} % right" in text and "It was started 2 times" in text

@@ -68,7 +68,7 @@ def predictions(capsys, *arguments, code=0):
 # -- numbers
 
 
-@pytest.mark.parametrize("options", ["", "TEST.RESIZE shorter", "TEST.CROP False DATA.INTERPOLATION bilinear"])
+@pytest.mark.parametrize("options", ["", "TEST.RESIZE shorter", "TEST.CROP False TEST.IMG_SIZE 64"])
 def test_predictions_are_those_of_the_evaluation(animals, capsys, tmp_path, options):
     path = write_checkpoint(tmp_path / "model.pth", list(ANIMALS), options=options)
     result = predictions(capsys, "--checkpoint", path, animals / "val", "--topk", "6", "--batch-size", "4")

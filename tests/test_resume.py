@@ -35,6 +35,7 @@ from utils.preemption import Preempted
 
 # Everything random and everything stateful at once.
 EVERYTHING = "EMA.ENABLE True EMA.DECAY 0.9 TRAIN.ACCUMULATION_STEPS 2 DATA.BATCH_SIZE 32 MODEL.DROP_RATE 0.1"
+AUGMENTED = f"{EVERYTHING} AUG.AUTO_AUGMENT rand-m9-mstd0.5-inc1"
 
 
 def _same(first: object, second: object) -> bool:
@@ -69,7 +70,7 @@ def assert_same_run(first: Path, second: Path, epoch: int) -> None:
     assert values[0] == values[1] and len(values[0]) > 3
 
 
-@pytest.mark.parametrize("options", [EVERYTHING, "AMP True TRAIN.OPTIMIZER.NAME sgd DATA.NUM_WORKERS 2"])
+@pytest.mark.parametrize("options", [AUGMENTED, "AMP True TRAIN.OPTIMIZER.NAME sgd DATA.NUM_WORKERS 2"])
 def test_interrupted_and_resumed_equals_uninterrupted(tiny, options, monkeypatch):
     run(tiny, f"{options} TAG whole")
     real = main.train_one_epoch
@@ -91,7 +92,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny, options, monkeypatch
 @pytest.mark.parametrize(
     "options",
     [
-        f"{EVERYTHING} DATA.NUM_WORKERS 2",
+        f"{AUGMENTED} DATA.NUM_WORKERS 2",
         "AMP True DATA.NUM_WORKERS 4 AUG.REPROB 0.5",
         "AMP True AMP_DTYPE float16 PRINT_FREQ 7",
     ],
@@ -143,7 +144,7 @@ def read_metrics_steps(folder: Path) -> range:
 
 
 def test_two_processes_interrupted_and_resumed_equal_uninterrupted(tiny):
-    arguments = ["--cfg", tiny, "--opts", *EVERYTHING.split(), "TRAIN.EPOCHS", "2", "DATA.NUM_WORKERS", "2"]
+    arguments = ["--cfg", tiny, "--opts", *AUGMENTED.split(), "TRAIN.EPOCHS", "2", "DATA.NUM_WORKERS", "2"]
     run_main(*arguments, "--tag", "whole", processes=2)
     command = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["tests/driven_main.py", "stop-at-epoch-1", *map(str, arguments), "--tag", "parts"]

@@ -28,7 +28,8 @@ from data.transforms import Normalise, evaluation_transform
 from models.attention import PolaLinearAttention
 from models.loading import load_model
 from models.maps import LayerRecord, MapError, attention_layers, choose_layers, record
-from tools.images import find_images, read_image
+from tools.images import read_image
+from tools.predict import find_images
 from utils.checkpoint import CheckpointError
 
 METRICS = ("entropy", "rank", "exponent", "gate")

@@ -55,7 +55,7 @@ TRACED_BATCH = 2
 CHECKED_BATCHES = (1, 2, 5)
 DIGITS_OF_HASH = 8  # as torch.hub's check_hash expects them at the end of a file name
 # What a stored configuration says about the machine it ran on.
-LOCAL_KEYS = {"DATA.DATA_PATH": "", "OUTPUT": "", "MODEL.RESUME": "", "MODEL.PRETRAINED": ""}
+LOCAL_KEYS = {"DATA.DATA_PATH": "", "OUTPUT": "", "MODEL.RESUME": "", "MODEL.PRETRAINED": "", "TEST.REAL_LABELS": ""}
 
 Logits = Callable[[Tensor], Tensor]  # images (B, C, H, W), normalised, to logits (B, classes)
 

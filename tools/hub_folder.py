@@ -65,7 +65,7 @@ def hub_config(config: CfgNode, num_features: int, classes: list[str] | None) ->
         "input_size": [config.MODEL.SWIN.IN_CHANS, *image_size(config)],
         "fixed_input_size": True,
         "interpolation": config.DATA.INTERPOLATION,
-        "crop_pct": 224 / 256 if config.TEST.CROP else 1.0,
+        "crop_pct": config.TEST.CROP_RATIO if config.TEST.CROP else 1.0,
         "crop_mode": "center" if config.TEST.CROP and config.TEST.RESIZE == "shorter" else "squash",
         "mean": list(IMAGENET_DEFAULT_MEAN),
         "std": list(IMAGENET_DEFAULT_STD),

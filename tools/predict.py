@@ -29,10 +29,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from config import load_config
+from config import evaluation_config, image_size, load_config
 from data.datasets import DataError, Picture, UnreadableImage, decode
 from data.transforms import Normalise, evaluation_transform
-from models.loading import LoadedModel, load_model
+from models import build_model
+from models.loading import LoadedModel, load_model, load_resized
 from tools.class_names import readable_names
 from utils.checkpoint import file_digest
 from utils.precision import autocast, autocast_dtype, exact_float32
@@ -97,6 +98,16 @@ class _Images(Dataset[Tensor | Unreadable]):
 
 def _as_list(samples: list[Tensor | Unreadable]) -> list[Tensor | Unreadable]:
     return samples
+
+
+def at_evaluation_size(loaded: LoadedModel, source: str) -> LoadedModel:
+    """The model at TEST.IMG_SIZE, its position tables resized as `--eval` does, where the configuration sets that."""
+    sized = evaluation_config(loaded.config)
+    if image_size(sized) == image_size(loaded.config):
+        return loaded
+    model = build_model(sized, loaded.model.num_classes)
+    load_resized(model, loaded.model.state_dict(), loaded.config, source)
+    return LoadedModel(model.eval(), sized, loaded.classes)
 
 
 @torch.inference_mode()
@@ -249,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise DataError(f"{arguments.checkpoint} takes {loaded.config.MODEL.SWIN.IN_CHANS} channels, images give 3")
         results = list(
             predict(
-                loaded,
+                at_evaluation_size(loaded, str(arguments.checkpoint)),
                 paths,
                 topk=arguments.topk,
                 batch_size=arguments.batch_size,

@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m tools.report",
         description="Write one self-contained HTML page about a run, or comparing several: results, curves,"
         " configuration differences, accuracy by class, confusions, hardest images with attention, environment.",
-        epilog="example: python -m tools.report output/quickstart/default --images 24",
+        epilog="example: python -m tools.report output/quickstart/default --images 16",
     )
     parser.add_argument(
         "runs", metavar="RUN", nargs="+", type=Path, help="run folder (OUTPUT/NAME/TAG), or a folder that holds some"
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"what to draw, of {', '.join(CURVES)} (default: {' '.join(DEFAULT_CURVES)})",
     )
     parser.add_argument(
-        "--images", metavar="N", type=int, default=12, help="hardest validation images per run (default 12; 0: none)"
+        "--images", metavar="N", type=int, default=8, help="hardest validation images per run (default 8; 0: none)"
     )
     parser.add_argument(
         "--data-path", metavar="PATH", help="where the data set is, if not where the run's configuration says"

@@ -28,8 +28,9 @@ from data.datasets import DataError
 from data.transforms import Normalise, evaluation_transform
 from models.loading import LoadedModel, load_model
 from models.maps import POLARITY_STREAMS, LayerRecord, MapError, attention_layers, choose_layers, kind_of, record
-from tools.images import find_images, read_image
+from tools.images import read_image
 from tools.overlays import COLOURS, ground, key_map, paint, token_at
+from tools.predict import find_images
 from utils.checkpoint import CheckpointError
 
 DEPTHWISE = "+depthwise"

@@ -58,7 +58,7 @@ ENVIRONMENT = {
 
 
 def render(
-    runs: Sequence[Run], *, curves: Sequence[str] = DEFAULT_CURVES, images: int = 12, data_path: str | None = None
+    runs: Sequence[Run], *, curves: Sequence[str] = DEFAULT_CURVES, images: int = 8, data_path: str | None = None
 ) -> str:
     """The page of one run, or of several compared.
 
