@@ -7,7 +7,7 @@
 # make ablation      set up, then compare kinds of attention on two small data sets (docs/ablation.md; 20 minutes); one of
 #                    them is Fashion-MNIST (apt install dataset-fashion-mnist); ABLATION="--datasets digits" does without
 # make bench-maps    set up, then time the attention maps of one image (1 minute)
-# make bench-features  set up, then time feature pyramids against the plain forward pass (2 minutes)
+# make bench-features  set up, then time feature pyramids against the plain forward pass (3 minutes)
 # PYTHON=/path/to/python make …   uses that environment as it is and installs nothing
 
 ifdef PYTHON
@@ -59,7 +59,7 @@ bench-maps: $(SETUP)
 	$(RUN) -m benchmarks.attention_maps
 
 bench-features: $(SETUP)
-	$(RUN) -m benchmarks.features
+	$(RUN) -m benchmarks.features --threads 1
 
 .venv/installed: requirements.txt
 	@echo "setting up .venv (torch is large: this takes minutes on a slow line)"

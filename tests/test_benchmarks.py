@@ -389,6 +389,7 @@ def test_features_benchmark_writes_ratios_and_bars(tmp_path, capsys):
     assert all(0 < ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in record["ratio"].values())
     shown = capsys.readouterr().out
     assert all(f"pola_pvt_tiny: {key} over forward" in shown for key in ("forward_intermediates", "features_only"))
+    assert record["ratio"].keys() == {"forward again", "forward_intermediates", "features_only"}
     assert [bar["bound"] for bar in content["bars"]] == [1.03, 1.03]
 
 
