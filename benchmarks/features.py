@@ -2,8 +2,8 @@
 
 Of each variant, in evaluation mode and interleaved in one process: `model(x)`, `model.forward_intermediates(x)` with
 all stages, and `timm.create_model(…, features_only=True)(x)`, all on the same weights in memory; `model(x)` a second
-time shows what the machine's unrest makes of equal work. A gate comes first: the intermediates' last tokens are those of
-`forward_features`, and both ways give the same maps.
+time shows what the machine's unrest makes of equal work. A gate comes first: the intermediates' last tokens are those
+of `forward_features`, and both ways give the same maps.
 """
 
 from collections.abc import Callable, Sequence
