@@ -122,4 +122,4 @@ def create_model(name: str, *, checkpoint: str | Path | None = None, **arguments
         raise ValueError(f"model {name!r} is unknown, expected one of {', '.join(list_models())}")
     if checkpoint is not None:
         arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(checkpoint)}}
-    return cast(Classifier, timm.create_model(name, **arguments))
+    return timm.create_model(name, **arguments)

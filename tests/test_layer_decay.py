@@ -89,7 +89,7 @@ def test_schedule_multiplies_its_rate_by_the_factor_of_each_layer(schedule):
 
 
 def test_resumed_run_equals_the_unbroken_one_and_the_key_may_change(tiny):
-    options = "TRAIN.LAYER_DECAY 0.6 TRAIN.EPOCHS 2 DATA.BATCH_SIZE 256 PRINT_FREQ 1"
+    options = "TRAIN.LAYER_DECAY 0.6 TRAIN.EPOCHS 2 DATA.BATCH_SIZE 256 PRINT_FREQ 1 AUG.AUTO_AUGMENT none AUG.REPROB 0"
     run(tiny, f"{options} TAG whole")
     root = folder_of(tiny).parent
     for tag in ("parts", "plain"):  # as they were after the first epoch
