@@ -7,12 +7,13 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
-from config import image_size
+from config import image_size, value_of
 from models.adaptation import adapt_position_tables, released_names, require_fit
 from models.classifier import Classifier
 from models.layers import Grid
-from utils.checkpoint import load_checkpoint, num_classes_of, stored_config
+from utils.checkpoint import FUNCTION_KEYS, CheckpointError, load_checkpoint, num_classes_of, stored_config
 
 RELEASED_WEIGHTS = "https://huggingface.co/ZachMeng/PolaFormer"
 
@@ -55,7 +56,7 @@ def create_variant(
 
     Raises:
         ValueError: `pretrained` without a file.
-        CheckpointError: weights that do not fit.
+        CheckpointError: weights that do not fit, or that were trained for another function than the model computes.
     """
     arguments = {**row, **given}
     overlay = dict(arguments.pop("pretrained_cfg_overlay", None) or {})
@@ -66,6 +67,7 @@ def create_variant(
             f"no weights of {name} can be downloaded through timm: fetch them from {RELEASED_WEIGHTS} and add"
             f' pretrained_cfg_overlay={{"file": "FILE.pth"}}, or pass pretrained=False'
         )
+    defaults = {key: parameter.default for key, parameter in signature(cls).parameters.items()}
     file = str(overlay.get("file") or "")
     if pretrained and file and not file.endswith(".safetensors"):
         # read here, because released files hold a configuration object that timm's reader refuses
@@ -75,11 +77,11 @@ def create_variant(
         overlay.setdefault("num_classes", 0 if headless else num_classes_of(checkpoint, file))
         if config := stored_config(checkpoint, file):
             source = {"img_size": image_size(config), "window_size": config.MODEL.SWIN.WINDOW_SIZE}
-    accepted = signature(cls).parameters
+            _require_function(config, {**defaults, **arguments}, file)
 
     def adapted(state: dict[str, Tensor], model: Classifier) -> dict[str, Tensor]:
         with torch.device("meta"):
-            twin = cls(**{**row, **{key: value for key, value in source.items() if key in accepted}})
+            twin = cls(**{key: value for key, value in {**arguments, **source}.items() if key in defaults})
         state, _ = released_names(model, state)
         grids = {table: grid for table, grid in twin.position_grids().items() if _fits(state, table, grid)}
         state, _ = adapt_position_tables(model, state, grids, name)
@@ -101,3 +103,15 @@ def create_variant(
 
 def _fits(state: dict[str, Tensor], table: str, grid: Grid) -> bool:
     return table in state and state[table].shape[-2] == grid[0] * grid[1]
+
+
+def _require_function(config: CfgNode, arguments: dict[str, Any], file: str) -> None:
+    """Raise CheckpointError unless what changes a model's function, but no shape, is as the file was trained with."""
+    own = {key: key.rsplit(".", 1)[1].lower() for key in FUNCTION_KEYS}
+    differing = [
+        f"{name}={value_of(config, key)!r}, not {arguments[name]!r}"
+        for key, name in own.items()
+        if name in arguments and arguments[name] != value_of(config, key)
+    ]
+    if differing:
+        raise CheckpointError(f"{file} was trained with {'; '.join(differing)}: pass what it was trained with")

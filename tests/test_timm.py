@@ -485,6 +485,19 @@ def test_pretrained_file_is_adapted_to_what_was_asked_for(name, suffix, tmp_path
         assert torch.equal(backbone(images())[0], expected)
 
 
+def test_file_trained_for_another_function_is_refused(tmp_path):
+    config = load_config(config_file("pola_pvt_t"), ["DATA.IMG_SIZE", "[64, 160]", "MODEL.LA.ALPHA", "3"])
+    source = small("pola_pvt_tiny", img_size=(64, 160), alpha=3)
+    torch.save({"model": source.state_dict(), "config": config.dump()}, tmp_path / "file.pth")
+    arguments = {**SMALL["pola_pvt_tiny"], "pretrained_cfg_overlay": {"file": str(tmp_path / "file.pth")}}
+    with pytest.raises(CheckpointError, match=r"file.pth was trained with alpha=3.0, not 4.0: pass what"):
+        create("pola_pvt_tiny", pretrained=True, **arguments)
+    loaded = create("pola_pvt_tiny", pretrained=True, alpha=3, **arguments).eval()  # its tables come from 64×160
+    source.set_input_size(SIZE)
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), source(images()))
+
+
 def test_file_without_a_head_gives_a_model_without_one(tmp_path):
     source = small("pola_pvt_tiny")
     source.reset_classifier(0)
