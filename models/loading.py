@@ -1,7 +1,7 @@
 """Weights into models: strictly, apart from a short named list of allowances, or adapted for fine-tuning."""
 
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import timm
 import torch
