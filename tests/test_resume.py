@@ -164,7 +164,8 @@ def test_a_finished_run_says_so_evaluates_and_exits_0(tiny):
     run_main("--cfg", tiny, "--opts", "TRAIN.EPOCHS", "1")
     files = {path.name for path in folder_of(tiny).iterdir()}
     checkpoints = {"ckpt_epoch_1.pth", "ckpt_epoch_1.pth.json", "max_acc.pth", "max_acc.pth.json"}
-    assert files == checkpoints | {".lock", "config.yaml", "curves.png", "log.txt", "metrics.jsonl"}
+    records = {"config.yaml", "curves.png", "environment.json", "log.txt", "metrics.jsonl", "predictions.npz"}
+    assert files == checkpoints | records | {".lock"}
     weights = epoch_file(folder_of(tiny), 1).read_bytes()
     again = run_main("--cfg", tiny, "--opts", "TRAIN.EPOCHS", "1")
     assert "this run is finished: all 1 epochs are done" in again.stdout
