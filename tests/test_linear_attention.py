@@ -16,7 +16,7 @@ from config import load_config
 from models import build_model
 from models.attention import PolaReductionAttention, PolaWindowAttention
 from models.inspection import inspect_step
-from models.maps import MapError, record
+from models.maps import record
 from models.ops.linear_attention import KINDS, kernel_attention
 
 LINEAR = [kind for kind in KINDS if kind != "softmax"]
@@ -211,11 +211,17 @@ def test_a_fixed_exponent_is_the_one_a_learnable_exponent_starts_at():
     assert (fixed.layers[0].blocks[0].attn.exponent() == 2.5).all()
 
 
-def test_maps_are_refused_for_other_kinds_and_made_without_a_gate():
-    images = torch.randn(1, 3, 32, 32)
-    with pytest.raises(MapError, match="layers.0.blocks.0 has MODEL.LA.ATTENTION relu: maps are made of polarity"):
-        record(_build("pola_swin_t", "MODEL.LA.ATTENTION relu"), images)
-    layers = record(_build("pola_swin_t", "MODEL.LA.GATE False"), images).layers
+@pytest.mark.parametrize("kind", KINDS)
+def test_maps_are_made_of_every_kind(kind):
+    record_of = record(_build("pola_swin_t", f"MODEL.LA.ATTENTION {kind}"), torch.randn(1, 3, 32, 32)).layers
+    layer = record_of["layers.0.blocks.0"]
+    assert layer.kind == kind
+    rows = layer.rows([0, 5])
+    assert torch.allclose(rows.sum(dim=-1), torch.ones(rows.shape[:-1]), atol=1e-3) and rows.min() >= 0
+
+
+def test_maps_are_made_without_a_gate():
+    layers = record(_build("pola_swin_t", "MODEL.LA.GATE False"), torch.randn(1, 3, 32, 32)).layers
     assert layers["layers.0.blocks.0"].kind == "polarity" and layers["layers.0.blocks.0"].g is None
 
 
