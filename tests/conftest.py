@@ -166,7 +166,7 @@ def log(caplog):
 
 def run(cfg: Path, options: str = "") -> None:
     """main.main in this process; without the picture of its curves, which takes as long as an epoch."""
-    with mock.patch("utils.observer.Observer.draw_curves", return_value=None):
+    with mock.patch("utils.curves.draw_curves", return_value=None):
         main.main(load_config(str(cfg), shlex.split(options)))
 
 
