@@ -144,6 +144,12 @@ def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.fixture(autouse=True)
+def no_log_of_earlier_runs() -> None:
+    """A run inside the test process leaves its console and its file open; they would speak in the next test."""
+    get_logger().handlers.clear()
+
+
 @pytest.fixture
 def log(caplog):
     """The run's log as text, although its logger writes to the console itself."""
