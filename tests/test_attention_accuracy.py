@@ -48,9 +48,11 @@ def _check_shape(backend, N, n, d, dtype, masked, surroundings=False):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", CHANNELS)
 def test_eager_in_the_usual_range(d, dtype):
-    for i, (N, n) in enumerate(PAIRS):
-        masked = (i + CHANNELS.index(d)) % 2 == 0  # over all d, every pair with and without a mask
-        _check_shape("eager", N, n, d, dtype, masked, surroundings=N in (7, 196))
+    """Half of the pairs for each d and dtype; over all of them, every pair with and without a mask."""
+    turn = CHANNELS.index(d) + DTYPES.index(dtype)
+    for i in range(turn % 2, len(PAIRS), 2):
+        N, n = PAIRS[i]
+        _check_shape("eager", N, n, d, dtype, masked=(i // 2 + turn // 2) % 2 == 0, surroundings=N in (7, 196))
 
 
 @pytest.mark.slow
@@ -65,9 +67,22 @@ def test_eager_at_every_pair_of_lengths(d, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", CHANNELS)
 def test_triton_in_the_usual_range(d, dtype):
-    pairs = PAIRS if DEVICE == "cuda" else INTERPRETED_PAIRS
-    for i, (N, n) in enumerate(pairs):
+    """All pairs on a GPU. The interpreter gets one for each d and dtype, so that each d and each dtype gets all."""
+    pairs = list(enumerate(PAIRS if DEVICE == "cuda" else INTERPRETED_PAIRS))
+    if DEVICE != "cuda":
+        turn = (CHANNELS.index(d) + DTYPES.index(dtype)) % len(pairs)
+        pairs = pairs[turn : turn + 1]
+    for i, (N, n) in pairs:
         _check_shape("triton", N, n, d, dtype, masked=i % 2 == 0, surroundings=i % 3 == 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", CHANNELS)
+def test_triton_at_every_pair_it_is_interpreted_at(d, dtype):
+    for (N, n), masked in itertools.product(INTERPRETED_PAIRS, (False, True)):
+        _check_shape("triton", N, n, d, dtype, masked, surroundings=masked)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,7 +14,7 @@ import numpy as np
 from logger import get_logger, read_metrics
 
 POINTS = 600  # of a line at most, so that a long run's picture costs what a short one's does
-PAUSE = 30.0  # seconds at least between two drawings of a running run
+PAUSE = 120.0  # seconds at least between two drawings of a running run
 ROOT = Path(__file__).resolve().parents[1]
 
 
