@@ -23,10 +23,12 @@ from yacs.config import CfgNode
 
 from utils.kinds import Kind, boolean, choice, either, integer, optional, real, sequence, text
 
-MODEL_TYPES = ("pola_swin", "pola_pvt_tiny", "pola_pvt_small", "pola_pvt_medium", "pola_pvt_large")
-DATASETS = ("imagenet", "digits", "fashion_mnist")
+MODEL_TYPES = ("pola_swin", "pola_pvt_tiny", "pola_pvt_small", "pola_pvt_medium", "pola_pvt_large", "lra")
+DATASETS = ("imagenet", "digits", "fashion_mnist", "lra")
+LRA_TASKS = ("listops", "text", "retrieval", "pathfinder", "image")
+POOLS = ("mean_padded", "mean_valid", "cls")  # of MODEL.TYPE lra
 OPTIMIZERS = ("adamw", "sgd")
-SCHEDULERS = ("cosine", "linear", "step")
+SCHEDULERS = ("cosine", "linear", "step", "onecycle")
 DECODERS = ("pillow", "simplejpeg")
 BENCHMARKS = ("val", "real", "v2", "a", "r", "sketch", "c")  # the first two are the data set's own validation images
 ATTENTIONS = ("polarity", "softmax", "relu", "elu", "focused")
@@ -63,7 +65,21 @@ KEYS: dict[str, Key] = {
         choice(*DATASETS),
         "imagenet: an image folder or zip + map with any classes; digits: the 1,797 handwritten digits of scikit-learn;"
         " fashion_mnist: 70,000 grey pictures of clothing, the idx files in DATA_PATH or, where that is empty, of"
-        " Debian's package dataset-fashion-mnist",
+        " Debian's package dataset-fashion-mnist; lra: a task of the Long Range Arena, the folder that"
+        " tools/prepare_lra.py wrote in DATA_PATH (MODEL.TYPE lra)",
+    ),
+    "DATA.LRA.TASK": Key("listops", choice(*LRA_TASKS), "task that the folder of DATASET lra has to hold"),
+    "DATA.LRA.BLACK_IS_PADDING": Key(
+        True,
+        boolean(),
+        "images as sequences: grey level 0 gets id 0, that of padding, as in the published protocol; False: ids are the"
+        " grey levels + 1",
+    ),
+    "DATA.LRA.HELD_OUT": Key(
+        False,
+        boolean(),
+        "Text, which has no validation split: validate on a tenth held out from training; False: on the test set, as"
+        " the published protocol does",
     ),
     "DATA.TRAIN_FRACTION": Key(
         1.0, real(1e-6, 1), "share of each class's training images that is used, the first ones; not with shards"
@@ -160,13 +176,40 @@ KEYS: dict[str, Key] = {
     ),
     "MODEL.LA.GATE": Key(True, boolean(), "multiply the output of the L blocks' attention by a gate from its input"),
     "MODEL.LA.BACKEND": Key("auto", choice(*BACKENDS), "implementation of the polarity attention op"),
+    "MODEL.LRA.LENGTH": Key(2048, integer(1), "tokens of a document, padding included (MODEL.TYPE lra)"),
+    "MODEL.LRA.VOCABULARY": Key(32, integer(2), "rows of the token table; ids from 1, 0 is padding"),
+    "MODEL.LRA.DOCUMENTS": Key(1, integer(1), "documents of a sample: 1, or 2 that are compared"),
+    "MODEL.LRA.DIM": Key(64, integer(1), "channels of a token"),
+    "MODEL.LRA.DEPTH": Key(2, integer(1), "encoder blocks"),
+    "MODEL.LRA.NUM_HEADS": Key(2, integer(1), "attention heads"),
+    "MODEL.LRA.MLP_DIM": Key(128, integer(1), "hidden width of the blocks' MLP and of the classifier"),
+    "MODEL.LRA.POOL": Key(
+        "mean_padded",
+        choice(*POOLS),
+        "vector of a document: mean_padded, sum over real tokens divided by LENGTH; mean_valid, their mean; cls, the"
+        " output of a learned token before them",
+    ),
+    "MODEL.LRA.KERNEL_SIZE": Key(0, integer(0), "1-D depthwise convolution beside the attention, odd; 0: none"),
+    "MODEL.LRA.LEARN_SCALE": Key(True, boolean(), "learn a scale that divides queries and keys"),
+    "MODEL.LRA.ATTENTION_DROP": Key(
+        0.0, real(0, 1, open_high=True), "dropout of attention weights; of softmax only, the others have none"
+    ),
     # -- training
     "TRAIN.START_EPOCH": Key(0, integer(0), "first epoch of a run that resumes nothing"),
     "TRAIN.EPOCHS": Key(300, integer(1), "epochs of the schedule"),
     "TRAIN.WARMUP_EPOCHS": Key(20, integer(0), "epochs of linear warm-up from WARMUP_LR, part of EPOCHS"),
     "TRAIN.COOLDOWN_EPOCHS": Key(0, integer(0), "further epochs at the schedule's last rate (cosine: MIN_LR)"),
+    "TRAIN.STEPS": Key(
+        None,
+        optional(integer(1)),
+        "optimizer steps of the run, in place of EPOCHS; what is done once an epoch (validation, checkpoint, log) is then"
+        " done every EVAL_STEPS, and training draws one permutation of the data after the other. null: EPOCHS",
+    ),
+    "TRAIN.EVAL_STEPS": Key(500, integer(1), "with STEPS, which it divides: optimizer steps between validations"),
+    "TRAIN.WARMUP_STEPS": Key(0, integer(0), "with STEPS: steps of linear warm-up, part of STEPS"),
     "TRAIN.WEIGHT_DECAY": Key(0.05, real(0), "decoupled weight decay; 1-D parameters and biases have none"),
     "TRAIN.BASE_LR": Key(5e-4, real(0), "peak learning rate for 512 images a step, scaled by the real global batch"),
+    "TRAIN.SCALE_LR": Key(True, boolean(), "scale the learning rates by global batch / 512; False: take them as given"),
     "TRAIN.LAYER_DECAY": Key(
         1.0,
         real(0, 1),
@@ -175,6 +218,9 @@ KEYS: dict[str, Key] = {
     "TRAIN.WARMUP_LR": Key(5e-7, real(0), "learning rate at the start of the warm-up, scaled likewise"),
     "TRAIN.MIN_LR": Key(5e-6, real(0), "lowest learning rate after the warm-up, scaled likewise"),
     "TRAIN.CLIP_GRAD": Key(5.0, optional(real(0)), "largest total gradient norm; null or 0: no clipping"),
+    "TRAIN.CLIP_VALUE": Key(
+        None, optional(real(0)), "largest magnitude of a gradient's element, after CLIP_GRAD; null: no limit"
+    ),
     "TRAIN.AUTO_RESUME": Key(True, boolean(), "continue from the newest readable checkpoint of the run folder"),
     "TRAIN.USE_CHECKPOINT": Key(
         False, boolean(), "recompute block activations in backward to save memory (--use-checkpoint)"
@@ -477,6 +523,23 @@ def config_from_tree(tree: dict[str, Any], source: str) -> tuple[CfgNode, list[s
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def schedule_epochs(config: CfgNode) -> int:
+    """Epochs of the schedule: TRAIN.EPOCHS, or with TRAIN.STEPS the number of times EVAL_STEPS fits into it."""
+    return config.TRAIN.EPOCHS if config.TRAIN.STEPS is None else config.TRAIN.STEPS // config.TRAIN.EVAL_STEPS
+
+
+def last_epoch(config: CfgNode) -> int:
+    """Epochs of the whole run, cooldown included."""
+    return schedule_epochs(config) + config.TRAIN.COOLDOWN_EPOCHS
+
+
+def warmup_steps(config: CfgNode, steps_per_epoch: int) -> int:
+    """Optimizer steps of the warm-up."""
+    if config.TRAIN.STEPS is not None:
+        return config.TRAIN.WARMUP_STEPS
+    return config.TRAIN.WARMUP_EPOCHS * steps_per_epoch
+
+
 def image_size(config: CfgNode) -> tuple[int, int]:
     """(height, width) in pixels."""
     size = config.DATA.IMG_SIZE
@@ -569,6 +632,13 @@ def parse_sr_ratios(ratios: int, num_stages: int = 4) -> tuple[int, ...]:
 def _validate_model(config: CfgNode) -> None:
     if config.MODEL.TYPE not in MODEL_TYPES:
         raise ConfigError(f"MODEL.TYPE {config.MODEL.TYPE!r} is unknown, expected one of {', '.join(MODEL_TYPES)}")
+    if (config.MODEL.TYPE == "lra") != (config.DATA.DATASET == "lra"):
+        raise ConfigError(
+            f"MODEL.TYPE {config.MODEL.TYPE} and DATA.DATASET {config.DATA.DATASET}: a model of sequences (lra) needs"
+            " sequences (lra), and images need another model"
+        )
+    if config.MODEL.TYPE == "lra":
+        return _validate_sequences(config)
     is_swin = config.MODEL.TYPE == "pola_swin"
     depths, heads = config.MODEL.SWIN.DEPTHS, config.MODEL.SWIN.NUM_HEADS
     num_stages = len(depths) if is_swin else 4
@@ -603,14 +673,39 @@ def _validate_model(config: CfgNode) -> None:
             )
 
 
+def _validate_sequences(config: CfgNode) -> None:
+    shape = config.MODEL.LRA
+    if shape.DIM % shape.NUM_HEADS:
+        raise ConfigError(f"MODEL.LRA.DIM {shape.DIM} does not divide by MODEL.LRA.NUM_HEADS {shape.NUM_HEADS}")
+    if shape.KERNEL_SIZE and shape.KERNEL_SIZE % 2 == 0:
+        raise ConfigError(f"MODEL.LRA.KERNEL_SIZE is {shape.KERNEL_SIZE}, expected 0 or an odd number")
+    if shape.DOCUMENTS > 2:
+        raise ConfigError(f"MODEL.LRA.DOCUMENTS is {shape.DOCUMENTS}, expected 1 or 2")
+    images_only = {
+        "AUG.MIXUP": config.AUG.MIXUP > 0,
+        "AUG.CUTMIX": config.AUG.CUTMIX > 0,
+        "AUG.CUTMIX_MINMAX": config.AUG.CUTMIX_MINMAX is not None,
+        "TEST.FLIP": config.TEST.FLIP,
+        "TEST.IMG_SIZE": config.TEST.IMG_SIZE is not None,
+        "CHECK_DATA_MODE (--check-data)": config.CHECK_DATA_MODE,
+    }
+    if given := [key for key, is_set in images_only.items() if is_set]:
+        raise ConfigError(f"{given[0]} is for images; with MODEL.TYPE lra set it to 0, null or False")
+
+
 def validate(config: CfgNode) -> None:
     """Raise ConfigError where keys contradict each other or name what does not exist."""
     _validate_model(config)
     if config.TEST.IMG_SIZE is not None:
         _validate_model(evaluation_config(config))
-    last_epoch = config.TRAIN.EPOCHS + config.TRAIN.COOLDOWN_EPOCHS
-    if last_epoch <= config.TRAIN.START_EPOCH:
-        raise ConfigError(f"TRAIN.START_EPOCH {config.TRAIN.START_EPOCH} is not below the run's {last_epoch} epochs")
+    steps, interval = config.TRAIN.STEPS, config.TRAIN.EVAL_STEPS
+    if steps is not None and steps % interval:
+        nearest = max(1, round(steps / interval)) * interval
+        raise ConfigError(f"TRAIN.EVAL_STEPS {interval} does not divide TRAIN.STEPS {steps}; {nearest} steps would do")
+    if config.TRAIN.START_EPOCH >= last_epoch(config):
+        raise ConfigError(
+            f"TRAIN.START_EPOCH {config.TRAIN.START_EPOCH} is not below the run's {last_epoch(config)} epochs"
+        )
     if config.TRAIN.MIN_LR > config.TRAIN.BASE_LR:
         raise ConfigError(f"TRAIN.MIN_LR {config.TRAIN.MIN_LR} exceeds TRAIN.BASE_LR {config.TRAIN.BASE_LR}")
     if config.TRAIN.GLOBAL_BATCH is not None and config.TRAIN.ACCUMULATION_STEPS > 1:

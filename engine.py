@@ -16,15 +16,14 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from config import image_size, run_folder
 from data import Batches
-from data.transforms import Normalise
 from logger import MetricsWriter, get_logger, progress
-from models.classifier import Classifier
+from models.classifier import TrainableModel
 from models.inspection import inspect_step, plain
 from utils import distributed
 from utils.bottleneck import Times, verdict
@@ -55,16 +54,17 @@ class Training:
     """
 
     model: nn.Module
-    bare_model: Classifier
+    bare_model: TrainableModel
     optimizer: Optimizer
     scheduler: Scheduler
     criterion: nn.Module
-    prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of data.transforms.TrainBatch
+    prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # data.transforms.TrainBatch or data.tokens.TokenBatch
     device: torch.device
     steps_per_epoch: int
     global_batch: int  # images per optimizer step, over all processes
     accumulation_steps: int = 1
     clip_grad: float | None = None
+    clip_value: float | None = None
     amp_dtype: torch.dtype | None = None
     scaler: torch.amp.GradScaler | None = None
     ema: ModelEmaV3 | None = None
@@ -297,6 +297,8 @@ def _optimizer_step(
     norm = get_total_norm([p.grad for p in parameters])
     if training.clip_grad:
         clip_grads_with_norm_(parameters, training.clip_grad, norm)
+    if training.clip_value:
+        clip_grad_value_(parameters, training.clip_value)
     guard.see_norm(norm, step)
     if scaler:
         scaler.step(optimizer)
@@ -438,11 +440,11 @@ def evaluate(
     model.eval()
     in_step = batches.common_batches if after_batch else 0
     counter = AccuracyCounter(device)
-    normalise = Normalise(device, next(model.parameters()).dtype)
+    inputs = batches.inputs(device, next(model.parameters()).dtype)
     with exact_float32():
         stream = progress(batches.whole(), len(batches), "evaluation", distributed.rank())
         for i, batch in enumerate(stream):
-            images = normalise(batch.images.to(device, non_blocking=True))
+            images = inputs(batch.images.to(device, non_blocking=True))
             labels = batch.labels.to(device, non_blocking=True)
             with autocast(device, amp_dtype):
                 logits = model(images)
@@ -480,13 +482,18 @@ def throughput(
     batches: int = 30,
     seconds: float = 60.0,
 ) -> Throughput:
-    """Time the forward pass on synthetic input of BATCH_SIZE × IMG_SIZE, batch by batch.
+    """Time the forward pass on synthetic images of IMG_SIZE, or ids of full length, batch by batch.
 
     Stops after `batches` batches, or after `seconds` once at least 3 are timed.
     """
     model.eval()
-    shape = (config.DATA.BATCH_SIZE, config.MODEL.SWIN.IN_CHANS, *image_size(config))
-    images = torch.randn(shape, device=device)
+    if config.MODEL.TYPE == "lra":
+        documents = () if config.MODEL.LRA.DOCUMENTS == 1 else (config.MODEL.LRA.DOCUMENTS,)
+        shape = (config.DATA.BATCH_SIZE, *documents, config.MODEL.LRA.LENGTH)
+        images = torch.randint(1, config.MODEL.LRA.VOCABULARY, shape, device=device)
+    else:
+        shape = (config.DATA.BATCH_SIZE, config.MODEL.SWIN.IN_CHANS, *image_size(config))
+        images = torch.randn(shape, device=device)
 
     def timed() -> float:
         start = time.perf_counter()

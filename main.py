@@ -34,15 +34,16 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from config import batch_plan, evaluation_config, image_size, run_folder
+from config import batch_plan, evaluation_config, image_size, last_epoch, run_folder, schedule_epochs, warmup_steps
 from data import DataError, Loaders, build_loaders
 from data.check import run_check
+from data.tokens import TokenBatch
 from data.transforms import TrainBatch, mixup_enabled
 from engine import Interval, NonFiniteError, Training, evaluate, throughput, train_one_epoch
 from logger import MetricsWriter, get_logger, setup_logger
 from lr_scheduler import build_scheduler
 from models import build_model
-from models.classifier import Classifier
+from models.classifier import TrainableModel
 from models.evaluation import EvaluatedModel
 from models.loading import load_pretrained, load_resized, load_weights
 from models.ops.polarity_attention import choose_backend
@@ -114,7 +115,7 @@ def setup(config: CfgNode) -> torch.device:
     return device
 
 
-def place(model: Classifier, device: torch.device) -> Classifier:
+def place(model: TrainableModel, device: torch.device) -> TrainableModel:
     """Move a model to its device; dense convolutions channels last, as tokens reach and leave them in that order.
 
     (Their gradients come in that layout too, and DDP's buckets want both alike.)
@@ -186,11 +187,11 @@ def run_throughput(config: CfgNode, device: torch.device) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def build_training(config: CfgNode, model: Classifier, loaders: Loaders, device: torch.device) -> Training:
+def build_training(config: CfgNode, model: TrainableModel, loaders: Loaders, device: torch.device) -> Training:
     """Optimizer, schedule, scaler, average and loss around a bare model that is already on its device."""
     assert loaders.train is not None
     plan = batch_plan(config, distributed.world_size())
-    lr_scale = plan.global_batch / REFERENCE_BATCH
+    lr_scale = plan.global_batch / REFERENCE_BATCH if config.TRAIN.SCALE_LR else 1.0
     steps_per_epoch = len(loaders.train) // plan.accumulation
     optimizer = build_optimizer(config, model, lr_scale)
     amp_dtype = autocast_dtype(config, device) if config.AMP else None
@@ -213,12 +214,15 @@ def build_training(config: CfgNode, model: Classifier, loaders: Loaders, device:
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, steps_per_epoch, lr_scale),
         criterion=nn.CrossEntropyLoss(label_smoothing=smoothing),
-        prepare=TrainBatch(config, loaders.num_classes, device, next(model.parameters()).dtype),
+        prepare=TokenBatch()
+        if config.DATA.DATASET == "lra"
+        else TrainBatch(config, loaders.num_classes, device, next(model.parameters()).dtype),
         device=device,
         steps_per_epoch=steps_per_epoch,
         global_batch=plan.global_batch,
         accumulation_steps=plan.accumulation,
         clip_grad=config.TRAIN.CLIP_GRAD,
+        clip_value=config.TRAIN.CLIP_VALUE,
         amp_dtype=amp_dtype,
         scaler=torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None,
         ema=ModelEmaV3(model, decay=config.EMA.DECAY) if config.EMA.ENABLE else None,
@@ -345,10 +349,9 @@ def run_training(config: CfgNode, device: torch.device, request: StopRequest) ->
         record_environment(folder, device, distributed.world_size())
     observer = Observer(training, folder, metrics) if is_main else None
     wrap(config, training)
-    last_epoch = config.TRAIN.EPOCHS + config.TRAIN.COOLDOWN_EPOCHS
-    if config.TRAIN.WARMUP_EPOCHS > config.TRAIN.EPOCHS:
-        logger.warning("the warm-up of %d epochs outlasts the run", config.TRAIN.WARMUP_EPOCHS)
-    if progress.epoch >= last_epoch:
+    if (warmup := warmup_steps(config, training.steps_per_epoch)) > schedule_epochs(config) * training.steps_per_epoch:
+        logger.warning("the warm-up of %d steps outlasts the run", warmup)
+    if progress.epoch >= last_epoch(config):
         logger.info("this run is finished: all %d epochs are done; evaluating it", progress.epoch)
         validate_epoch(config, training, loaders, progress.epoch, MetricsWriter(None))
     # loop
@@ -361,7 +364,7 @@ def run_training(config: CfgNode, device: torch.device, request: StopRequest) ->
     try:
         with watchdog.watching(), training.profiler or nullcontext():
             try:
-                while progress.epoch < last_epoch:
+                while progress.epoch < last_epoch(config):
                     progress = run_epoch(config, training, loaders, progress, interval, metrics, keeper)
                     interval = Interval(device)
                     if observer:
@@ -392,7 +395,7 @@ def run_epoch(
 ) -> Progress:
     """Finish the epoch that the run is in: the rest of its steps, its validation, its checkpoint."""
     assert loaders.train is not None
-    epoch, last_epoch = progress.epoch, config.TRAIN.EPOCHS + config.TRAIN.COOLDOWN_EPOCHS
+    epoch = progress.epoch
     if progress.done < training.steps_per_epoch:
         train_one_epoch(
             config,
@@ -418,7 +421,7 @@ def run_epoch(
         keep_predictions(config, loaders, recorder, epoch + 1)
     progress = Progress(epoch + 1, max(top1, progress.best))
     keeper.best = progress.best
-    last = epoch + 1 == last_epoch
+    last = epoch + 1 == last_epoch(config)
     saves = (epoch + 1) % config.SAVE_FREQ == 0 or last or keeper.owed
     if saves or is_best:
         keeper.write(progress, Interval(training.device), best=is_best, own=saves, last=last)

@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
-from models.classifier import Classifier
+from models.classifier import TrainableModel
 from utils.checkpoint import CheckpointError
 
 
-def parameter_groups(model: Classifier) -> tuple[list[str], list[str]]:
+def parameter_groups(model: TrainableModel) -> tuple[list[str], list[str]]:
     """Names of the decayed and the undecayed parameters, in the model's order.
 
     No decay: 1-D parameters, biases, and what the model's `no_weight_decay` names.
@@ -34,7 +34,7 @@ class LayerGroup(NamedTuple):
     lr_scale: float
 
 
-def layer_groups(model: Classifier, layer_decay: float) -> list[LayerGroup]:
+def layer_groups(model: TrainableModel, layer_decay: float) -> list[LayerGroup]:
     """The two groups of every layer, from the head (factor 1) down to the stem (`layer_decay` to the number of layers).
 
     Layers are those of the model's `group_matcher`, as timm counts them. The head comes first, so that the rate of the
@@ -50,7 +50,7 @@ def layer_groups(model: Classifier, layer_decay: float) -> list[LayerGroup]:
     return groups
 
 
-def build_optimizer(config: CfgNode, model: Classifier, lr_scale: float = 1.0) -> Optimizer:
+def build_optimizer(config: CfgNode, model: TrainableModel, lr_scale: float = 1.0) -> Optimizer:
     """AdamW or SGD (Nesterov) at BASE_LR · `lr_scale` over the bare model's parameters: decayed and undecayed, and with
     TRAIN.LAYER_DECAY below 1 in layers, whose `lr_scale` the schedule multiplies its rate by.
 
@@ -100,7 +100,7 @@ def _lengths(groups: list[list[str]]) -> list[int]:
     return [len(group) for group in groups]
 
 
-def load_optimizer_state(optimizer: Optimizer, model: Classifier, stored: Any, source: str) -> None:
+def load_optimizer_state(optimizer: Optimizer, model: TrainableModel, stored: Any, source: str) -> None:
     """Restore moments and step counts from an optimizer state dict; hyperparameters stay those of the configuration.
 
     Positions in a released file also count parameters that the released model had and ours does not

@@ -35,7 +35,8 @@ from data.datasets import (
 )
 from data.samplers import EvalSampler, TrainSampler
 from data.shards import INDEX_FILE, ShardDataset, ShardEvalDataset, ShardSplit, ShardTrainDataset
-from data.transforms import evaluation_transform, training_transform
+from data.tokens import TokenIds, token_source
+from data.transforms import Normalise, evaluation_transform, training_transform
 from logger import get_logger
 from utils import distributed
 
@@ -57,12 +58,20 @@ class Batch(NamedTuple):
 class Batches:
     """Iterates (images uint8 (B, 3, H, W), labels (B,)); names and counts this process's unreadable training images.
 
-    `relabel` gives the label to deliver for each label of the source. Raises DataError when more than the allowed
+    Sequences take the place of images with DATASET lra: ids int16 (B, N), or (B, 2, N). `inputs` makes what turns a
+    batch, on a device, into a model's input. `relabel` gives the label to deliver for each label of the source. Raises DataError when more than the allowed
     number of files were unreadable in one epoch.
     """
 
-    def __init__(self, loader: DataLoader, max_unreadable: int = 0, relabel: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        loader: DataLoader,
+        max_unreadable: int = 0,
+        relabel: Tensor | None = None,
+        inputs: type[Normalise | TokenIds] = Normalise,
+    ) -> None:
         self.loader = loader
+        self.inputs = inputs
         self.max_unreadable = max_unreadable
         self.relabel = relabel
         self.unreadable: set[str] = set()  # in this epoch
@@ -194,6 +203,8 @@ def build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None = 
         return DigitsSource(split, image_size(config))
     if config.DATA.DATASET == "fashion_mnist":
         return FashionMnistSource(Path(config.DATA.DATA_PATH or FASHION_MNIST), split, image_size(config))
+    if config.DATA.DATASET == "lra":
+        return token_source(config, split)
     if not config.DATA.DATA_PATH:
         raise DataError("no data set: --data-path names the folder that holds train/ and val/")
     root = Path(config.DATA.DATA_PATH)
@@ -255,7 +266,8 @@ def evaluation_batches(
         cropped: the images are centre crops already (see evaluation_transform).
         relabel: the label to deliver for each label of the source.
     """
-    transform = evaluation_transform(config, cropped=cropped)
+    sequences = config.DATA.DATASET == "lra"
+    transform = torch.as_tensor if sequences else evaluation_transform(config, cropped=cropped)
     rank, world_size, batch_size = distributed.rank(), distributed.world_size(), config.DATA.BATCH_SIZE
     dataset: Dataset[Sample]
     sampler: Sampler | None = None
@@ -265,7 +277,7 @@ def evaluation_batches(
         dataset = EvalDataset(source, transform)
         sampler = EvalSampler(len(source.labels), rank=rank, world_size=world_size)
     loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, **_loader_options(config, persistent=repeated))
-    return Batches(loader, relabel=relabel)
+    return Batches(loader, relabel=relabel, inputs=TokenIds if sequences else Normalise)
 
 
 def _build_train(config: CfgNode, source: Source | ShardSplit) -> Batches:
@@ -277,11 +289,14 @@ def _build_train(config: CfgNode, source: Source | ShardSplit) -> Batches:
             f"{size} training images on {world_size} processes are less than one step of"
             f" {plan.accumulation} × {plan.per_process} images; lower DATA.BATCH_SIZE or TRAIN.GLOBAL_BATCH"
         )
+    samples = None if config.TRAIN.STEPS is None else config.TRAIN.EVAL_STEPS * plan.accumulation * plan.per_process
     share = config.DATA.MAX_UNREADABLE
     max_unreadable = max(1, int(share * size)) if share > 0 else 0  # a small data set may have one
     dataset: Dataset[Sample]
     sampler: Sampler | None = None
     if isinstance(source, ShardSplit):
+        if samples is not None:
+            raise DataError("TRAIN.STEPS needs images that can be read in any order; shards are streamed: set EPOCHS")
         dataset = ShardTrainDataset(
             source,
             training_transform(config),
@@ -294,8 +309,9 @@ def _build_train(config: CfgNode, source: Source | ShardSplit) -> Batches:
             decoder=training_decoder(config.DATA.DECODER),
         )
     else:
-        dataset = TrainDataset(source, training_transform(config), seed=config.SEED, max_unreadable=max_unreadable)
-        sampler = TrainSampler(size, rank=rank, world_size=world_size, seed=config.SEED)
+        transform = torch.as_tensor if config.DATA.DATASET == "lra" else training_transform(config)
+        dataset = TrainDataset(source, transform, seed=config.SEED, max_unreadable=max_unreadable)
+        sampler = TrainSampler(size, rank=rank, world_size=world_size, seed=config.SEED, samples=samples)
     loader = DataLoader(
         dataset,
         batch_size=plan.per_process,
@@ -311,7 +327,7 @@ def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
 
     Args:
         train: False builds only the validation loader; then `train/` need not exist and the classes are those of
-            `val/`.
+            `val/`. For DATASET lra it is the test split, which training never sees.
 
     Raises:
         DataError: a data set that is absent, empty, badly laid out, or smaller than one step.
@@ -319,7 +335,7 @@ def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
     if config.MODEL.SWIN.IN_CHANS != 3:
         raise DataError(f"the image loaders deliver 3 channels, MODEL.SWIN.IN_CHANS is {config.MODEL.SWIN.IN_CHANS}")
     if not train:
-        source = build_source(config, "val")
+        source = build_source(config, "test" if config.DATA.DATASET == "lra" else "val")
         return Loaders(None, evaluation_batches(config, source), source.classes, source.num_classes)
     train_source = build_source(config, "train")
     val_source = build_source(config, "val", train_source.classes)

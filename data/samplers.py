@@ -18,10 +18,15 @@ class TrainSampler(Sampler[Draw]):
     """A permutation of the data set per epoch, dealt to the ranks in turn; every rank gets the same number.
 
     The remainder of data set size and world size is left out of that epoch (another one in each).
+
+    Args:
+        samples: of this rank in an epoch, where that is not one pass over the data: passes, each with a permutation of
+            its own, then follow each other, and an epoch takes up where the last one ended.
     """
 
-    def __init__(self, size: int, *, rank: int, world_size: int, seed: int) -> None:
+    def __init__(self, size: int, *, rank: int, world_size: int, seed: int, samples: int | None = None) -> None:
         self.size, self.rank, self.world_size, self.seed = size, rank, world_size, seed
+        self.samples = size // world_size if samples is None else samples
         self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -30,12 +35,17 @@ class TrainSampler(Sampler[Draw]):
 
     def __len__(self) -> int:
         """Samples of a whole epoch, wherever it starts."""
-        return self.size // self.world_size
+        return self.samples
 
     def __iter__(self) -> Iterator[Draw]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
-        mine = order[: len(self) * self.world_size][self.rank :: self.world_size][self.start :]
-        return (Draw(self.epoch, int(index)) for index in mine)
+        share = self.size // self.world_size  # of one pass
+        number, done = divmod(self.epoch * self.samples + self.start, share)
+        left = self.samples - self.start
+        while left > 0:
+            order = np.random.default_rng((self.seed, number)).permutation(self.size)
+            mine = order[: share * self.world_size][self.rank :: self.world_size][done : done + left]
+            yield from (Draw(number, int(index)) for index in mine)
+            number, done, left = number + 1, 0, left - len(mine)
 
 
 class EvalSampler(Sampler[int]):

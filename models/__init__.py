@@ -10,11 +10,12 @@ from yacs.config import CfgNode
 
 from config import MODEL_TYPES, image_size, parse_sr_ratios
 from models import pola_pvt, pola_swin
-from models.classifier import Classifier
+from models.classifier import TrainableModel
+from models.lra import SequenceClassifier, sequence_arguments
 from models.pola_pvt import PVT_DEPTHS, PolaPVT
 from models.pola_swin import PolaSwin
 
-assert ("pola_swin", *PVT_DEPTHS) == MODEL_TYPES, "config.MODEL_TYPES and the models that exist differ"
+assert ("pola_swin", *PVT_DEPTHS, "lra") == MODEL_TYPES, "config.MODEL_TYPES and the models that exist differ"
 
 
 def list_models() -> list[str]:
@@ -23,7 +24,7 @@ def list_models() -> list[str]:
 
 
 def model_arguments(config: CfgNode) -> dict[str, Any]:
-    """What a configuration says to the constructor of its model, apart from the number of classes.
+    """What a configuration says to the constructor of its image model, apart from the number of classes.
 
     Raises ValueError for an unknown MODEL.TYPE.
     """
@@ -63,7 +64,7 @@ def model_arguments(config: CfgNode) -> dict[str, Any]:
     raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r} is unknown, expected one of {', '.join(MODEL_TYPES)}")
 
 
-def build_model(config: CfgNode, num_classes: int | None = None) -> Classifier:
+def build_model(config: CfgNode, num_classes: int | None = None) -> TrainableModel:
     """The freshly initialised model of a configuration, on the CPU.
 
     Args:
@@ -72,8 +73,12 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> Classifier:
     Raises:
         ValueError: an unknown MODEL.TYPE, or sizes that do not fit it.
     """
-    arguments = model_arguments(config)
-    arguments["num_classes"] = config.MODEL.NUM_CLASSES if num_classes is None else num_classes
-    model = PolaSwin(**arguments) if config.MODEL.TYPE == "pola_swin" else PolaPVT(**arguments)
+    classes = config.MODEL.NUM_CLASSES if num_classes is None else num_classes
+    model: TrainableModel
+    if config.MODEL.TYPE == "lra":
+        model = SequenceClassifier(num_classes=classes, **sequence_arguments(config))
+    else:
+        arguments = model_arguments(config) | {"num_classes": classes}
+        model = PolaSwin(**arguments) if config.MODEL.TYPE == "pola_swin" else PolaPVT(**arguments)
     model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
     return model

@@ -5,7 +5,7 @@ from math import isqrt
 
 from torch import Tensor
 
-from models.classifier import Classifier
+from models.classifier import TrainableModel
 from models.layers import Grid, resize_table
 from utils.checkpoint import CheckpointError
 
@@ -16,7 +16,7 @@ def _listed(title: str, names: Iterable[str]) -> str:
     return f"\n  {title} ({len(names)}): {shown}" if names else ""
 
 
-def released_names(model: Classifier, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def released_names(model: TrainableModel, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """`state` without what this family's files may hold and our models do not, and a line on what was dropped.
 
     The allowances: a `module.` prefix of every name (a saved DDP wrapper), buffers that the model derives
@@ -37,7 +37,7 @@ def released_names(model: Classifier, state: dict[str, Tensor]) -> tuple[dict[st
     return {name: value for name, value in state.items() if name not in dropped}, notes
 
 
-def require_fit(model: Classifier, state: dict[str, Tensor], source: str, exempt: Collection[str] = ()) -> None:
+def require_fit(model: TrainableModel, state: dict[str, Tensor], source: str, exempt: Collection[str] = ()) -> None:
     """Raise CheckpointError that lists missing, unexpected and mis-shaped entries, unless exempt."""
     own = model.state_dict()
     misshaped = [
@@ -55,7 +55,7 @@ def require_fit(model: Classifier, state: dict[str, Tensor], source: str, exempt
 
 
 def adapt_position_tables(
-    model: Classifier, state: dict[str, Tensor], source_grids: dict[str, Grid], source: str
+    model: TrainableModel, state: dict[str, Tensor], source_grids: dict[str, Grid], source: str
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Resize position tables of another grid to the model's, and say so in a line for each.
 

@@ -1,4 +1,4 @@
-"""The attention modules: polarity-aware linear attention in two token layouts, and the softmax ones of `S` stages.
+"""The attention modules: polarity-aware linear attention for windows, maps and sequences, and softmax for `S` stages.
 
 Letters: B batch (windows count as batch in Swin), N query tokens, n key tokens, C channels, h heads, d = C/h channels
 per head, r spatial reduction ratio.
@@ -19,18 +19,99 @@ torch.fx.wrap("kernel_attention")
 assert ("polarity", *KINDS) == ATTENTIONS, "the values of ATTENTION and the kinds of attention that exist differ"
 
 
-class PolaLinearAttention(nn.Module):
-    """What both layouts of polarity-aware linear attention share (PolaFormer, ICLR 2025, arXiv 2501.15061, section 4).
+class PolarityKernel(nn.Module):
+    """Attention between projected queries and keys by polarity, or for comparison by another kernel.
 
-    Subclasses project their tokens to q, k, v and the gate g, then call `attend`.
-
-    Parameters: `power` (1, h, 1, d), the raw learnable exponent; `scale` (1, 1, C), softplus of which divides q and k;
-    `positional_encoding` (1, n, C), added to k.
+    PolaFormer, ICLR 2025, arXiv 2501.15061, section 4.1. Parameters: `power` (1, h, 1, d), the raw learnable exponent;
+    `scale` (1, 1, C), softplus of which divides q and k.
 
     Args:
         attention: the kernel between queries and keys: polarity, or for comparison one of models.ops.linear_attention,
             everything around it staying the same. Those have no exponent, so no `power`.
         learn_exponent: False fixes the exponent at 1 + α/2, where a learnable one starts, and there is no `power`.
+        learn_scale: False leaves the scale out.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        alpha: float,
+        backend: str,
+        attention: str,
+        learn_exponent: bool,
+        learn_scale: bool = True,
+    ) -> None:
+        super().__init__()
+        if attention not in ATTENTIONS:
+            raise ValueError(f"ATTENTION {attention!r} is unknown, expected one of {', '.join(ATTENTIONS)}")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.alpha = alpha
+        self.backend = backend
+        self.attention = attention
+        learns = attention == "polarity" and learn_exponent
+        self.power = nn.Parameter(torch.zeros(1, num_heads, 1, self.head_dim)) if learns else None
+        self.scale = nn.Parameter(torch.zeros(1, 1, dim)) if learn_scale else None
+
+    def exponent(self) -> Tensor:
+        """p = 1 + α·sigmoid(power), (h, d); without `power` 1 + α/2, its value at power 0."""
+        if self.power is None:
+            like = next(self.parameters())
+            return torch.full((self.num_heads, self.head_dim), 1 + self.alpha / 2, device=like.device, dtype=like.dtype)
+        return 1 + self.alpha * torch.sigmoid(self.power[0, :, 0])
+
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        position: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """The values (B, n, C) that q (B, N, C) finds by k (B, n, C): (B, N, C). `position` (n, C) is added to k.
+
+        `key_mask` (B, n) is True for a real key; `dropout` is the probability of leaving a weight of softmax out.
+        """
+        heads = (self.num_heads, -1)
+        queries, keys, values = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
+        scale = None if self.scale is None else F.softplus(self.scale[0, 0]).unflatten(-1, heads)
+        position = None if position is None else position.unflatten(-1, heads)
+        if self.attention == "polarity":
+            out = polarity_attention(
+                queries,
+                keys,
+                values,
+                self.exponent(),
+                scale=scale,
+                position=position,
+                key_mask=key_mask,
+                backend=self.backend,
+            )
+        else:
+            out = kernel_attention(
+                self.attention,
+                queries,
+                keys,
+                values,
+                scale=scale,
+                position=position,
+                key_mask=key_mask,
+                dropout=dropout,
+            )
+        return out.flatten(2)
+
+
+class PolaLinearAttention(PolarityKernel):
+    """What both image layouts of polarity-aware linear attention share (section 4 of the paper).
+
+    Subclasses project their tokens to q, k, v and the gate g, then call `attend`. Another parameter is
+    `positional_encoding` (1, n, C), added to k.
+
+    Args:
         gate: False leaves the gate out, and its part of the projection with it.
     """
 
@@ -50,27 +131,14 @@ class PolaLinearAttention(nn.Module):
         learn_exponent: bool,
         gate: bool,
     ) -> None:
-        super().__init__()
-        if attention not in ATTENTIONS:
-            raise ValueError(f"ATTENTION {attention!r} is unknown, expected one of {', '.join(ATTENTIONS)}")
+        super().__init__(
+            dim, num_heads, alpha=alpha, backend=backend, attention=attention, learn_exponent=learn_exponent
+        )
         if kernel_size % 2 == 0:
             raise ValueError(f"KERNEL_SIZE {kernel_size} of the depthwise convolution is even, expected an odd number")
-        self.num_heads = num_heads
-        self.alpha = alpha
         self.key_grid = key_grid
-        self.backend = backend
-        self.attention = attention
         self.gate = gate
-        learns = attention == "polarity" and learn_exponent
-        self.power = nn.Parameter(torch.zeros(1, num_heads, 1, dim // num_heads)) if learns else None
-        self.scale = nn.Parameter(torch.zeros(1, 1, dim))
         self.positional_encoding = nn.Parameter(torch.zeros(1, key_grid[0] * key_grid[1], dim))
-
-    def exponent(self) -> Tensor:
-        """p = 1 + α·sigmoid(power), (h, d); without `power` 1 + α/2, its value at power 0."""
-        if self.power is None:
-            return torch.full_like(self.scale[0, 0], 1 + self.alpha / 2).unflatten(-1, (self.num_heads, -1))
-        return 1 + self.alpha * torch.sigmoid(self.power[0, :, 0])
 
     def position(self, key_grid: Grid) -> Tensor:
         """The table added to k, (n, C), resized where the keys are of another grid than it was built for."""
@@ -89,28 +157,10 @@ class PolaLinearAttention(nn.Module):
         key_grid: Grid | None = None,
     ) -> Tensor:
         """Attention over q (B, N, C) and k, v (B, n, C), plus the depthwise branch over v, gated by g: (B, N, C)."""
-        heads = (self.num_heads, -1)
         if key_mask is not None:
             v = v.masked_fill(~key_mask[:, :, None], 0.0)
-        queries, keys, values = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
-        scale = F.softplus(self.scale[0, 0]).unflatten(-1, heads)
-        position = self.position(key_grid or self.key_grid).unflatten(-1, heads)
-        if self.attention == "polarity":
-            out = polarity_attention(
-                queries,
-                keys,
-                values,
-                self.exponent(),
-                scale=scale,
-                position=position,
-                key_mask=key_mask,
-                backend=self.backend,
-            )
-        else:
-            out = kernel_attention(
-                self.attention, queries, keys, values, scale=scale, position=position, key_mask=key_mask
-            )
-        out = out.flatten(2) + self.local_branch(v, grid)
+        out = self.mix(q, k, v, position=self.position(key_grid or self.key_grid), key_mask=key_mask)
+        out = out + self.local_branch(v, grid)
         return self.proj(out if g is None else out * g)
 
     def local_branch(self, v: Tensor, grid: Grid) -> Tensor:
@@ -247,6 +297,58 @@ def reduce_tokens(module: "PolaReductionAttention | SpatialReductionAttention", 
         return x
     image = x.unflatten(1, grid).permute(0, 3, 1, 2)
     return module.norm(module.sr(image).flatten(2).transpose(1, 2))
+
+
+class PolaSequenceAttention(PolarityKernel):
+    """Polarity-aware linear attention over a sequence, some of whose tokens are padding (Long Range Arena).
+
+    Projections and gate as in the image layouts; positions are the model's affair, so keys get none. The depthwise
+    branch is a convolution along the sequence with a kernel of its own for each channel.
+
+    Args:
+        kernel_size: of the depthwise branch; 0 leaves it out.
+        dropout: of softmax's weights, while training; the linear kernels have none.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        alpha: float = 4.0,
+        kernel_size: int = 0,
+        dropout: float = 0.0,
+        backend: str = "auto",
+        attention: str = "polarity",
+        learn_exponent: bool = True,
+        learn_scale: bool = True,
+        gate: bool = True,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_heads,
+            alpha=alpha,
+            backend=backend,
+            attention=attention,
+            learn_exponent=learn_exponent,
+            learn_scale=learn_scale,
+        )
+        if kernel_size and kernel_size % 2 == 0:
+            raise ValueError(f"KERNEL_SIZE {kernel_size} of the depthwise convolution is even, expected an odd number")
+        self.gate = gate
+        self.dropout = dropout
+        self.qkvg = nn.Linear(dim, (4 if gate else 3) * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.dwc = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim) if kernel_size else None
+
+    def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:
+        """x (B, N, C); key_mask (B, N) bool, False for padding, whose tokens influence no other's result."""
+        q, k, v, *g = self.qkvg(x).chunk(4 if self.gate else 3, dim=-1)
+        out = self.mix(q, k, v, key_mask=key_mask, dropout=self.dropout if self.training else 0.0)
+        if self.dwc is not None:
+            real = v.masked_fill(~key_mask[:, :, None], 0.0)
+            out = out + self.dwc(real.transpose(1, 2)).transpose(1, 2)
+        return self.proj(out * g[0] if g else out)
 
 
 class WindowAttention(nn.Module):

@@ -56,11 +56,8 @@ def chosen_stages(stages: int, indices: int | Sequence[int] | None) -> tuple[lis
     return chosen, chosen[-1]
 
 
-class Classifier(nn.Module, ABC):
-    """Base of Pola-Swin and Pola-PVT: timm's interface, and what loading and optimising need to know about a model.
-
-    Subclasses call `_begin` first and `_finish` last in their constructor and define the abstract methods.
-    """
+class TrainableModel(nn.Module, ABC):
+    """What optimising and loading need to know about a model."""
 
     # Ends of the names of entries in this family's files that the model derives instead of storing.
     derived_entries: tuple[str, ...] = ()
@@ -68,6 +65,32 @@ class Classifier(nn.Module, ABC):
     unused_released_parameters: tuple[str, ...] = ()
     # Ends of the names of parameters that are not decayed although they have several dimensions.
     undecayed: tuple[str, ...] = ()
+
+    num_classes: int
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are not decayed although they have several dimensions."""
+        return {name for name, _ in self.named_parameters() if self.undecayed and name.endswith(self.undecayed)}
+
+    @abstractmethod
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in backward instead of storing them."""
+
+    @abstractmethod
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's description of the layers from stem to head by parameter names; `coarse`: a layer is a stage."""
+
+    @abstractmethod
+    def position_grids(self) -> dict[str, Grid]:
+        """(rows, columns) of each position table that can be resized, by parameter name."""
+
+
+class Classifier(TrainableModel):
+    """Base of Pola-Swin and Pola-PVT: timm's interface.
+
+    Subclasses call `_begin` first and `_finish` last in their constructor and define the abstract methods.
+    """
+
     # Layout of `forward_features`, in timm's words: batch, tokens, channels.
     output_fmt = "NLC"
 
@@ -76,7 +99,6 @@ class Classifier(nn.Module, ABC):
     in_chans: int
     num_features: int
     head_hidden_size: int
-    num_classes: int
     global_pool: str
     feature_info: list[dict[str, Any]]
     head: nn.Linear | nn.Identity
@@ -219,10 +241,6 @@ class Classifier(nn.Module, ABC):
         self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
         init_weights(self.head)
 
-    @abstractmethod
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in backward instead of storing them."""
-
     def _resize_tables(self, before: dict[str, Grid]) -> None:
         """Replace the position tables whose grid differs from `before` by resized ones."""
         for name, grid in self.position_grids().items():
@@ -236,20 +254,6 @@ class Classifier(nn.Module, ABC):
         """Record changed constructor arguments where timm looks for them when it describes a model in a file."""
         self._traits = {**getattr(self, "_traits", {}), "img_size": self.img_size}
         self._model_args = {**getattr(self, "_model_args", {}), "img_size": self.img_size, **changed}
-
-    # -- what optimising and loading ask
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed although they have several dimensions."""
-        return {name for name, _ in self.named_parameters() if self.undecayed and name.endswith(self.undecayed)}
-
-    @abstractmethod
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's description of the layers from stem to head by parameter names; `coarse`: a layer is a stage."""
-
-    @abstractmethod
-    def position_grids(self) -> dict[str, Grid]:
-        """(rows, columns) of each position table, by parameter name."""
 
 
 def _formatted(tokens: Tensor, grid: Grid, output_fmt: str) -> Tensor:

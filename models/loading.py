@@ -11,12 +11,12 @@ from yacs.config import CfgNode
 from logger import get_logger
 from models import build_model, list_models
 from models.adaptation import adapt_position_tables, released_names, require_fit
-from models.classifier import Classifier
+from models.classifier import Classifier, TrainableModel
 from models.layers import Grid
 from utils.checkpoint import CheckpointError, load_checkpoint, num_classes_of, stored_config
 
 
-def load_weights(model: Classifier, state: dict[str, Tensor], source: str) -> None:
+def load_weights(model: TrainableModel, state: dict[str, Tensor], source: str) -> None:
     """Load a state dict strictly, apart from `released_names`.
 
     Raises CheckpointError that lists missing, unexpected and mis-shaped entries.
@@ -40,7 +40,7 @@ def _source_grids(checkpoint: dict[str, Any], source: str) -> dict[str, Grid]:
         return {}
 
 
-def load_pretrained(model: Classifier, checkpoint: dict[str, Any], source: str) -> None:
+def load_pretrained(model: TrainableModel, checkpoint: dict[str, Any], source: str) -> None:
     """Load a checkpoint's weights into a model of another image size or class count, logging each adaptation.
 
     Position tables are resized; the head keeps its fresh initialisation where the number of classes differs.
@@ -59,7 +59,7 @@ def load_pretrained(model: Classifier, checkpoint: dict[str, Any], source: str) 
         get_logger().info("%s: %s", source, note)
 
 
-def load_resized(model: Classifier, state: dict[str, Tensor], built_for: CfgNode, source: str) -> None:
+def load_resized(model: TrainableModel, state: dict[str, Tensor], built_for: CfgNode, source: str) -> None:
     """Load the weights of the model that the configuration `built_for` describes into one of another image size.
 
     Position tables are resized, with a log line each; all else loads strictly. Raises CheckpointError.
@@ -102,6 +102,8 @@ def load_model(path: str | Path, *, ema: bool = False, config: CfgNode | None = 
     if weights is None:
         raise CheckpointError(f"{source} holds no averaged weights (it was trained without EMA.ENABLE)")
     model = build_model(config, num_classes_of(checkpoint, source))
+    if not isinstance(model, Classifier):
+        raise CheckpointError(f"{source} holds a model of sequences (MODEL.TYPE {config.MODEL.TYPE}), expected images")
     load_weights(model, weights, source)
     classes = checkpoint.get("classes")
     return LoadedModel(model.eval(), config, list(classes) if classes else None)

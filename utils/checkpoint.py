@@ -33,6 +33,9 @@ FUNCTION_KEYS = (
     "MODEL.LA.LEARN_EXPONENT",
     "MODEL.LA.GATE",
     "MODEL.SWIN.QK_SCALE",
+    "MODEL.LRA.POOL",
+    "MODEL.LRA.NUM_HEADS",
+    "DATA.LRA.BLACK_IS_PADDING",
 )
 
 # What a file system says when it cannot deliver a file, which says nothing about the file.

@@ -29,6 +29,7 @@ def kernel_attention(
     position: Tensor | None = None,
     key_mask: Tensor | None = None,
     eps: float = 1e-6,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention with one of `KINDS`; arguments and result have the shapes of `polarity_attention`.
 
@@ -40,6 +41,7 @@ def kernel_attention(
         key_mask: (B, n) bool, True for a real key. Masked keys contribute nothing, whatever stands there; a row
             without real keys gives 0.
         eps: added to the normaliser of the linear kinds, which is a mean over keys.
+        dropout: probability of leaving a weight of softmax out; the linear kinds have no weights to leave out.
 
     Returns:
         (B, N, h, d) in the dtype of q. The linear kinds are computed in float32 (float64 for float64); softmax, apart
@@ -62,7 +64,7 @@ def kernel_attention(
             keys, values = keys.masked_fill(padding, 0.0), values.masked_fill(padding, 0.0)
         queries, keys, values = (t.transpose(1, 2) for t in (queries, keys, values))  # (B, h, N or n, d)
         if kind == "softmax":
-            out = _softmax(queries, keys, values, key_mask)
+            out = _softmax(queries, keys, values, key_mask, dropout)
         else:
             out = _linear(feature_map(kind, queries), feature_map(kind, keys), values.to(dtype), key_mask, eps)
     return out.transpose(1, 2).to(q.dtype)
@@ -82,13 +84,15 @@ def feature_map(kind: str, x: Tensor) -> Tensor:
     return norm * F.normalize(direction, dim=-1)
 
 
-def _softmax(queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None) -> Tensor:
+def _softmax(queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None, dropout: float) -> Tensor:
     mask = None
     if key_mask is not None:  # a row without real keys attends to all of them: their values are 0
         mask = (key_mask | ~key_mask.any(dim=1, keepdim=True))[:, None, None, :]
     dtype = values.dtype
     queries = queries * queries.shape[-1] ** -0.5  # before the cast: float16 ends at 65,504
-    return F.scaled_dot_product_attention(queries.to(dtype), keys.to(dtype), values, attn_mask=mask, scale=1.0)
+    return F.scaled_dot_product_attention(
+        queries.to(dtype), keys.to(dtype), values, attn_mask=mask, dropout_p=dropout, scale=1.0
+    )
 
 
 def _linear(queries: Tensor, keys: Tensor, values: Tensor, key_mask: Tensor | None, eps: float) -> Tensor:
