@@ -202,8 +202,8 @@ KEYS: dict[str, Key] = {
     "TRAIN.STEPS": Key(
         None,
         optional(integer(1)),
-        "optimizer steps of the run, in place of EPOCHS; what is done once an epoch (validation, checkpoint, log) is then"
-        " done every EVAL_STEPS, and training draws one permutation of the data after the other. null: EPOCHS",
+        "optimizer steps of the run, in place of EPOCHS; what is done once an epoch (validation, checkpoint, log) is"
+        " then done every EVAL_STEPS, and training draws one permutation of the data after the other. null: EPOCHS",
     ),
     "TRAIN.EVAL_STEPS": Key(500, integer(1), "with STEPS, which it divides: optimizer steps between validations"),
     "TRAIN.WARMUP_STEPS": Key(0, integer(0), "with STEPS: steps of linear warm-up, part of STEPS"),
@@ -240,7 +240,12 @@ KEYS: dict[str, Key] = {
     ),
     "TRAIN.MAX_SKIPPED": Key(10, integer(0), "steps that NON_FINITE skip may skip in a run before it stops"),
     "TRAIN.FIND_UNUSED_PARAMS": Key(False, boolean(), "DDP's find_unused_parameters (--find-unused-params)"),
-    "TRAIN.LR_SCHEDULER.NAME": Key("cosine", choice(*SCHEDULERS), "learning rate after the warm-up"),
+    "TRAIN.LR_SCHEDULER.NAME": Key(
+        "cosine",
+        choice(*SCHEDULERS),
+        "learning rate after the warm-up; onecycle: torch's OneCycleLR in straight lines, which ignores"
+        " WARMUP_LR and MIN_LR and cycles AdamW's first decay rate with the learning rate",
+    ),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, integer(1), "epochs between the drops of the step schedule"),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, real(0, 1), "factor of each drop of the step schedule"),
     "TRAIN.OPTIMIZER.NAME": Key("adamw", choice(*OPTIMIZERS), "optimizer; sgd uses Nesterov momentum"),
@@ -684,6 +689,7 @@ def _validate_sequences(config: CfgNode) -> None:
     images_only = {
         "AUG.MIXUP": config.AUG.MIXUP > 0,
         "AUG.CUTMIX": config.AUG.CUTMIX > 0,
+        "AUG.REPROB": config.AUG.REPROB > 0,
         "AUG.CUTMIX_MINMAX": config.AUG.CUTMIX_MINMAX is not None,
         "TEST.FLIP": config.TEST.FLIP,
         "TEST.IMG_SIZE": config.TEST.IMG_SIZE is not None,
@@ -702,7 +708,7 @@ def validate(config: CfgNode) -> None:
     if steps is not None and steps % interval:
         nearest = max(1, round(steps / interval)) * interval
         raise ConfigError(f"TRAIN.EVAL_STEPS {interval} does not divide TRAIN.STEPS {steps}; {nearest} steps would do")
-    if config.TRAIN.START_EPOCH >= last_epoch(config):
+    if last_epoch(config) <= config.TRAIN.START_EPOCH:
         raise ConfigError(
             f"TRAIN.START_EPOCH {config.TRAIN.START_EPOCH} is not below the run's {last_epoch(config)} epochs"
         )

@@ -1,4 +1,5 @@
-"""Learning rate per optimizer step: linear warm-up, then cosine, linear or step decay, counted from iteration 0.
+"""Learning rate per optimizer step: linear warm-up, then cosine, linear or step decay, counted from iteration 0; or one
+cycle.
 
 `step_update(k)` after the optimizer step of iteration k sets the rate of iteration k + 1 (timm's convention).
 """
@@ -7,6 +8,8 @@ from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
 from yacs.config import CfgNode
+
+from config import schedule_epochs, warmup_steps
 
 
 class LinearLRScheduler(Scheduler):
@@ -40,6 +43,47 @@ class FlooredStepLRScheduler(StepLRScheduler):
         return rates if t < self.warmup_t else [max(rate, self.lr_min) for rate in rates]
 
 
+class OneCycleScheduler(Scheduler):
+    """torch's OneCycleLR in straight lines with its default ratios, for AdamW, as a function of the step.
+
+    Over the warm-up the rate climbs from 1/25 of the base rate to it, and beta1 falls from 0.95 to 0.85; over the rest
+    the rate falls to 1/250,000 of the base rate and beta1 climbs back. (Smith and Topin 2018, arXiv 1708.07120.)
+    """
+
+    DIVISOR, FINAL_DIVISOR = 25.0, 1e4
+    BETAS = (0.85, 0.95)
+
+    def __init__(self, optimizer: Optimizer, *, t_total: int, warmup_t: int) -> None:
+        super().__init__(optimizer, "lr", t_in_epochs=False)
+        self.t_total, self.warmup_t = t_total, warmup_t
+        self._set(0)
+
+    def _rising(self, t: int) -> tuple[bool, float]:
+        """Whether step t belongs to the warm-up, and how much of that phase is behind it."""
+        top = self.warmup_t - 1  # the step that has the base rate
+        if t < top:
+            return True, t / top
+        return False, min(1.0, (t - top) / max(1, self.t_total - 1 - top))
+
+    def _get_lr(self, t: int) -> list[float]:
+        rising, share = self._rising(t)
+        low = 1 / self.DIVISOR if rising else 1 / (self.DIVISOR * self.FINAL_DIVISOR)
+        factor = low + share * (1 - low) if rising else 1 - share * (1 - low)
+        return [base * factor for base in self.base_values]
+
+    def _set(self, t: int) -> None:
+        self.update_groups(self._get_lr(t))
+        rising, share = self._rising(t)
+        low, high = self.BETAS
+        beta1 = high - share * (high - low) if rising else low + share * (high - low)
+        for group in self.optimizer.param_groups:
+            group["betas"] = (beta1, group["betas"][1])
+
+    def step_update(self, num_updates: int, metric: float | None = None) -> None:
+        """Set what iteration `num_updates` + 1 trains with."""
+        self._set(num_updates + 1)
+
+
 def build_scheduler(config: CfgNode, optimizer: Optimizer, steps_per_epoch: int, lr_scale: float = 1.0) -> Scheduler:
     """The schedule of TRAIN.LR_SCHEDULER over an optimizer built with the same `lr_scale`.
 
@@ -48,8 +92,8 @@ def build_scheduler(config: CfgNode, optimizer: Optimizer, steps_per_epoch: int,
         lr_scale: global batch / 512, applied to WARMUP_LR and MIN_LR here and to BASE_LR by the optimizer.
     """
     name = config.TRAIN.LR_SCHEDULER.NAME
-    total = config.TRAIN.EPOCHS * steps_per_epoch
-    warmup = config.TRAIN.WARMUP_EPOCHS * steps_per_epoch
+    total = schedule_epochs(config) * steps_per_epoch
+    warmup = warmup_steps(config, steps_per_epoch)
     warmup_lr, min_lr = config.TRAIN.WARMUP_LR * lr_scale, config.TRAIN.MIN_LR * lr_scale
     if name == "cosine":
         return CosineLRScheduler(
@@ -58,6 +102,8 @@ def build_scheduler(config: CfgNode, optimizer: Optimizer, steps_per_epoch: int,
     if name == "linear":
         lr_end = max(0.01 * config.TRAIN.BASE_LR * lr_scale, min_lr)
         return LinearLRScheduler(optimizer, t_total=total, lr_end=lr_end, warmup_t=warmup, warmup_lr_init=warmup_lr)
+    if name == "onecycle":
+        return OneCycleScheduler(optimizer, t_total=total, warmup_t=warmup)
     if name == "step":
         return FlooredStepLRScheduler(
             optimizer,
@@ -67,4 +113,4 @@ def build_scheduler(config: CfgNode, optimizer: Optimizer, steps_per_epoch: int,
             warmup_t=warmup,
             warmup_lr_init=warmup_lr,
         )
-    raise ValueError(f"TRAIN.LR_SCHEDULER.NAME {name!r} is unknown, expected cosine, linear or step")
+    raise ValueError(f"TRAIN.LR_SCHEDULER.NAME {name!r} is unknown, expected cosine, linear, step or onecycle")

@@ -34,7 +34,7 @@ from benchmarks.common import (
 )
 from config import image_size, load_config
 from data.transforms import Normalise
-from models import build_model
+from models import build_classifier
 from models.loading import LoadedModel
 from models.maps import LayerRecord, attention_layers, record
 from models.ops.polarity_attention import polarity_attention
@@ -85,7 +85,7 @@ def measure(name: str, repeats: int, threads: int | None) -> dict[str, Any]:
     prepare_process(threads)
     config = load_config(str(ROOT / "configs" / f"{name}.yaml"))
     torch.manual_seed(0)
-    loaded = LoadedModel(build_model(config).eval(), config, None)
+    loaded = LoadedModel(build_classifier(config).eval(), config, None)
     height, width = image_size(config)
     pixels = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     images = Normalise(CPU)(pixels[None])

@@ -59,8 +59,8 @@ class Batches:
     """Iterates (images uint8 (B, 3, H, W), labels (B,)); names and counts this process's unreadable training images.
 
     Sequences take the place of images with DATASET lra: ids int16 (B, N), or (B, 2, N). `inputs` makes what turns a
-    batch, on a device, into a model's input. `relabel` gives the label to deliver for each label of the source. Raises DataError when more than the allowed
-    number of files were unreadable in one epoch.
+    batch, on a device, into a model's input. `relabel` gives the label to deliver for each label of the source. Raises
+    DataError when more than the allowed number of files were unreadable in one epoch.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ class TokenSource:
                 f" MODEL.LRA.VOCABULARY is {vocabulary}; expected at least {manifest.symbols + shift}"
             )
         self._split, self._documents = cache.splits[split], manifest.documents
-        self._prefix, self._length, self._shift = f"{cache.path}:{split}/", length, shift
+        self._prefix, self._length, self._shift = f"{cache.path}/{split}/", length, shift
         self._chosen = range(len(self._split.labels)) if chosen is None else chosen
         self.labels = np.asarray(self._split.labels)[self._chosen.start : self._chosen.stop]
         self.classes: tuple[str, ...] | None = tuple(manifest.classes)

@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 from config import MODEL_TYPES, image_size, parse_sr_ratios
 from models import pola_pvt, pola_swin
-from models.classifier import TrainableModel
+from models.classifier import Classifier, TrainableModel
 from models.lra import SequenceClassifier, sequence_arguments
 from models.pola_pvt import PVT_DEPTHS, PolaPVT
 from models.pola_swin import PolaSwin
@@ -64,6 +64,16 @@ def model_arguments(config: CfgNode) -> dict[str, Any]:
     raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r} is unknown, expected one of {', '.join(MODEL_TYPES)}")
 
 
+def build_classifier(config: CfgNode, num_classes: int | None = None) -> Classifier:
+    """`build_model` for a configuration of an image model. Raises ValueError for another."""
+    arguments = model_arguments(config) | {
+        "num_classes": config.MODEL.NUM_CLASSES if num_classes is None else num_classes
+    }
+    model = PolaSwin(**arguments) if config.MODEL.TYPE == "pola_swin" else PolaPVT(**arguments)
+    model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
+    return model
+
+
 def build_model(config: CfgNode, num_classes: int | None = None) -> TrainableModel:
     """The freshly initialised model of a configuration, on the CPU.
 
@@ -73,12 +83,9 @@ def build_model(config: CfgNode, num_classes: int | None = None) -> TrainableMod
     Raises:
         ValueError: an unknown MODEL.TYPE, or sizes that do not fit it.
     """
+    if config.MODEL.TYPE != "lra":
+        return build_classifier(config, num_classes)
     classes = config.MODEL.NUM_CLASSES if num_classes is None else num_classes
-    model: TrainableModel
-    if config.MODEL.TYPE == "lra":
-        model = SequenceClassifier(num_classes=classes, **sequence_arguments(config))
-    else:
-        arguments = model_arguments(config) | {"num_classes": classes}
-        model = PolaSwin(**arguments) if config.MODEL.TYPE == "pola_swin" else PolaPVT(**arguments)
+    model = SequenceClassifier(num_classes=classes, **sequence_arguments(config))
     model.set_grad_checkpointing(config.TRAIN.USE_CHECKPOINT)
     return model

@@ -62,6 +62,10 @@ class PolarityKernel(nn.Module):
             return torch.full((self.num_heads, self.head_dim), 1 + self.alpha / 2, device=like.device, dtype=like.dtype)
         return 1 + self.alpha * torch.sigmoid(self.power[0, :, 0])
 
+    def divisor(self) -> Tensor | None:
+        """What queries and keys are divided by, softplus of the scale, (C,); None without a scale."""
+        return None if self.scale is None else F.softplus(self.scale[0, 0])
+
     def mix(
         self,
         q: Tensor,
@@ -78,7 +82,7 @@ class PolarityKernel(nn.Module):
         """
         heads = (self.num_heads, -1)
         queries, keys, values = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
-        scale = None if self.scale is None else F.softplus(self.scale[0, 0]).unflatten(-1, heads)
+        scale = None if (divisor := self.divisor()) is None else divisor.unflatten(-1, heads)
         position = None if position is None else position.unflatten(-1, heads)
         if self.attention == "polarity":
             out = polarity_attention(

@@ -7,9 +7,8 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from models.attention import PolaLinearAttention
+from models.attention import PolarityKernel
 
 
 def inspect_step(model: nn.Module, step: Callable[[], Any]) -> dict[str, Any]:
@@ -63,33 +62,38 @@ def _watched(model: nn.Module) -> Iterator[tuple[dict[str, dict[str, Any]], dict
             handle.remove()
         for module in model.modules():
             if _is_polarity(module):
-                del module.attend
+                del module.mix
 
 
-def _is_polarity(module: nn.Module) -> TypeGuard[PolaLinearAttention]:
+def _is_polarity(module: nn.Module) -> TypeGuard[PolarityKernel]:
     """True for the attention whose kernel has an exponent and two normalisers, unlike those it is compared with."""
-    return isinstance(module, PolaLinearAttention) and module.attention == "polarity"
+    return isinstance(module, PolarityKernel) and module.attention == "polarity"
 
 
-def _watch_attention(module: PolaLinearAttention, name: str, records: dict[str, dict[str, Any]]) -> None:
-    attend = module.attend
+def _watch_attention(module: PolarityKernel, name: str, records: dict[str, dict[str, Any]]) -> None:
+    mix = module.mix
 
-    def watched(q: Tensor, k: Tensor, *rest: Any, **named: Any) -> Tensor:
-        records[name] = _attention_record(module, q, k)
-        return attend(q, k, *rest, **named)
+    def watched(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> Tensor:
+        records[name] = _attention_record(module, q, k, named.get("position"), named.get("key_mask"))
+        return mix(q, k, v, **named)
 
-    module.attend = watched  # type: ignore[method-assign]
+    module.mix = watched  # type: ignore[method-assign]
 
 
 @torch.no_grad()
-def _attention_record(module: PolaLinearAttention, q: Tensor, k: Tensor) -> dict[str, Any]:
+def _attention_record(
+    module: PolarityKernel, q: Tensor, k: Tensor, position: Tensor | None, key_mask: Tensor | None
+) -> dict[str, Any]:
     """Ranges of exponent and scale, and the smallest and largest normaliser of both streams, in float64."""
     heads = (module.num_heads, -1)
-    exponent, scale = module.exponent().double(), F.softplus(module.scale.double())
+    divisor = module.divisor()
+    exponent, scale = module.exponent().double(), q.new_ones(1).double() if divisor is None else divisor.double()
+    real = k.new_ones(k.shape[:2]) if key_mask is None else key_mask
+    weight = (real / real.sum(dim=1, keepdim=True).clamp(min=1)).double()[:, :, None, None]
     queries = (q.double() / scale).unflatten(-1, heads)
-    keys = ((k.double() + module.positional_encoding.double()) / scale).unflatten(-1, heads)
+    keys = ((k.double() if position is None else k.double() + position.double()) / scale).unflatten(-1, heads)
     positive_mean, negative_mean = (
-        (sign * keys).clamp(min=0).pow(exponent).mean(dim=1, keepdim=True) for sign in (1, -1)
+        ((sign * keys).clamp(min=0).pow(exponent) * weight).sum(dim=1, keepdim=True) for sign in (1, -1)
     )
     positive, negative = ((sign * queries).clamp(min=0).pow(exponent) for sign in (1, -1))
     same = (positive * positive_mean + negative * negative_mean).sum(dim=-1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from logger import get_logger
-from models import build_model, list_models
+from models import build_classifier, build_model, list_models
 from models.adaptation import adapt_position_tables, released_names, require_fit
 from models.classifier import Classifier, TrainableModel
 from models.layers import Grid
@@ -101,9 +101,9 @@ def load_model(path: str | Path, *, ema: bool = False, config: CfgNode | None = 
     weights = checkpoint.get("model_ema") if ema else checkpoint["model"]
     if weights is None:
         raise CheckpointError(f"{source} holds no averaged weights (it was trained without EMA.ENABLE)")
-    model = build_model(config, num_classes_of(checkpoint, source))
-    if not isinstance(model, Classifier):
-        raise CheckpointError(f"{source} holds a model of sequences (MODEL.TYPE {config.MODEL.TYPE}), expected images")
+    if config.MODEL.TYPE == "lra":
+        raise CheckpointError(f"{source} holds a model of sequences (MODEL.TYPE lra), expected one of images")
+    model = build_classifier(config, num_classes_of(checkpoint, source))
     load_weights(model, weights, source)
     classes = checkpoint.get("classes")
     return LoadedModel(model.eval(), config, list(classes) if classes else None)

@@ -373,8 +373,9 @@ def _polarity_record(
     h = module.num_heads
     dtype = torch.promote_types(tokens[0].dtype, torch.float32)
     q, k, v = (token.detach().to(dtype) for token in tokens)
-    scale = F.softplus(module.scale.to(dtype))
-    q, k = q / scale, (k + module.positional_encoding.to(dtype)) / scale
+    divisor = module.divisor()
+    assert divisor is not None, "the image layouts learn a scale"
+    q, k = q / divisor.to(dtype), (k + module.positional_encoding.to(dtype)) / divisor.to(dtype)
     if isinstance(module, PolaWindowAttention):
         block = model.get_submodule(name)
         assert isinstance(block, PolaSwinBlock)

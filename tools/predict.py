@@ -32,7 +32,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from config import evaluation_config, image_size, load_config
 from data.datasets import DataError, Picture, UnreadableImage, decode
 from data.transforms import Normalise, evaluation_transform
-from models import build_model
+from models import build_classifier
 from models.loading import LoadedModel, load_model, load_resized
 from tools.class_names import readable_names
 from utils.checkpoint import file_digest
@@ -105,7 +105,7 @@ def at_evaluation_size(loaded: LoadedModel, source: str) -> LoadedModel:
     sized = evaluation_config(loaded.config)
     if image_size(sized) == image_size(loaded.config):
         return loaded
-    model = build_model(sized, loaded.model.num_classes)
+    model = build_classifier(sized, loaded.model.num_classes)
     load_resized(model, loaded.model.state_dict(), loaded.config, source)
     return LoadedModel(model.eval(), sized, loaded.classes)
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from data.transforms import Normalise
 from engine import Training
 from logger import MetricsWriter
-from models.attention import PolaLinearAttention
+from models.attention import PolarityKernel
+from models.classifier import Classifier
 from utils.curves import CurvesInBackground
 
 PICTURES = 8  # inputs that are shown
@@ -47,7 +48,7 @@ def exponents(model: nn.Module) -> dict[str, Tensor]:
     found = {
         name.removesuffix(".attn"): module.exponent().detach().flatten()
         for name, module in model.named_modules()
-        if isinstance(module, PolaLinearAttention) and module.power is not None
+        if isinstance(module, PolarityKernel) and module.power is not None
     }
     if not found:
         return {}
@@ -61,16 +62,16 @@ class Observer:
     def __init__(self, training: Training, folder: Path, metrics: MetricsWriter) -> None:
         self.training, self.metrics = training, metrics
         self.curves = CurvesInBackground(folder)
-        self.inputs = InputWatch(training) if metrics.tensorboard else None
+        shows_images = metrics.tensorboard and isinstance(training.bare_model, Classifier)
+        self.inputs = InputWatch(training) if shows_images else None
 
     def epoch_ended(self, epochs: int) -> None:
         """Show the run after `epochs` finished ones: inputs once per start, exponents and, where due, curves always."""
         self.curves.epoch_ended()
-        if self.inputs is None:
+        if not self.metrics.tensorboard:
             return
         step = epochs * self.training.steps_per_epoch
-        pictures = self.inputs.pictures()
-        if pictures is not None:
+        if self.inputs and (pictures := self.inputs.pictures()) is not None:
             self.metrics.write_images("inputs", pictures, step)
             self.training.prepare = self.inputs.prepare  # once is enough: they are large
             self.inputs.kept = None

@@ -52,6 +52,7 @@ def checkpoint_state(
             "done": progress.done,
             "intervals": distributed.gather_objects(interval.state()),
             "skipped": training.skipped,
+            "epoch_steps": config.TRAIN.EVAL_STEPS if config.TRAIN.STEPS is not None else None,
             "global_batch": training.global_batch,
             "images": loaders.train.num_images if loaders.train else 0,
             "seed": config.SEED,
@@ -107,7 +108,15 @@ def restore(
 
 
 def _check_plan(config: CfgNode, training: Training, continuation: dict[str, Any], source: str) -> None:
-    """Refuse a change of the global batch that nobody asked for, or that a part of an epoch does not survive."""
+    """Refuse a change of the global batch that nobody asked for, or that a part of an epoch does not survive, and
+    one of the steps that count as an epoch with TRAIN.STEPS."""
+    per_epoch = config.TRAIN.EVAL_STEPS if config.TRAIN.STEPS is not None else None
+    if (stored := continuation.get("epoch_steps", per_epoch)) != per_epoch:
+        now = "one pass through the data" if per_epoch is None else f"{per_epoch} steps (TRAIN.EVAL_STEPS)"
+        then = "one pass through the data" if stored is None else f"{stored} steps"
+        raise CheckpointError(
+            f"{source} counts epochs of {then}, this configuration of {now}: restore that to continue"
+        )
     stored = continuation.get("global_batch", training.global_batch)
     if stored == training.global_batch:
         if continuation.get("world_size", distributed.world_size()) != distributed.world_size():
