@@ -1,0 +1,253 @@
+"""Training steps of the byte-level text model over its length: python -m benchmarks.lra_speed
+
+The model of configs/lra/text.yaml, full training steps (forward, loss, backward, AdamW) on random bytes, with polarity
+attention and the attentions it is compared with in their plain form: softmax by PyTorch's fused kernel and by its
+N×N matrix (math), and linear attention of relu. Time: all in turn in one process, ratios within each round. Memory: a
+process of its own for each. Without dropout, which would keep softmax from its fused kernel. A gate comes first:
+padding that follows changes no logit.
+"""
+
+import json
+import multiprocessing
+import resource
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy, pad
+
+from benchmarks.common import (
+    DTYPES,
+    MEBIBYTE,
+    ROOT,
+    Bar,
+    Spread,
+    WrongResultError,
+    argument_parser,
+    gated,
+    interleaved,
+    prepare_process,
+    print_bars,
+    print_table,
+    ratios,
+    result_path,
+    timed,
+    write_result,
+)
+from config import load_config
+from models import build_model
+from models.classifier import TrainableModel
+from utils.precision import autocast
+
+PLAIN = "MODEL.LA.GATE False MODEL.LRA.LEARN_SCALE False"
+KINDS = {
+    "polarity": "MODEL.LA.ATTENTION polarity",
+    "polarity, no mask": "MODEL.LA.ATTENTION polarity",
+    "relu": f"MODEL.LA.ATTENTION relu {PLAIN}",
+    "softmax": f"MODEL.LA.ATTENTION softmax {PLAIN}",
+    "softmax (math)": f"MODEL.LA.ATTENTION softmax {PLAIN}",
+}
+SPEED_BAR, SPEED_AT = 4.0, 4096  # times as fast as fused softmax there
+GROWTH_BAR, GROWTH_TO = 4.8, 16384  # times the time of SPEED_AT, at most
+MASK_BAR = 1.10  # times the time without a key mask, at most
+MATH_LIMIT = 8192  # longer ones need tens of gigabytes for their matrices
+
+
+def build(kind: str, length: int, alpha: float, device: torch.device) -> TrainableModel:
+    options = f"{KINDS[kind]} MODEL.LRA.LENGTH {length} MODEL.DROP_RATE 0.0 MODEL.LRA.ATTENTION_DROP 0.0"
+    config = load_config(str(ROOT / "configs" / "lra" / "text.yaml"), [*options.split(), "MODEL.LA.ALPHA", str(alpha)])
+    torch.manual_seed(0)
+    model = build_model(config, 2).to(device)
+    if kind.endswith("no mask"):
+        for block in model.blocks:  # type: ignore[union-attr]
+            attention = block.attn
+            attention.mix = partial(_without_mask, attention.mix)
+    return model
+
+
+def _without_mask(mix: Callable[..., Tensor], *tokens: Tensor, key_mask: Tensor, **named: Any) -> Tensor:
+    return mix(*tokens, **named)
+
+
+def gate(length: int, device: torch.device) -> None:
+    """Raise WrongResultError unless the model's vectors are those of the documents without their padding."""
+    for kind in ("polarity", "relu", "softmax"):
+        model: Any = build(kind, length, 3.0, device).eval()
+        ids = torch.randint(1, 257, (2, length // 2), device=device)
+        with torch.no_grad():
+            short, padded = model.forward_features(ids), 2 * model.forward_features(pad(ids, (0, length // 2)))
+        if not torch.allclose(short, padded, rtol=1e-3, atol=1e-4):
+            raise WrongResultError(f"{kind}: padding changes the result by {(short - padded).abs().max():.2g}")
+
+
+class Steps:
+    """Full training steps of one kind at one length, on ids that end in a little padding."""
+
+    def __init__(
+        self, kind: str, length: int, batch_size: int, alpha: float, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.kind, self.device, self.dtype = kind, device, dtype
+        self.model = build(kind, length, alpha, device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+        self.ids = torch.randint(1, 257, (batch_size, length), device=device)
+        self.ids[:, length - length // 32 :] = 0
+        self.labels = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    def __call__(self) -> None:
+        backends = [SDPBackend.MATH] if self.kind.endswith("(math)") else list(FUSED)
+        with sdpa_kernel(backends), autocast(self.device, None if self.dtype == torch.float32 else self.dtype):
+            loss = cross_entropy(self.model(self.ids), self.labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def seconds(self) -> float:
+        return timed(self.device, self)[0]
+
+
+FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+def step_memory(
+    kind: str, length: int, batch_size: int, alpha: float, dtype: torch.dtype, device: str, threads: int | None
+) -> float:
+    """MiB that training steps add to their process: allocated on a GPU, resident on a CPU; in a process of its own."""
+    prepare_process(threads)
+    if device == "cpu":
+        Steps(kind, 256, batch_size, alpha, dtype, torch.device(device))()  # what every step loads
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    steps = Steps(kind, length, batch_size, alpha, dtype, torch.device(device))
+    steps()
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    torch.cuda.reset_peak_memory_stats()
+    steps()
+    return torch.cuda.max_memory_allocated() / MEBIBYTE
+
+
+def kinds_at(length: int) -> list[str]:
+    return [kind for kind in KINDS if not kind.endswith("(math)") or length <= MATH_LIMIT]
+
+
+def measure(length: int, options: Any, device: torch.device) -> dict[str, Any]:
+    """Seconds of a step of every kind, their ratio to polarity's in each round, and the memory of each."""
+    dtype = DTYPES[options.dtype]
+    setting = (options.batch_size, options.alpha, dtype)
+    contenders = {kind: Steps(kind, length, *setting, device) for kind in kinds_at(length)}
+    samples = interleaved({kind: steps.seconds for kind, steps in contenders.items()}, options.repeats, options.warmup)
+    del contenders
+    memory = {}
+    for kind in kinds_at(length):
+        if kind.endswith("no mask"):
+            continue
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            memory[kind] = pool.apply(step_memory, (kind, length, *setting, options.device, options.threads))
+    return {
+        "length": length,
+        "seconds": {kind: asdict(Spread.of(values)) for kind, values in samples.items()},
+        "times_polarity": {kind: asdict(ratios(values, samples["polarity"])) for kind, values in samples.items()},
+        "memory_mib": memory,
+        "samples": samples,
+    }
+
+
+def bars_of(records: Sequence[dict[str, Any]], device: torch.device) -> list[Bar]:
+    by_length = {record["length"]: record for record in records}
+    bars = []
+    for record in records:
+        masked = ratios(record["samples"]["polarity"], record["samples"]["polarity, no mask"]).median
+        bars.append(
+            Bar(f"a step with a key mask over one without, N = {record['length']}", masked, MASK_BAR, "at most")
+        )
+    if device.type == "cpu" and SPEED_AT in by_length:
+        faster = by_length[SPEED_AT]["times_polarity"]["softmax"]["median"]
+        bars.append(Bar(f"speed over fused softmax, N = {SPEED_AT}", faster, SPEED_BAR))
+        if GROWTH_TO in by_length:
+            seconds = [by_length[n]["seconds"]["polarity"]["median"] for n in (SPEED_AT, GROWTH_TO)]
+            bars.append(
+                Bar(f"time at N = {GROWTH_TO} over N = {SPEED_AT}", seconds[1] / seconds[0], GROWTH_BAR, "at most")
+            )
+    return bars
+
+
+def draw(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Time and memory over length, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure.suptitle(title)
+    time_axes, memory_axes = figure.subplots(1, 2)
+    for kind in KINDS:
+        if kind.endswith("no mask"):
+            continue
+        mine = [record for record in records if kind in record["memory_mib"]]
+        lengths = [record["length"] for record in mine]
+        time_axes.plot(lengths, [record["seconds"][kind]["median"] for record in mine], "o-", label=kind)
+        memory_axes.plot(lengths, [record["memory_mib"][kind] for record in mine], "o-", label=kind)
+    for axes, what in ((time_axes, "seconds a training step"), (memory_axes, "MiB a training step adds")):
+        axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel=what)
+        ticks = [record["length"] for record in records]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    time_axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Gate, measure, print, draw, write. Exits with the reason when the gate finds an error."""
+    parser = argument_parser("lra_speed", __doc__ or "", device=True)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], metavar="N")
+    parser.add_argument("--batch-size", type=int, help="default: 2 on a CPU, 32 on a GPU")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--alpha", type=float, default=3.0)
+    parser.add_argument("--repeats", type=int, help="timed rounds; default: 5 on a CPU, 50 on a GPU")
+    parser.add_argument("--warmup", type=int, help="rounds before them; default: 1 on a CPU, 10 on a GPU")
+    options = parser.parse_args(arguments)
+    on_cpu = options.device == "cpu"
+    options.batch_size = options.batch_size or (2 if on_cpu else 32)
+    options.repeats = options.repeats or (5 if on_cpu else 50)
+    options.warmup = (1 if on_cpu else 10) if options.warmup is None else options.warmup
+    prepare_process(options.threads)
+    device = torch.device(options.device)
+    with gated():
+        gate(256, device)
+    records = []
+    for length in options.lengths:
+        records.append(measure(length, options, device))
+        print(f"N = {length}: {json.dumps(records[-1]['times_polarity']['softmax'])}", flush=True)
+    rows = [
+        (
+            f"{record['length']:,}",
+            kind,
+            Spread(**record["seconds"][kind]).text(1e3, 0),
+            Spread(**record["times_polarity"][kind]).text(digits=2),
+            f"{record['memory_mib'][kind]:,.0f}" if kind in record["memory_mib"] else "",
+        )
+        for record in records
+        for kind in record["seconds"]
+    ]
+    title = f"byte-level text model, batch {options.batch_size}, {options.dtype}, α = {options.alpha:g}"
+    print_table(f"{title}: median (smallest to largest)", ("N", "attention", "ms a step", "× polarity", "MiB"), rows)
+    bars = bars_of(records, device)
+    print_bars(bars)
+    content = {
+        "batch_size": options.batch_size,
+        "dtype": options.dtype,
+        "alpha": options.alpha,
+        "repeats": options.repeats,
+        "lengths": [{name: value for name, value in record.items() if name != "samples"} for record in records],
+    }
+    path = write_result(options.output, "lra_speed", device, content, bars)
+    picture = result_path(options.output, "lra_speed", device, "png")
+    draw(records, picture, title)
+    print(f"\nwrote {path.name} and {picture.name} to {options.output}")
+
+
+if __name__ == "__main__":
+    main()
