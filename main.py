@@ -36,6 +36,7 @@ from yacs.config import CfgNode
 
 from config import batch_plan, evaluation_config, image_size, last_epoch, run_folder, schedule_epochs, warmup_steps
 from data import DataError, Loaders, build_loaders
+from data.benchmarks import Benchmark
 from data.check import run_check
 from data.tokens import TokenBatch
 from data.transforms import TrainBatch, mixup_enabled
@@ -142,6 +143,7 @@ def run_evaluation(config: CfgNode, device: torch.device) -> Accuracy:
     model = build_model(sized, num_classes_of(checkpoint, path))
     amp_dtype = autocast_dtype(config, device) if config.TEST.AMP else None
     precision = str(amp_dtype or torch.float32).removeprefix("torch.")
+    log_reference(benchmark)
     digest, epoch = file_digest(path), checkpoint.get("epoch")
     results = []
     for kind, weights in (("model", checkpoint["model"]), ("ema", checkpoint.get("model_ema"))):
@@ -160,6 +162,13 @@ def run_evaluation(config: CfgNode, device: torch.device) -> Accuracy:
             logger.info("written: %s", write_evaluation(folder, result, subject, sized))
         results.append(result.accuracy)
     return results[0]
+
+
+def log_reference(data: Loaders | Benchmark) -> None:
+    """What validation or evaluation is on, and what answers without a model score there, where the data say so."""
+    if data.description:
+        scores = ", ".join(f"{name} {100 * accuracy:.1f} %" for name, accuracy in (data.reference or {}).items())
+        get_logger().info("evaluated on %s%s", data.description, f"; for comparison: {scores}" if scores else "")
 
 
 def run_throughput(config: CfgNode, device: torch.device) -> None:
@@ -330,6 +339,7 @@ def run_training(config: CfgNode, device: torch.device, request: StopRequest) ->
         loaders.val.num_images,
         loaders.num_classes,
     )
+    log_reference(loaders)
     # model and optimiser
     model = place(build_model(config, loaders.num_classes), device)
     logger.info("%s: %.2f M parameters", config.MODEL.TYPE, sum(p.numel() for p in model.parameters()) / 1e6)

@@ -4,7 +4,7 @@ import itertools
 import os
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from data.datasets import (
 )
 from data.samplers import EvalSampler, TrainSampler
 from data.shards import INDEX_FILE, ShardDataset, ShardEvalDataset, ShardSplit, ShardTrainDataset
-from data.tokens import TokenIds, token_source
+from data.tokens import TokenIds, TokenSource, token_source
 from data.transforms import Normalise, evaluation_transform, training_transform
 from logger import get_logger
 from utils import distributed
@@ -153,12 +153,18 @@ class Batches:
 
 
 class Loaders(NamedTuple):
-    """`classes` are the class names by label, None where the format stores none; `num_classes` their number."""
+    """`classes` are the class names by label, None where the format stores none; `num_classes` their number.
+
+    Of sequences `description` says what `val` iterates over, and `reference` what simple answers score on it, by name,
+    as fractions.
+    """
 
     train: Batches | None
     val: Batches
     classes: tuple[str, ...] | None
     num_classes: int
+    description: str = ""
+    reference: Mapping[str, float] | None = None
 
     def close(self) -> None:
         for batches in (self.train, self.val):
@@ -336,7 +342,8 @@ def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
         raise DataError(f"the image loaders deliver 3 channels, MODEL.SWIN.IN_CHANS is {config.MODEL.SWIN.IN_CHANS}")
     if not train:
         source = build_source(config, "test" if config.DATA.DATASET == "lra" else "val")
-        return Loaders(None, evaluation_batches(config, source), source.classes, source.num_classes)
+        batches = evaluation_batches(config, source)
+        return Loaders(None, batches, source.classes, source.num_classes, *_described(source))
     train_source = build_source(config, "train")
     val_source = build_source(config, "val", train_source.classes)
     if config.DATA.TRAIN_FRACTION < 1:
@@ -362,4 +369,9 @@ def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
         evaluation_batches(config, val_source, repeated=True),
         train_source.classes,
         train_source.num_classes,
+        *_described(val_source),
     )
+
+
+def _described(source: Source | ShardSplit) -> tuple[str, Mapping[str, float] | None]:
+    return (source.description, source.reference) if isinstance(source, TokenSource) else ("", None)

@@ -9,8 +9,8 @@ import json
 import os
 import pkgutil
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -110,7 +110,9 @@ class Part:
 @dataclass(frozen=True)
 class Benchmark:
     """What to evaluate on. Labels index `classes`; `outputs` are the model's outputs that stand for them, None for all
-    in their order; `missing` names the parts that the published data set has and this one lacks."""
+    in their order; `missing` names the parts that the published data set has and this one lacks; `description` says
+    what own data are, where they say so themselves, and `reference` what answers without a model score on them, by
+    name, as fractions."""
 
     name: str
     parts: tuple[Part, ...]
@@ -119,13 +121,22 @@ class Benchmark:
     outputs: tuple[int, ...] | None = None
     missing: tuple[str, ...] = ()
     real_labels: tuple[frozenset[int], ...] | None = None  # by image number less 1: the labels among `classes`
+    description: str = ""
+    reference: Mapping[str, float] = field(default_factory=dict)
 
 
 def own_images(config: CfgNode, loaders: Loaders, class_names: Sequence[str] | None, source: str) -> Benchmark:
     """The data set's own validation images, with their own labels or (TEST.BENCHMARK real) the ReaL ones."""
     part = Part("", lambda: loaders.val)
     if config.TEST.BENCHMARK == "val":
-        return Benchmark("val", (part,), loaders.classes, loaders.num_classes)
+        return Benchmark(
+            "val",
+            (part,),
+            loaders.classes,
+            loaders.num_classes,
+            description=loaders.description,
+            reference=loaders.reference or {},
+        )
     ids = output_ids(class_names, loaders.num_classes, source)
     if loaders.classes and loaders.classes != ids:
         raise DataError(

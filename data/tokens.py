@@ -49,6 +49,8 @@ class TokenSource:
         self.labels = np.asarray(self._split.labels)[self._chosen.start : self._chosen.stop]
         self.classes: tuple[str, ...] | None = tuple(manifest.classes)
         self.num_classes = len(manifest.classes)
+        self.description = f"{manifest.title}, {split} split"
+        self.reference = manifest.baselines.get(split, {})
 
     def name(self, index: int) -> str:
         return f"{self._prefix}{self._chosen[index]}"
@@ -99,7 +101,7 @@ def open_tokens(config: CfgNode) -> TokenCache:
 
 
 def token_source(config: CfgNode, split: str) -> TokenSource:
-    """The samples of train, val or test as a configuration asks for them, with the reference accuracies in the log.
+    """The samples of train, val or test as a configuration asks for them.
 
     Text has no validation split: DATA.LRA.HELD_OUT says what stands in for it.
     """
@@ -119,8 +121,6 @@ def token_source(config: CfgNode, split: str) -> TokenSource:
                 " epoch is chosen by it; DATA.LRA.HELD_OUT True holds out a tenth of training",
                 manifest.title,
             )
-    for name, accuracy in manifest.baselines.get(split, {}).items():
-        get_logger().info("%s, %s, for comparison: %s %.1f %%", manifest.title, split, name, 100 * accuracy)
     shift = 0 if manifest.codec.startswith("grey") and config.DATA.LRA.BLACK_IS_PADDING else 1
     return TokenSource(
         cache,

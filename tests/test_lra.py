@@ -3,6 +3,7 @@
 pytest tests/test_lra.py
 """
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -330,12 +331,14 @@ def test_eval_is_on_the_test_split_and_reports_the_reference_answers(tmp_path, l
     root = write_cache(tmp_path / "data", "listops", classes=10)
     options = f"DATA.DATA_PATH {root} OUTPUT {tmp_path}/out {SHORT} TRAIN.STEPS 10"
     run(lra("listops"), options)
-    assert "listops (for a test), val, for comparison: majority class 25.0 %" in log.text
+    assert "evaluated on listops (for a test), val split; for comparison: majority class 25.0 %" in log.text
     best = tmp_path / "out" / "lra_listops" / "default" / "max_acc.pth"
     log.clear()
     run(lra("listops"), f"{options} EVAL_MODE True MODEL.RESUME {best}")
-    assert "listops (for a test), test, for comparison: majority class 50.0 %" in log.text
+    assert "evaluated on listops (for a test), test split; for comparison: majority class 50.0 %" in log.text
     assert f"evaluated {best}" in log.text and "96 images, top-1" in log.text
+    stored = json.loads(best.with_name("eval_val.json").read_text())
+    assert stored["title"] == "listops (for a test), test split" and stored["reference"] == {"majority class": 50.0}
     predictions = np.load(best.with_name("eval_val_predictions.npz"))
     assert all(str(name).startswith("test/") for name in predictions["file"])
 

@@ -287,6 +287,8 @@ def summary(evaluation: Evaluation, subject: Subject, config: CfgNode) -> dict[s
         "remarks": list(evaluation.remarks),
         "result": _numbers(evaluation.accuracy),
     }
+    if benchmark.description:
+        result |= {"title": benchmark.description, "reference": {k: 100 * v for k, v in benchmark.reference.items()}}
     if real := evaluation.real:
         result["original_labels"] = result["result"]
         result["result"] = {

@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Train and evaluate Long Range Arena: tasks × attentions × seeds, then write the table.
+#
+#   DATA=/data/lra bash benchmarks/lra/run.sh               everything that is prepared there, as the protocol says
+#   TASKS=listops STEPS=1000 SEEDS="0" bash benchmarks/lra/run.sh
+#
+# DATA holds a folder for each task, as `python tools/prepare_lra.py TASK --out $DATA/TASK` leaves it; tasks without one
+# are named and left out. The same command again continues what was interrupted and repeats nothing that is finished.
+#
+#   TASKS    which tasks                                  listops text retrieval pathfinder image
+#   ALPHAS   polarity attention: ranges of its exponent   3 5 7
+#   OTHERS   what it is compared with, in plain form      softmax relu elu
+#   KERNELS  polarity: widths of its depthwise branch     0           (0: without; "0 5" runs both)
+#   SEEDS                                                 0 1 2
+#   PRESET   skyformer or clean                           skyformer
+#   STEPS    optimizer steps; empty: the protocol's       (empty)
+#   OUTPUT   root of the run folders                      output/lra
+#   DOCS     where the table goes                         docs/lra.md
+#   NPROC    processes of a run                           1
+#   PYTHON   interpreter                                  .venv/bin/python, else python3
+# Further arguments are passed to every run, for example: --amp
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+[[ -x .venv/bin/python ]] && default_python=.venv/bin/python || default_python=python3
+PYTHON="${PYTHON:-$default_python}"
+DATA="${DATA:?names the folder that holds a folder for each prepared task, for example DATA=/data/lra}"
+TASKS="${TASKS:-listops text retrieval pathfinder image}"
+ALPHAS="${ALPHAS-3 5 7}"
+OTHERS="${OTHERS-softmax relu elu}"
+KERNELS="${KERNELS:-0}"
+SEEDS="${SEEDS:-0 1 2}"
+PRESET="${PRESET:-skyformer}"
+STEPS="${STEPS:-}"
+OUTPUT="${OUTPUT:-output/lra}"
+DOCS="${DOCS:-docs/lra.md}"
+NPROC="${NPROC:-1}"
+
+case "$PRESET" in
+  skyformer) suffix="" ;;
+  clean) suffix="_clean" ;;
+  *) echo "PRESET is '$PRESET', expected skyformer or clean" >&2; exit 2 ;;
+esac
+for task in $TASKS; do
+  if [[ ! -f "configs/lra/$task.yaml" || "$task" == base_* ]]; then
+    echo "TASKS names '$task', expected some of listops, text, retrieval, pathfinder, image" >&2
+    exit 2
+  fi
+done
+launch=("$PYTHON")
+[[ "$NPROC" == 1 ]] || launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$NPROC")
+
+# one TASK TAG [--opts of main.py]: train, then evaluate the best checkpoint on the test split, once
+one() {
+  local task="$1" tag="$2" config="configs/lra/$1$suffix.yaml"
+  local folder="$OUTPUT/lra_$1$suffix/$2"
+  shift 2
+  local options=("$@")
+  [[ -z "$STEPS" ]] || options+=(TRAIN.STEPS "$STEPS")
+  if [[ -f "$folder/eval_val.json" ]]; then
+    echo "== $folder: finished"
+    return
+  fi
+  echo "== $folder"
+  local common=(main.py --cfg "$config" --data-path "$DATA/$task" --output "$OUTPUT" --tag "$tag" "${extra[@]}")
+  "${launch[@]}" "${common[@]}" --opts "${options[@]}"
+  "${launch[@]}" "${common[@]}" --eval --resume "$folder/max_acc.pth" --opts "${options[@]}"
+}
+
+extra=("$@")
+for task in $TASKS; do
+  if [[ ! -f "$DATA/$task/manifest.json" ]]; then
+    echo "== $task: $DATA/$task holds no prepared data; $PYTHON tools/prepare_lra.py $task --out $DATA/$task makes it" >&2
+    continue
+  fi
+  for seed in $SEEDS; do
+    for alpha in $ALPHAS; do
+      for kernel in $KERNELS; do
+        [[ "$kernel" == 0 ]] && name="polarity-$alpha" || name="polarity-$alpha-conv$kernel"
+        one "$task" "$name-seed$seed" SEED "$seed" MODEL.LA.ALPHA "$alpha" MODEL.LRA.KERNEL_SIZE "$kernel"
+      done
+    done
+    for kind in $OTHERS; do
+      one "$task" "$kind-seed$seed" SEED "$seed" MODEL.LA.ATTENTION "$kind" \
+        MODEL.LA.GATE False MODEL.LRA.LEARN_SCALE False
+    done
+  done
+done
+"$PYTHON" -m benchmarks.lra.table --runs "$OUTPUT" --docs "$DOCS"
