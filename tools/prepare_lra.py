@@ -28,7 +28,7 @@ if not __package__:  # run as tools/prepare_lra.py: what it imports lies beside 
 from data.datasets import FASHION_MNIST, DataError
 from data.token_cache import MANIFEST, TASKS, Manifest, open_cache, read_manifest
 from tools.lra import listops, pathfinder
-from tools.lra.cache import Content, write_cache
+from tools.lra.cache import Content, publish, write_arrays
 from tools.lra.files import ADVICE
 from tools.lra.generate import generate_listops, generate_pathfinder
 from tools.lra.pictures import read_cifar, read_fashion_mnist, read_pathfinder
@@ -41,13 +41,15 @@ from utils.parallel import WorkerLost
 class Job:
     """A task, what its cache depends on (named after the options), and how its content comes about.
 
-    `content(state)` may write files into the output folder first; `state` is the folder for what is unfinished.
+    `content(state)` is what to write. Where it is `generated`, that leaves files in the output folder and in `state`,
+    from which an interrupted run continues; a conversion begins anew.
     """
 
     task: str
     settings: dict[str, Any]
     seed: int
     content: Callable[[Path], Content]
+    generated: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,7 +60,7 @@ class Job:
 def prepare(out: Path, job: Job) -> Manifest:
     """Make the cache `out`, or verify it if it is there; one that is damaged is made anew. Raises DataError."""
     state = out / STATE
-    codec = TASKS[job.task][0]
+    settings = {"task": job.task, "codec": TASKS[job.task][0], **job.settings}
     if (out / MANIFEST).exists():
         found = read_manifest(out)
         if found.task != job.task:
@@ -68,7 +70,8 @@ def prepare(out: Path, job: Job) -> Manifest:
     elif out.exists() and not state.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} holds other files; name a new folder as --out")
     with owned(state):
-        require_same_settings(state, {"task": job.task, "codec": codec, **job.settings})
+        if job.generated or (state / SETTINGS).exists():
+            require_same_settings(state, settings)
         if (out / MANIFEST).exists():
             try:
                 cache = open_cache(out)
@@ -78,7 +81,9 @@ def prepare(out: Path, job: Job) -> Manifest:
             except DataError as error:
                 print(f"made anew: {error}", file=sys.stderr)
                 (out / MANIFEST).unlink()
-        manifest = write_cache(out, state, job.content(state), job.seed)
+        manifest = write_arrays(state, job.content(state), job.seed)
+        require_same_settings(state, settings)
+        publish(out, state, manifest)
         for path in state.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -110,7 +115,7 @@ def _listops_job(options: argparse.Namespace) -> Job:
         made.sizes, made.published = samples, {}
         return made
 
-    return Job("listops", {"version": listops.VERSION, **settings}, seed, content)
+    return Job("listops", {"version": listops.VERSION, **settings}, seed, content, generated=True)
 
 
 def _pathfinder_job(options: argparse.Namespace) -> Job:
@@ -140,7 +145,7 @@ def _pathfinder_job(options: argparse.Namespace) -> Job:
         made.published = {}
         return made
 
-    return Job("pathfinder", {"version": pathfinder.VERSION, **settings}, seed, content)
+    return Job("pathfinder", {"version": pathfinder.VERSION, **settings}, seed, content, generated=True)
 
 
 def _text_job(options: argparse.Namespace) -> Job:

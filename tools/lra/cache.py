@@ -60,8 +60,8 @@ def record_of(path: Path) -> FileRecord:
     return FileRecord(path.stat().st_size, file_digest(path))
 
 
-def write_cache(out: Path, state: Path, content: Content, seed: int) -> Manifest:
-    """Write the arrays in `state`, move them to `out`, and write the manifest.
+def write_arrays(state: Path, content: Content, seed: int) -> Manifest:
+    """Write the arrays into `state`; returns what they come to.
 
     Raises DataError where a split has no samples, and what reading the source raises.
     """
@@ -83,7 +83,7 @@ def write_cache(out: Path, state: Path, content: Content, seed: int) -> Manifest
     if missing := _missing(content, records):
         title += f", incomplete: {missing}"
         print(f"warning: {title}", file=sys.stderr)
-    manifest = Manifest(
+    return Manifest(
         task=content.task,
         title=title,
         codec=codec,
@@ -97,11 +97,14 @@ def write_cache(out: Path, state: Path, content: Content, seed: int) -> Manifest
         splits=records,
         baselines=baselines,
     )
-    for record in records.values():
+
+
+def publish(out: Path, state: Path, manifest: Manifest) -> None:
+    """Move the arrays from `state` to `out`, then write the manifest, which makes them a cache."""
+    for record in manifest.splits.values():
         for name in record.files:
             os.replace(state / name, out / name)
     write_atomically(out / MANIFEST, manifest.dump().encode())
-    return manifest
 
 
 def _missing(content: Content, records: Mapping[str, SplitRecord]) -> str:

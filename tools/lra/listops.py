@@ -247,16 +247,17 @@ class Constants:
 def baselines(documents: Sequence[np.ndarray], labels: np.ndarray, constants: Constants) -> dict[str, float]:
     """Accuracies of answers that need no learning, or hardly any.
 
-    An answer that ignores operators below a level is wrong where they leave nothing to answer with.
+    Where ignoring the operators below a level leaves nothing to apply the root to, the answer is its constant.
     """
     symbols = [document.tolist() for document in documents]
     expected = labels.tolist()
-    answers: dict[str, list[int | None]] = {
-        "majority class": [constants.overall] * len(symbols),
-        "best constant per root operator": [constants.by_first.get(s[0], constants.overall) for s in symbols],
-    }
+    by_root = [constants.by_first.get(s[0], constants.overall) for s in symbols]
+    answers = {"majority class": [constants.overall] * len(symbols), "best constant per root operator": by_root}
     for levels in LEVELS:
-        answers[f"operators to depth {levels}"] = [evaluate(s, levels) for s in symbols]
+        values = [evaluate(s, levels) for s in symbols]
+        answers[f"operators to depth {levels}"] = [
+            constant if value is None else value for value, constant in zip(values, by_root, strict=True)
+        ]
     return {
         name: sum(a == b for a, b in zip(given, expected, strict=True)) / len(expected)
         for name, given in answers.items()

@@ -56,14 +56,8 @@ def image_of(bits: int) -> np.ndarray:
     return whole[OUTSIDE:-OUTSIDE, OUTSIDE:-OUTSIDE].astype(bool)
 
 
-def _window(border: int) -> int:
-    pixels = np.zeros((SIZE, SIZE), dtype=bool)
-    pixels[border : SIZE - border, border : SIZE - border] = True
-    return bitmap(pixels)
-
-
-EMPTY = ALL & ~_window(PADDING)  # the occupancy before anything is drawn
-MIDDLE = _window(2 * SEED_DISTANCE)  # where the first target may begin
+INSIDE = bitmap(np.pad(np.ones((SIZE - 2 * PADDING,) * 2, dtype=bool), PADDING))
+EMPTY = ALL & ~INSIDE  # the occupancy before anything is drawn
 
 
 def grown(bits: int) -> int:
@@ -157,6 +151,16 @@ def ring(row: int, column: int) -> tuple[tuple[int, float, float], ...]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def next_paddle(direction: tuple[float, float]) -> Shape:
+    """The paddle behind a head that was reached in this direction."""
+    return paddle(-round(SCALE * LENGTH * direction[0]), -round(SCALE * LENGTH * direction[1]))
+
+
+def first_paddle(direction: tuple[float, float]) -> Shape:
+    """The paddle from a tip in this direction."""
+    return next_paddle((-direction[0], -direction[1]))
+
+
 class Collision(Exception):
     """A snake that cannot go on."""
 
@@ -168,19 +172,14 @@ class Snake:
     paddles of the other snakes that grow at the same time.
     """
 
-    def __init__(self, tip: tuple[float, float], direction: tuple[float, float]) -> None:
-        """From a tip (row, column) towards a unit vector (rows, columns)."""
-        self.tip = tip
+    def __init__(self, tip: tuple[int, int], direction: tuple[float, float]) -> None:
+        """From a pixel (row, column) towards a unit vector (rows, columns)."""
+        self.tip = self.head = tip
         self.direction = direction
         self.pivot = (tip[0] - MARGIN * direction[0], tip[1] - MARGIN * direction[1])
-        self.head = (round(tip[0] + LENGTH * direction[0]), round(tip[1] + LENGTH * direction[1]))
-        self.drawn = [(self._shape(direction), self.head)]
-        self.last = self.drawn[0][0].at(bit(*self.head))
-
-    @staticmethod
-    def _shape(direction: tuple[float, float]) -> Shape:
-        """The paddle that lies behind its head when it was reached in this direction."""
-        return paddle(-round(SCALE * LENGTH * direction[0]), -round(SCALE * LENGTH * direction[1]))
+        shape = first_paddle(direction)
+        self.drawn = [(shape, tip)]
+        self.last = shape.at(bit(*tip))
 
     def grow(self, occupied: int, others: int, generator: random.Random) -> int:
         """Draw one more paddle; returns the occupancy with the one before it. Raises Collision."""
@@ -206,7 +205,7 @@ class Snake:
             head = (place // STRIDE - OUTSIDE, place % STRIDE - OUTSIDE)
             distance = math.hypot(head[0] - y, head[1] - x)
             direction = ((head[0] - y) / distance, (head[1] - x) / distance)
-            shape = self._shape(direction)
+            shape = next_paddle(direction)
             surroundings = shape.at(place)
             if (surroundings & taken).bit_count() <= OVERLAP:
                 break
@@ -250,6 +249,7 @@ class Drawing:
     marks: tuple[tuple[int, int], tuple[int, int]]
 
 
+INK = 0.2  # brightness from which a pixel counts as a contour's
 DISTRACTOR_CONTRAST, MARKER_CONTRAST = 2.0, 1.0  # a paddle is thinner than a pixel: at 2 it is as bright as a marker
 
 
@@ -265,14 +265,13 @@ def draw(parameters: Parameters, seed: int, number: int) -> Drawing:
     distractors = _distractors(parameters.distractor_length, occupied, generator)
     label, first = int(generator.random() < 0.5), int(generator.random() < 0.5)
     start, end = targets[first], targets[first if label else 1 - first]
-    marks = (_pixel(start.tip), end.head)
+    marks = (start.tip, end.head)
 
-    canvas = np.zeros((STRIDE, STRIDE), dtype=np.float32)
     ink = np.zeros((2, STRIDE, STRIDE), dtype=np.float32)
     for snake, own in zip(targets, ink, strict=True):
         for shape, head in snake.drawn:
-            _add(own, shape, head, parameters.target_contrast * DISTRACTOR_CONTRAST)
-    np.maximum(ink[0], ink[1], out=canvas)
+            _add(own, shape, head, 1.0)
+    canvas = ink.max(0) * np.float32(parameters.target_contrast * DISTRACTOR_CONTRAST)
     for snake in distractors:
         for shape, head in snake.drawn:
             _add(canvas, shape, head, DISTRACTOR_CONTRAST)
@@ -281,11 +280,7 @@ def draw(parameters: Parameters, seed: int, number: int) -> Drawing:
     image = canvas[OUTSIDE:-OUTSIDE, OUTSIDE:-OUTSIDE]
     low, high = image.min(), image.max()
     stretched = np.rint((image - low) * (255 / (high - low))).astype(np.uint8)
-    return Drawing(stretched, label, ink[:, OUTSIDE:-OUTSIDE, OUTSIDE:-OUTSIDE] > 0, marks)
-
-
-def _pixel(point: tuple[float, float]) -> tuple[int, int]:
-    return round(point[0]), round(point[1])
+    return Drawing(stretched, label, ink[:, OUTSIDE:-OUTSIDE, OUTSIDE:-OUTSIDE] > INK, marks)
 
 
 def _add(canvas: np.ndarray, shape: Shape, place: tuple[int, int], contrast: float) -> None:
@@ -305,26 +300,20 @@ def _direction(generator: random.Random) -> tuple[float, float]:
     return math.sin(angle), math.cos(angle)
 
 
-def _starts(occupied: int, direction: tuple[float, float], allowed: int) -> np.ndarray:
-    """Places, in a bitmap, of the heads at which a first paddle in this direction touches nothing."""
+def _starts(occupied: int, direction: tuple[float, float]) -> np.ndarray:
+    """Places, in a bitmap, of the tips from which a first paddle in this direction touches nothing."""
     touching = 0
-    for step in Snake._shape(direction).steps:
+    for step in first_paddle(direction).steps:
         touching |= occupied >> step if step >= 0 else occupied << -step
-    free = allowed & ~touching
-    packed = np.frombuffer(free.to_bytes(STRIDE * STRIDE // 8, "little"), dtype=np.uint8)
+    packed = np.frombuffer((INSIDE & ~touching).to_bytes(STRIDE * STRIDE // 8, "little"), dtype=np.uint8)
     return np.flatnonzero(np.unpackbits(packed, bitorder="little"))
-
-
-def _begin(places: np.ndarray, direction: tuple[float, float], generator: random.Random) -> Snake:
-    """A snake with its head at one of these places."""
-    place = int(places[int(generator.random() * len(places))])
-    row, column = place // STRIDE - OUTSIDE, place % STRIDE - OUTSIDE
-    return Snake((row - LENGTH * direction[0], column - LENGTH * direction[1]), direction)
 
 
 def _targets(length: int, generator: random.Random) -> tuple[list[Snake], int]:
     """Two snakes that begin near each other in the middle, and the occupancy with both; raises Collision."""
-    first = Snake(*_tip_in_the_middle(generator))
+    border = 2 * SEED_DISTANCE
+    row, column = (border + int(generator.random() * (SIZE - 2 * border)) for _ in range(2))
+    first = Snake((row, column), _direction(generator))
     angle = generator.random() * 2 * math.pi
     tip = first.tip[0] + SEED_DISTANCE * math.sin(angle), first.tip[1] + SEED_DISTANCE * math.cos(angle)
     second = Snake((round(tip[0]), round(tip[1])), _direction(generator))
@@ -337,22 +326,17 @@ def _targets(length: int, generator: random.Random) -> tuple[list[Snake], int]:
     return [first, second], occupied | first.last | second.last
 
 
-def _tip_in_the_middle(generator: random.Random) -> tuple[tuple[int, int], tuple[float, float]]:
-    free = SIZE - 4 * SEED_DISTANCE
-    row, column = (2 * SEED_DISTANCE + int(generator.random() * free) for _ in range(2))
-    return (row, column), _direction(generator)
-
-
 def _distractors(length: int, occupied: int, generator: random.Random) -> list[Snake]:
     """As many short snakes as find room, at most what 20 paddles make."""
     found: list[Snake] = []
     for _ in range(DISTRACTOR_PADDLES // length):
         for _ in range(DISTRACTOR_TRIES):
             direction = _direction(generator)
-            places = _starts(occupied, direction, ALL & ~EMPTY)
+            places = _starts(occupied, direction)
             if len(places) < FEWEST_FREE:
                 return found
-            snake, taken = _begin(places, direction, generator), occupied
+            row, column = divmod(int(places[int(generator.random() * len(places))]), STRIDE)
+            snake, taken = Snake((row - OUTSIDE, column - OUTSIDE), direction), occupied
             try:
                 for _ in range(length - 1):
                     taken = snake.grow(taken, 0, generator)
