@@ -345,7 +345,7 @@ def test_marks_are_on_the_ends_of_one_contour_exactly_where_the_label_says_so():
             pixels = np.argwhere(contour)
             reached = np.zeros(len(pixels), dtype=bool)
             reached[0] = True
-            near = np.linalg.norm(pixels[:, None] - pixels[None], axis=2) < 3.2
+            near = np.linalg.norm(pixels[:, None] - pixels[None], axis=2) < 3.7
             while (more := near[reached].any(0)).sum() > reached.sum():
                 reached = more
             assert reached.all(), f"image {number}"
