@@ -8,6 +8,7 @@
 #                    them is Fashion-MNIST (apt install dataset-fashion-mnist); ABLATION="--datasets digits" does without
 # make bench-maps    set up, then time the attention maps of one image (1 minute)
 # make bench-features  set up, then time feature pyramids against the plain forward pass (3 minutes)
+# make bench-lra     set up, then time the generators of Long Range Arena (2 minutes)
 # PYTHON=/path/to/python make …   uses that environment as it is and installs nothing
 
 ifdef PYTHON
@@ -20,7 +21,7 @@ else
   SETUP_DEV := .venv/installed-dev
 endif
 
-.PHONY: quickstart test test-slow lint reference bench bench-input bench-training ablation bench-maps bench-features
+.PHONY: quickstart test test-slow lint reference bench bench-input bench-training ablation bench-maps bench-features bench-lra
 
 quickstart: $(SETUP)
 	PYTHON=$(RUN) TAG=$$(date +%Y%m%d-%H%M%S) bash pretrain.sh
@@ -60,6 +61,9 @@ bench-maps: $(SETUP)
 
 bench-features: $(SETUP)
 	$(RUN) -m benchmarks.features --threads 1
+
+bench-lra: $(SETUP)
+	$(RUN) -m benchmarks.lra_generators
 
 .venv/installed: requirements.txt
 	@echo "setting up .venv (torch is large: this takes minutes on a slow line)"

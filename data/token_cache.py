@@ -30,7 +30,11 @@ TASKS = {  # the codec of each task, and the documents of one sample
     "pathfinder": ("grey-1", 1),
     "image": ("grey-1", 1),
 }
-ARRAYS = {"tokens": np.dtype(np.uint8), "offsets": np.dtype(np.int64), "labels": np.dtype(np.uint8)}
+ARRAYS: dict[str, np.dtype] = {  # the arrays of a split
+    "tokens": np.dtype(np.uint8),
+    "offsets": np.dtype(np.int64),
+    "labels": np.dtype(np.uint8),
+}
 ANEW = "delete it and prepare it again with tools/prepare_lra.py"
 
 

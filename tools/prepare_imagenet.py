@@ -11,7 +11,6 @@ Exit codes: 0 finished; 1 unreadable images, listed in OUTPUT/unreadable.txt; 2 
 """
 
 import argparse
-import fcntl
 import hashlib
 import io
 import json
@@ -20,13 +19,15 @@ import re
 import shutil
 import sys
 import tarfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+if not __package__:  # run as tools/prepare_imagenet.py: what it imports lies beside tools/
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from PIL import Image
@@ -36,11 +37,11 @@ from tqdm import tqdm
 from data.datasets import DataError, FolderSource, UnreadableImage, decode, require_folder
 from data.shards import INDEX_FILE, Index, Shard
 from tools.imagenet_labels import read_ground_truth
+from tools.prepared_folder import STATE, owned, require_same_settings
 from utils.checkpoint import file_digest
 from utils.parallel import WorkerLost, parallel
 
 SPLITS = ("train", "val")
-STATE = ".prepare"  # folder of the output that holds what an interrupted run continues from
 REPORT = "unreadable.txt"
 DETAILS = 8  # of these examples at most in a message
 
@@ -339,8 +340,8 @@ def prepare(
         raise DataError(f"the output folder {output} is the input; name another one")
     if output.exists() and not state.exists() and any(output.iterdir()):
         raise DataError(f"the output folder {output} holds other files; name a new one")
-    with _owned(state):
-        _require_same_settings(state / "settings.json", options, splits)
+    with owned(state):
+        require_same_settings(state, _settings(options, splits), {"input": "other input images"})
         shutil.rmtree(state / "temporary", ignore_errors=True)  # what an interrupted run had begun to write
         (state / "temporary").mkdir()
         totals = {
@@ -362,45 +363,13 @@ def prepare(
     return {split: total for split, (total, _) in totals.items()}
 
 
-@contextmanager
-def _owned(state: Path) -> Iterator[None]:
-    """Hold the output folder's lock; worker processes hold it too, so that none of a killed run still writes."""
-    state.mkdir(parents=True, exist_ok=True)
-    with (state / "lock").open("w") as lock:
-        for _ in range(100):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.1)
-        else:
-            raise DataError(f"another run is preparing {state.parent}; wait for it, or name another output folder")
-        yield
-
-
-def _require_same_settings(path: Path, options: Options, splits: dict[str, list[Entry]]) -> None:
-    """Note what this output is made from; raises DataError where it was begun with something else."""
+def _settings(options: Options, splits: dict[str, list[Entry]]) -> dict[str, Any]:
+    """What an output is made from: the options, and a digest of the input's names and labels."""
     listing = hashlib.sha256()
     for split, entries in splits.items():
         for entry in entries:
             listing.update(f"{split}\t{entry.member}\t{entry.label}\n".encode("utf-8", "surrogateescape"))
-    settings = {**asdict(options), "input": listing.hexdigest()}
-    if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        changed = [
-            "other input images" if name == "input" else f"--{name.replace('_', '-')} {stored.get(name)} → {value}"
-            for name, value in settings.items()
-            if stored.get(name) != value
-        ]
-        if changed:
-            raise DataError(
-                f"{path.parent.parent} was begun with other settings ({'; '.join(changed)}); name another output"
-                " folder, or delete this one to start anew"
-            )
-        return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    return {**asdict(options), "input": listing.hexdigest()}
 
 
 def _prepare_split(

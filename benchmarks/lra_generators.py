@@ -1,0 +1,159 @@
+"""How fast the generators of Long Range Arena are: python -m benchmarks.lra_generators
+
+ListOps: seconds of a whole preparation of 100,000 samples (trees, tables, token cache) with two processes. Pathfinder:
+seconds per image on one core, drawn and written as PNG, for each contour length. A gate comes first: reference answers
+and the share of exact zeros are what the original generators' are, within a few points.
+"""
+
+import contextlib
+import io
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from benchmarks.common import (
+    Bar,
+    Spread,
+    WrongResultError,
+    argument_parser,
+    gated,
+    interleaved,
+    prepare_process,
+    print_bars,
+    print_table,
+    write_result,
+)
+from data.token_cache import Manifest, read_manifest
+from tools.lra import pathfinder
+from tools.prepare_lra import main as prepare_lra
+
+LISTOPS_BAR = 120.0  # seconds for 100,000 samples
+PATHFINDER_BAR = 0.06  # seconds per image of contour length 14
+ORIGINAL = {14: 0.126, 9: 0.032, 6: 0.015}  # seconds per image of the original generator, on another machine's core
+# Measured on the original generators.
+ANSWERS = {"majority class": 0.173, "best constant per root operator": 0.366, "operators to depth 1": 0.484}
+ZEROS = {14: 0.66, 9: 0.74, 6: 0.77}
+TOLERANCE = 0.05  # of the zeros
+
+
+def measure_listops(samples: int, workers: int) -> dict[str, Any]:
+    """Seconds of one preparation, and the reference answers on its test split.
+
+    Raises:
+        WrongResultError: an answer is right more, or less, often than on samples of the original generator.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        sizes = (samples - 2 * (samples // 50), samples // 50, samples // 50)  # 96 %, 2 %, 2 %
+        command = ["listops", "--out", f"{name}/out", "--workers", str(workers), "--samples", *map(str, sizes)]
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            status = prepare_lra(command)
+        seconds = time.perf_counter() - start
+        if status:
+            raise WrongResultError("the preparation has failed")
+        manifest = read_manifest(Path(name) / "out")
+    answers = _mean_answers(manifest)
+    tolerance = 0.02 + 2 / math.sqrt(2 * sizes[-1])  # the second: four standard errors
+    for answer, expected in ANSWERS.items():
+        if abs(answers[answer] - expected) > tolerance:
+            raise WrongResultError(f"ListOps: {answer} is right in {answers[answer]:.1%}, expected {expected:.1%}")
+    return {"samples": samples, "workers": workers, "seconds": seconds, "answers": answers}
+
+
+def _mean_answers(manifest: Manifest) -> dict[str, float]:
+    """Over val and test, which are of one size."""
+    splits = manifest.baselines.values()
+    return {name: statistics.mean(split[name] for split in splits) for name in next(iter(splits))}
+
+
+def measure_pathfinder(images: int, repeats: int) -> dict[str, Any]:
+    """Seconds per image of each contour length, drawn and written by this process.
+
+    Raises:
+        WrongResultError: another share of the pixels is 0 than in images of the original generator.
+    """
+    zeros = {}
+    for length, expected in ZEROS.items():
+        drawings = [pathfinder.draw(pathfinder.Parameters(length), 0, number) for number in range(images)]
+        zeros[length] = statistics.mean(float((drawing.image == 0).mean()) for drawing in drawings)
+        if abs(zeros[length] - expected) > TOLERANCE:
+            raise WrongResultError(f"Pathfinder {length}: {zeros[length]:.1%} of the pixels are 0, not {expected:.0%}")
+    with tempfile.TemporaryDirectory() as folder:
+        path, number = Path(folder) / "image.png", iter(range(images, 10**9))
+
+        def seconds(length: int) -> float:
+            start = time.perf_counter()
+            for _ in range(images):
+                drawing = pathfinder.draw(pathfinder.Parameters(length), 0, next(number))
+                Image.fromarray(drawing.image).save(path)
+            return (time.perf_counter() - start) / images
+
+        samples = interleaved({length: partial(seconds, length) for length in ZEROS}, repeats)
+    return {
+        "images": images,
+        "repeats": repeats,
+        "seconds_per_image": {length: asdict(Spread.of(samples[length])) for length in ZEROS},
+        "zeros": zeros,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Gate, measure, print, write. Exits with the reason when a generator's output is not what it should be."""
+    parser = argument_parser("lra_generators", __doc__ or "", threads=False)
+    parser.add_argument("--samples", type=int, default=100_000, help="of ListOps")
+    parser.add_argument("--workers", type=int, default=2, help="processes for ListOps")
+    parser.add_argument("--images", type=int, default=100, help="of each contour length, in each round")
+    parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
+    options = parser.parse_args(arguments)
+    prepare_process(threads=1)
+    with gated():
+        drawn = measure_pathfinder(options.images, options.repeats)
+        listops = measure_listops(options.samples, options.workers)
+    per_image = {length: Spread(**spread) for length, spread in drawn["seconds_per_image"].items()}
+    print_table(
+        "Pathfinder, one core",
+        ("contour length", "ms per image", "pixels of 0", "200,000 images, hours", "original's ms, elsewhere"),
+        (
+            (
+                str(length),
+                spread.text(1e3, 2),
+                f"{drawn['zeros'][length]:.1%}",
+                f"{spread.median * 200_000 / 3600:.2f}",
+                f"{1e3 * ORIGINAL[length]:g}",
+            )
+            for length, spread in per_image.items()
+        ),
+    )
+    print_table(
+        f"ListOps, {listops['samples']:,} samples, {listops['workers']} processes: {listops['seconds']:.0f} s",
+        ("answer", "right"),
+        ((name, f"{share:.1%}") for name, share in listops["answers"].items()),
+    )
+    bars = [
+        Bar(
+            "ListOps: seconds per 100,000 samples",
+            listops["seconds"] * 1e5 / listops["samples"],
+            LISTOPS_BAR,
+            "at most",
+        ),
+        Bar("Pathfinder 14: ms per image and core", per_image[14].median * 1e3, PATHFINDER_BAR * 1e3, "at most"),
+    ]
+    print_bars(bars)
+    content = {"listops": listops, "pathfinder": drawn}
+    path = write_result(
+        options.output, "lra_generators", torch.device("cpu"), content, bars, packages=["numpy", "pillow"]
+    )
+    print(f"\nwrote {path.name} to {options.output}")
+
+
+if __name__ == "__main__":
+    main()

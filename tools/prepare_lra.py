@@ -1,0 +1,356 @@
+"""Prepare a task of Long Range Arena for training: generate it, or convert its published files, to a token cache.
+
+python tools/prepare_lra.py listops --out DIR                            generate ListOps, 100,000 samples
+python tools/prepare_lra.py pathfinder --out DIR --images 20000          generate Pathfinder images
+python tools/prepare_lra.py text --source aclImdb_v1.tar.gz --out DIR    convert what you downloaded
+python tools/prepare_lra.py fashion-mnist --out DIR                      a stand-in for image, from Debian's package
+
+Generated data is also left in the release's own files. It is the same for every number of workers. An interrupted
+preparation continues when the same command is given again; a cache is complete once manifest.json is there, and in a
+finished folder the same command verifies it. docs/lra_data.md has formats, sources and what generated data is like.
+
+Exit codes: 0 finished; 2 a mistake, damaged or absent data, or a full disk; 130 Ctrl-C.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as tools/prepare_lra.py: what it imports lies beside tools/
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.datasets import FASHION_MNIST, DataError
+from data.token_cache import MANIFEST, TASKS, Manifest, open_cache, read_manifest
+from tools.lra import listops, pathfinder
+from tools.lra.cache import Content, publish, write_arrays
+from tools.lra.files import ADVICE
+from tools.lra.generate import generate_listops, generate_pathfinder
+from tools.lra.pictures import read_cifar, read_fashion_mnist, read_pathfinder
+from tools.lra.texts import LISTOPS_SIZES, read_listops, read_retrieval, read_text
+from tools.prepared_folder import SETTINGS, STATE, owned, require_same_settings
+from utils.parallel import WorkerLost
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task, what its cache depends on (named after the options), and how its content comes about.
+
+    `content(state)` is what to write. Where it is `generated`, that leaves files in the output folder and in `state`,
+    from which an interrupted run continues; a conversion begins anew.
+    """
+
+    task: str
+    settings: dict[str, Any]
+    seed: int
+    content: Callable[[Path], Content]
+    generated: bool = False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One preparation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prepare(out: Path, job: Job) -> Manifest:
+    """Make the cache `out`, or verify it if it is there; one that is damaged is made anew. Raises DataError."""
+    state = out / STATE
+    settings = {"task": job.task, "codec": TASKS[job.task][0], **job.settings}
+    if (out / MANIFEST).exists():
+        found = read_manifest(out)
+        if found.task != job.task:
+            raise DataError(f"{out} holds a cache of the task {found.task}, expected {job.task}; name another --out")
+        if not (state / SETTINGS).exists():
+            raise DataError(f"{out} holds a cache that was prepared elsewhere; name another --out, or delete it")
+    elif out.exists() and not state.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} holds other files; name a new folder as --out")
+    with owned(state):
+        if job.generated or (state / SETTINGS).exists():
+            require_same_settings(state, settings)
+        if (out / MANIFEST).exists():
+            try:
+                cache = open_cache(out)
+                cache.verify()
+                print(f"{out} is complete already")
+                return cache.manifest
+            except DataError as error:
+                print(f"made anew: {error}", file=sys.stderr)
+                (out / MANIFEST).unlink()
+        manifest = write_arrays(state, job.content(state), job.seed)
+        require_same_settings(state, settings)
+        publish(out, state, manifest)
+        for path in state.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+        return manifest
+
+
+def _listops_job(options: argparse.Namespace) -> Job:
+    if options.source is not None:
+        _refuse_with_source(options, "samples", "min_length", "max_length", "max_depth", "max_args", "seed")
+        return _converted("listops", options, read_listops)
+    parameters = listops.Parameters(**_given(options, "min_length", "max_length", "max_depth", "max_args"))
+    try:
+        parameters.require_reachable()
+    except listops.Unreachable as error:
+        raise DataError(str(error)) from error
+    samples = dict(zip(LISTOPS_SIZES, options.samples, strict=True)) if options.samples else dict(LISTOPS_SIZES)
+    seed = options.seed or 0
+    settings = {"seed": seed, "samples": list(samples.values()), **asdict(parameters)}
+
+    def content(state: Path) -> Content:
+        made = read_listops(generate_listops(options.out, state, parameters, samples, seed, options.workers))
+        made.title = f"ListOps (regenerated, seed {seed})"
+        if parameters != listops.Parameters():
+            made.title = (
+                f"ListOps (regenerated with lengths {parameters.min_length + 1} to {parameters.max_length - 1}, depth"
+                f" {parameters.max_depth}, up to {parameters.max_args} arguments, seed {seed})"
+            )
+        made.source = _generator("listops", listops.VERSION, settings, made.source)
+        made.sizes, made.published = samples, {}
+        return made
+
+    return Job("listops", {"version": listops.VERSION, **settings}, seed, content, generated=True)
+
+
+def _pathfinder_job(options: argparse.Namespace) -> Job:
+    seed = options.seed or 0
+    if options.source is not None:
+        _refuse_with_source(options, "images", "target_contrast")
+        parameters = pathfinder.Parameters(**_given(options, "contour_length"))
+        folder = pathfinder.FOLDERS[parameters.contour_length]
+
+        def read(source: Path) -> Content:
+            return read_pathfinder(source, folder, parameters.contour_length, seed, options.workers)
+
+        return _converted("pathfinder", options, read, seed=seed, contour_length=parameters.contour_length)
+    parameters = pathfinder.Parameters(**_given(options, "contour_length", "target_contrast"))
+    folder = pathfinder.FOLDERS[parameters.contour_length]
+    images = options.images or 200_000
+    settings = {"seed": seed, "images": images, **asdict(parameters)}
+
+    def content(state: Path) -> Content:
+        root = generate_pathfinder(options.out, parameters, images, seed, options.workers)
+        made = read_pathfinder(root, folder, parameters.contour_length, seed, options.workers)
+        contrast = f", target contrast {parameters.target_contrast:g}"
+        made.title += (
+            f" (regenerated{contrast if parameters.target_contrast != 0.75 else ''}, {images:,} images, seed {seed})"
+        )
+        made.source = _generator("pathfinder", pathfinder.VERSION, settings, made.source)
+        made.published = {}
+        return made
+
+    return Job("pathfinder", {"version": pathfinder.VERSION, **settings}, seed, content, generated=True)
+
+
+def _text_job(options: argparse.Namespace) -> Job:
+    seed = options.seed or 0
+    return _converted("text", options, partial(read_text, seed=seed), seed=seed)
+
+
+def _retrieval_job(options: argparse.Namespace) -> Job:
+    return _converted("retrieval", options, read_retrieval)
+
+
+def _image_job(options: argparse.Namespace) -> Job:
+    seed = options.seed or 0
+    return _converted("image", options, partial(read_cifar, seed=seed), seed=seed)
+
+
+def _fashion_mnist_job(options: argparse.Namespace) -> Job:
+    seed = options.seed or 0
+    return _converted("image", options, partial(read_fashion_mnist, seed=seed), seed=seed, data="fashion-mnist")
+
+
+def _converted(task: str, options: argparse.Namespace, read: Callable[[Path], Content], **settings: Any) -> Job:
+    if options.source is None:
+        raise DataError(f"{task} needs --source: {ADVICE[task]}")
+    settings = {"source": str(options.source.resolve()), **settings}
+    return Job(task, settings, settings.get("seed", 0), lambda state: read(options.source))
+
+
+def _generator(name: str, version: int, settings: dict[str, Any], read: dict[str, Any]) -> dict[str, Any]:
+    """The manifest's source of generated data: parameters, and the files that came of them."""
+    parameters = {key: value for key, value in settings.items() if key != "seed"}
+    return {
+        "kind": "generator",
+        "generator": name,
+        "version": version,
+        "parameters": parameters,
+        "files": read["files"],
+    }
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were given, by name."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def _refuse_with_source(options: argparse.Namespace, *names: str) -> None:
+    if given := _given(options, *names):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise DataError(f"{flags} is for generated data, and --source names data that is there; leave one of them out")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= (int(text) if high is None else high):
+            bound = f"from {low} on" if high is None else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bound}")
+        return int(text)
+
+    return parse
+
+
+def _contrast(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number over 0 and up to 1")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python tools/prepare_lra.py",
+        description="Prepare a task of Long Range Arena for training: generate it (listops, pathfinder), or convert its"
+        " published files, to a token cache that --data-path can name.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""examples:
+  python tools/prepare_lra.py listops --out data/listops
+  python tools/prepare_lra.py listops --out data/listops-small --samples 20000 2000 2000 \\
+      --min-length 0 --max-length 65 --max-depth 3 --max-args 5
+  python tools/prepare_lra.py pathfinder --out data/pathfinder --images 20000
+  python tools/prepare_lra.py pathfinder --out data/pathfinder --source lra_release
+  python tools/prepare_lra.py text --source aclImdb_v1.tar.gz --out data/imdb
+  python tools/prepare_lra.py retrieval --source lra_release/lra_release/tsv_data --out data/aan
+  python tools/prepare_lra.py image --source cifar-10-python.tar.gz --out data/cifar
+  python tools/prepare_lra.py fashion-mnist --out data/fashion
+
+An interrupted preparation continues when the same command is given again.
+Exit codes: 0 finished, 2 a mistake, damaged or absent data, or a full disk, 130 interrupted.""",
+    )
+    tasks = parser.add_subparsers(dest="command", metavar="TASK", required=True)
+
+    def add(
+        name: str,
+        job: Callable[[argparse.Namespace], Job],
+        help: str,
+        *,
+        source: str,
+        seed: str = "",
+        workers: bool = False,
+    ) -> argparse.ArgumentParser:
+        task = tasks.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        task.set_defaults(job=job)
+        task.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder for the cache")
+        task.add_argument("--source", metavar="PATH", type=Path, help=source)
+        if seed:
+            task.add_argument("--seed", metavar="N", type=_whole(0), help=f"{seed} (default 0)")
+        if workers:
+            count = os.cpu_count() or 1
+            task.add_argument(
+                "--workers", metavar="N", type=_whole(1), default=count, help=f"processes (default {count})"
+            )
+        return task
+
+    task = add(
+        "listops",
+        _listops_job,
+        "nested operations on digits, generated or from the release",
+        source="convert the release's listops-1000 instead of generating",
+        seed="of the samples",
+        workers=True,
+    )
+    task.add_argument(
+        "--samples",
+        metavar=("TRAIN", "VAL", "TEST"),
+        nargs=3,
+        type=_whole(1),
+        help="how many (default 96000 2000 2000)",
+    )
+    task.add_argument("--min-length", metavar="N", type=_whole(0), help="samples are longer than this (default 500)")
+    task.add_argument("--max-length", metavar="N", type=_whole(2), help="samples are shorter than this (default 2000)")
+    task.add_argument("--max-depth", metavar="N", type=_whole(2, 100), help="of a tree, digits included (default 10)")
+    task.add_argument(
+        "--max-args", metavar="N", type=_whole(2, listops.MOST_ARGS), help="of an operator, at least 2 (default 10)"
+    )
+
+    task = add(
+        "pathfinder",
+        _pathfinder_job,
+        "are two marked ends those of one dashed contour; generated or from the release",
+        source="convert the release's pathfinder32 instead of generating",
+        seed="of the images, and of the split",
+        workers=True,
+    )
+    task.add_argument("--images", metavar="N", type=_whole(10), help="how many, 80/10/10 (default 200000)")
+    task.add_argument(
+        "--contour-length",
+        metavar="N",
+        type=int,
+        choices=sorted(pathfinder.FOLDERS),
+        help="paddles of a target: 14 (default; what Long Range Arena reports), 9 or 6",
+    )
+    task.add_argument(
+        "--target-contrast",
+        metavar="SHARE",
+        type=_contrast,
+        help="brightness of the targets, of the distractors' (default 0.75, as in Long Range Arena; 1: alike)",
+    )
+    add("text", _text_job, "sentiment of IMDb reviews, by bytes", source="aclImdb_v1.tar.gz or aclImdb",
+        seed="of the order of train")  # fmt: skip
+    add("retrieval", _retrieval_job, "is there a citation between two papers of AAN, by bytes",
+        source="the release's tsv_data")  # fmt: skip
+    add("image", _image_job, "CIFAR-10 in grey, by pixels", source="cifar-10-python.tar.gz or cifar-10-batches-py",
+        seed="of what is held out as val")  # fmt: skip
+    task = add("fashion-mnist", _fashion_mnist_job, "Fashion-MNIST as a stand-in for image",
+               source=f"folder of the four idx files (default {FASHION_MNIST})",
+               seed="of what is held out as val")  # fmt: skip
+    task.set_defaults(source=FASHION_MNIST)
+    return parser
+
+
+def summary(out: Path, manifest: Manifest) -> str:
+    """What the cache holds, a line per split."""
+    lines = [f"{out}: {manifest.title}"]
+    for split, record in manifest.splits.items():
+        size = sum(file.bytes for file in record.files.values())
+        lines.append(f"{split}: {record.samples:,} samples, {size / 1e6:.1f} MB")
+    lines.append(f"longest document: {manifest.longest:,} symbols")
+    if empty := manifest.source.get("empty_images_left_out"):
+        lines.append(f"empty image files left out: {empty}")
+    for split, answers in manifest.baselines.items():
+        lines += [f"{split}: {name} {accuracy:.1%}" for name, accuracy in answers.items()]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        manifest = prepare(options.out, options.job(options))
+    except (DataError, OSError, WorkerLost) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from here", file=sys.stderr)
+        return 130
+    print(summary(options.out, manifest))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
