@@ -113,9 +113,16 @@ PRINT_FREQ: 5
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """Path of a tiny configuration file; its run folder is `tmp_path / "out" / "tiny" / "default"`."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY + f"OUTPUT: {tmp_path / 'out'}\n")
+    """Path of a tiny configuration file; its run folder is `tmp_path / "out" / "tiny" / "default"`.
+
+    On half of the training images: 11 steps an epoch.
+    """
+    return write_tiny(tmp_path, TINY.replace("NUM_WORKERS: 0", "NUM_WORKERS: 0, TRAIN_FRACTION: 0.5"))
+
+
+def write_tiny(folder: Path, text: str = TINY) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(text + f"OUTPUT: {folder / 'out'}\n")
     return path
 
 

@@ -46,7 +46,7 @@ def test_a_terminal_gets_colours_and_a_progress_bar_with_the_remaining_time(tiny
     os.close(controller)
     assert process.wait(timeout=60) == 0
     text = output.decode()
-    assert re.search(r"epoch 0: +\d+%\|.*\| \d+/22 \[\d\d:\d\d<\d\d:\d\d", text)  # share, count, elapsed < remaining
+    assert re.search(r"epoch 0: +\d+%\|.*\| \d+/11 \[\d\d:\d\d<\d\d:\d\d", text)  # share, count, elapsed < remaining
     assert "evaluation:" in text and "\x1b[32m[" in text
     plain = (folder_of(tiny) / "log.txt").read_text()
     assert "\x1b" not in plain and "%|" not in plain and "best top-1" in plain

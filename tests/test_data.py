@@ -370,14 +370,14 @@ def test_non_square_and_small_sizes():
     assert training_transform(config)(small).shape == (3, 32, 32)
 
 
-def test_policy_survives_100_000_draws():
+def test_policy_survives_20_000_draws():
     """timm's policy asks for posterize with 0 bits now and then, which Pillow 13 refuses."""
     config = load_config(config_file("pola_swin_t"), ["DATA.IMG_SIZE", "32"])
     policy = training_transform(config).transforms[2]
     assert type(policy).__name__ == "RandAugment"
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     random.seed(0), np.random.seed(0)
-    for _ in range(100_000):
+    for _ in range(20_000):
         policy(image)
 
 

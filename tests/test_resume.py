@@ -117,7 +117,7 @@ def test_stopped_anywhere_any_number_of_times_equals_uninterrupted(tiny, options
     # optimizer steps: 3 into the epoch, 1 further, to its last one; then the validation's second batch; then epoch 1
     steps = len(read_metrics_steps(folder_of(tiny).parent / "whole"))
     positions = []
-    for name, moment in (("step", 3), ("step", 1), ("step", steps - 4), ("batch", 2), ("step", 5), ("step", 9)):
+    for name, moment in (("step", 3), ("step", 1), ("step", steps - 4), ("batch", 2), ("step", 5), ("step", 4)):
         count = 0
         with monkeypatch.context() as patched:
             if name == "step":
@@ -129,7 +129,7 @@ def test_stopped_anywhere_any_number_of_times_equals_uninterrupted(tiny, options
         positions.append(newest_checkpoint(folder_of(tiny).parent / "parts").path.name)
     assert positions == [
         f"ckpt_epoch_{epoch}_step_{done}.pth"
-        for epoch, done in ((0, 3), (0, 4), (0, steps), (0, steps), (1, 5), (1, 14))
+        for epoch, done in ((0, 3), (0, 4), (0, steps), (0, steps), (1, 5), (1, 9))
     ]
     assert (folder_of(tiny).parent / "parts" / "PREEMPTED").exists()
     run(tiny, f"{options} TAG parts")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PYTHON, ROOT, TINY, folder_of, run
+from conftest import PYTHON, ROOT, folder_of, run, write_tiny
 from faulty_disk import READ_ONLY, FaultyDisk
 from forkserver import rank_of
 from test_resume import EVERYTHING, assert_same_run
@@ -121,6 +121,12 @@ class Job:
         return self.process.returncode, time.monotonic() - began
 
 
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """With all training images: 22 steps an epoch, so that there is time to strike."""
+    return write_tiny(tmp_path)
+
+
 def pretrain(tiny: Path, options: str = OPTIONS, python: str = PYTHON, **settings: str) -> Job:
     """A run of two processes by pretrain.sh, into the folder `parts`."""
     settings = {"PYTHON": python, "NPROC": "2", "CONFIG": str(tiny), "TAG": "parts", **settings}
@@ -156,8 +162,7 @@ def shared_run(tmp_path_factory, name: str, train: Callable[[Path], object]) -> 
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / "done").exists():
-            (root / "tiny.yaml").write_text(TINY + f"OUTPUT: {root / 'out'}\n")
-            train(root / "tiny.yaml")
+            train(write_tiny(root))
             (root / "done").touch()
     return folder_of(root / "tiny.yaml")
 
