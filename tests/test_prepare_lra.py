@@ -229,7 +229,7 @@ def test_generated_listops_are_right_distinct_and_in_the_window(regenerated):
         sources += [source for source, _ in table]
         assert all(500 < len(document) < 2000 for document in stored)
         assert cache.splits[split].labels.tolist() == [target for _, target in table]
-        for (source, target), document in list(zip(table, stored, strict=True))[:100]:
+        for (source, target), document in list(zip(table, stored, strict=True))[:50]:
             tree = parsed(source)
             assert written(tree) == source and value_of(tree) == target and depth_of(tree) <= 10
             assert [listops.SYMBOLS[symbol] for symbol in document] == flat(tree)
@@ -281,7 +281,7 @@ def test_reference_answers_in_the_manifest_are_those_of_the_tables(regenerated):
 
 
 def parsed_root(source: str) -> str:
-    return next(word for word in source.split() if word != "(")
+    return source.lstrip("( ").partition(" ")[0]
 
 
 def test_generated_listops_are_the_same_for_every_number_of_workers_and_other_for_another_seed(tmp_path):
@@ -412,7 +412,7 @@ def pathfinder_release(root: Path) -> dict[bytes, int]:
     return images
 
 
-def test_pathfinder_files_are_read_by_number_and_empty_ones_left_out(tmp_path, capsys):
+def test_pathfinder_files_are_read_by_number_and_empty_ones_left_out(tmp_path, capsys, refused):
     images = pathfinder_release(tmp_path / "lra_release")
     cache = prepared("pathfinder", "--source", tmp_path / "lra_release", "--workers", 2, tmp_path / "out")
     assert "empty image files left out: 1" in capsys.readouterr().out
@@ -423,7 +423,11 @@ def test_pathfinder_files_are_read_by_number_and_empty_ones_left_out(tmp_path, c
     labels = [label for split in ("train", "val", "test") for label in cache.splits[split].labels.tolist()]
     assert stored == [list(images)[i] for i in order] and labels == [list(images.values())[i] for i in order]
     assert cache.manifest.title.startswith("Pathfinder32, contour length 14, incomplete: train has 9 of 160,000")
-    again = prepared("pathfinder", "--source", tmp_path / "lra_release/pathfinder32", "--seed", 5, tmp_path / "other")
+    folder = tmp_path / "lra_release" / "pathfinder32" / "curv_contour_length_14"
+    error = refused("pathfinder", "--source", folder, "--contour-length", 9, "--out", tmp_path / "nine")
+    assert "curv_contour_length_14 holds no pathfinder32/curv_contour_length_9/metadata" in error
+    assert documents(prepared("pathfinder", "--source", folder, tmp_path / "14"), "val") == documents(cache, "val")
+    again = prepared("pathfinder", "--source", folder.parent, "--seed", 5, tmp_path / "other")
     assert set(documents(again, "train")) != set(documents(cache, "train"))
 
 
@@ -881,6 +885,26 @@ def test_killed_pathfinder_continues_to_the_same_files(tmp_path, monkeypatch):
     assert {path for path, written in times.items() if path.stat().st_mtime_ns != written} == {min(kept)}
     assert main(["pathfinder", *options, "--out", str(unbroken)]) == 0
     assert contents(out) == contents(unbroken)
+
+
+def test_a_disk_that_fills_up_at_the_end_leaves_no_cache(tmp_path, monkeypatch, capsys):
+    listops_release(tmp_path)
+    command = ("listops", "--source", tmp_path, "--out", tmp_path / "out")
+    real = os.replace
+
+    def full(*arguments):
+        if "test.offsets.npy" in str(arguments[1]):
+            raise OSError(28, "No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert main([*map(str, command)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    assert (tmp_path / "out" / "train.tokens.npy").exists() and not (tmp_path / "out" / "manifest.json").exists()
+    monkeypatch.undo()
+    assert main([*map(str, command)]) == 0
+    prepared("listops", "--source", tmp_path, tmp_path / "unbroken")
+    assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, refused, monkeypatch):

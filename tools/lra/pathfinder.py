@@ -49,13 +49,6 @@ def bitmap(pixels: np.ndarray) -> int:
     return int.from_bytes(np.packbits(whole, bitorder="little").tobytes(), "little")
 
 
-def image_of(bits: int) -> np.ndarray:
-    """Boolean (32, 32) image of a bitmap."""
-    packed = np.frombuffer(bits.to_bytes(STRIDE * STRIDE // 8, "little"), dtype=np.uint8)
-    whole = np.unpackbits(packed, bitorder="little").reshape(STRIDE, STRIDE)
-    return whole[OUTSIDE:-OUTSIDE, OUTSIDE:-OUTSIDE].astype(bool)
-
-
 INSIDE = bitmap(np.pad(np.ones((SIZE - 2 * PADDING,) * 2, dtype=bool), PADDING))
 EMPTY = ALL & ~INSIDE  # the occupancy before anything is drawn
 

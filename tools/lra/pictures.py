@@ -227,6 +227,8 @@ def _grey_image(data: bytes, path: Path) -> np.ndarray:
 def read_pathfinder(path: Path, folder: str, contour_length: int, seed: int, workers: int) -> Content:
     """The images of one of pathfinder32's folders; `seed` draws 80 % train, 10 % val, 10 % test."""
     candidates = [*below_release(f"{PATHFINDER_FOLDER}/{folder}", "metadata"), f"{folder}/metadata"]
+    if path.resolve().name != folder:  # the folder of another contour length is none
+        candidates.remove("metadata")
     found = find("pathfinder", path, candidates, f"{PATHFINDER_FOLDER}/{folder}/metadata")
     by_number = {}
     for file in found.glob("*.npy"):
