@@ -127,7 +127,12 @@ def write_tiny(folder: Path, text: str = TINY) -> Path:
 
 
 def run_main(
-    *arguments: str | Path, processes: int = 0, check: bool = True, timeout: float = 300, launcher: Sequence[str] = ()
+    *arguments: str | Path,
+    processes: int = 0,
+    check: bool = True,
+    timeout: float = 300,
+    launcher: Sequence[str] = (),
+    threads: int = 1,
 ) -> subprocess.CompletedProcess:
     """Run main.py in its own process, or under torchrun with `processes`; fails with its output unless it exits 0."""
     command = [PYTHON]
@@ -136,7 +141,7 @@ def run_main(
     elif processes:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["main.py", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -5,18 +5,25 @@ pytest tests/test_lra.py
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, run_main
 from lra_caches import write_cache
+from test_prepare_lra import aan_release, cifar_folder, listops_release, pathfinder_release, reviews
 from test_resume import assert_same_run
 from torch.nn import functional as F
 
 import engine
+from benchmarks.lra import table
 from config import ConfigError, load_config
 from data import build_loaders
 from data.datasets import DataError
@@ -28,6 +35,7 @@ from models import build_model
 from models.attention import PolaSequenceAttention
 from models.inspection import inspect_step
 from models.loading import load_model
+from tools import prepare_lra
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.checkpoint_store import epoch_file
 from utils.preemption import Preempted
@@ -460,3 +468,137 @@ def test_learning_rates_are_taken_as_given(tmp_path):
     rates = [record["lr"] for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
     assert max(rates) == pytest.approx(1e-4) and rates[0] == pytest.approx(1e-4 / 25)
     assert load_checkpoint(epoch_file(folder, 2))["step"] == 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the official files to the table
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def official_files(task: str, root: Path, monkeypatch) -> Path:
+    """A few samples in the task's official format; returns what --source names."""
+    if task == "listops":
+        listops_release(root)
+    elif task == "pathfinder":
+        pathfinder_release(root)
+    elif task == "retrieval":
+        aan_release(root)
+    elif task == "image":
+        cifar_folder(root, monkeypatch)
+    else:
+        for name, text in reviews().items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(text)
+    return root
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_official_files_are_prepared_trained_on_and_evaluated(tmp_path, task, monkeypatch):
+    """At the protocol's lengths, with a small model; then the row of the table."""
+    source = official_files(task, tmp_path / "source", monkeypatch)
+    prepare_lra.main([task, "--source", str(source), "--out", str(tmp_path / "data")])
+    narrow = "MODEL.LRA.DIM 8 MODEL.LRA.MLP_DIM 8 DATA.BATCH_SIZE 2 TRAIN.GLOBAL_BATCH 2 TRAIN.STEPS 4"
+    options = f"DATA.DATA_PATH {tmp_path}/data OUTPUT {tmp_path}/out {narrow} TRAIN.EVAL_STEPS 2 TRAIN.WARMUP_STEPS 2"
+    run(lra(task), f"{options} TAG polarity-4-seed0")
+    folder = tmp_path / "out" / f"lra_{task}" / "polarity-4-seed0"
+    assert table.read_run(folder) is None  # not evaluated yet
+    run(lra(task), f"{options} TAG polarity-4-seed0 EVAL_MODE True MODEL.RESUME {folder / 'max_acc.pth'}")
+    found = table.read_run(folder)
+    expected = len(open_cache(tmp_path / "data").splits["test"].labels)
+    assert (found.task, found.preset, found.steps, found.seed) == (task, "skyformer", 4, 0)
+    assert found.attention == "polarity, α = 4" and 0 <= found.accuracy <= 100
+    assert (found.accuracy * expected / 100) == pytest.approx(round(found.accuracy * expected / 100))
+    assert "MODEL.LRA.DIM 8" in found.changed and not any("SEED" in key for key in found.changed)
+    assert bool(found.reference) == (task == "listops")
+
+
+def finished(accuracy: float, **changed) -> table.Run:
+    run = table.Run(
+        task="listops",
+        preset="skyformer",
+        attention="polarity, α = 3",
+        data="ListOps (regenerated)",
+        seed=0,
+        steps=1000,
+        changed=(),
+        device="1 × CPU",
+        accuracy=accuracy,
+        best_step=500,
+        reference={"majority class": 17.0},
+    )
+    return replace(run, **changed)
+
+
+def test_the_table_averages_seeds_and_never_mixes_what_differs(tmp_path, monkeypatch):
+    runs = [
+        finished(36.0),
+        finished(38.0, seed=1),
+        finished(50.0, steps=2000),
+        finished(60.0, preset="clean"),
+        finished(70.0, device="1 × GPU"),
+        finished(80.0, data="ListOps (official)", reference={}),
+    ]
+    page = table.page(runs)
+    published, clean = page.split("preset clean\n")
+    own = published.split("preset skyformer\n")[1]
+    rows = [line for line in own.splitlines() if line.startswith("| ListOps | polarity")]
+    assert len(rows) == 4
+    assert sum("37.00 ± 1.41 (2)" in row and "1,000 of 50,000" in row and "| 0, 1 |" in row for row in rows) == 1
+    assert all(any(f"{accuracy}.00 (1)" in row for row in rows) for accuracy in (50, 70, 80)) and "60.00" not in own
+    assert "60.00 (1)" in clean and "| ListOps | ListOps (regenerated) | majority class | 17.0 |" in own
+    assert "Not run: Text, Retrieval, Pathfinder, Image." in own and "<!--" not in page
+    for row, average in (("PolaFormer α = 3", "60.72"), ("PolaFormer α = 7", "60.57"), ("Skyformer", "59.39")):
+        assert any(line.startswith(f"| {row} |") and line.endswith(f" {average} |") for line in page.splitlines())
+    monkeypatch.setattr("sys.argv", ["table", "--runs", str(tmp_path)])
+    with pytest.raises(SystemExit, match="holds no finished run"):
+        table.main()
+
+
+@pytest.mark.alone
+def test_short_listops_are_learned(tmp_path):
+    """The smoke test: 600 steps on two threads reach twice what a constant per root operator does."""
+    start = time.monotonic()
+    data = tmp_path / "data"
+    shape = "--samples 20000 2000 2000 --min-length 0 --max-length 65 --max-depth 3 --max-args 5"
+    prepare_lra.main(["listops", "--out", str(data), *shape.split()])
+    root_constant = open_cache(data).manifest.baselines["val"]["best constant per root operator"]
+    result = run_main("--cfg", lra("smoke"), "--data-path", data, "--output", tmp_path / "out", threads=2)
+    seconds = time.monotonic() - start
+    best = float(re.search(r"best top-1: ([\d.]+) %", result.stdout)[1])
+    print(f"short ListOps: {best:.1f} % in {seconds:.0f} s, a constant per root operator {100 * root_constant:.1f} %")
+    assert best >= 45.0 and 20 < 100 * root_constant < 28
+    assert seconds < 120
+
+
+@pytest.mark.slow
+def test_run_sh_trains_continues_and_writes_the_page(tmp_path):
+    write_cache(tmp_path / "data" / "listops", "listops", classes=10)
+    environment = {
+        "DATA": tmp_path / "data",
+        "OUTPUT": tmp_path / "out",
+        "DOCS": tmp_path / "lra.md",
+        "TASKS": "listops text",
+        "ALPHAS": "3",
+        "OTHERS": "relu",
+        "SEEDS": "0",
+        "STEPS": "20",
+        "PYTHON": sys.executable,
+    }
+    command = ["bash", "benchmarks/lra/run.sh", "--opts", *SMALL.split(), "TRAIN.EVAL_STEPS", "10"]
+
+    def start(**changed: str) -> subprocess.CompletedProcess:
+        settings = {name: str(value) for name, value in {**environment, **changed}.items()}
+        return subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, check=False
+        )
+
+    first = start()
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "text: " in first.stderr and "holds no prepared data" in first.stderr
+    page = (tmp_path / "lra.md").read_text()
+    assert "| ListOps | polarity, α = 3 |" in page and "| ListOps | relu |" in page and "20 of 50,000" in page
+    again = start()
+    assert again.stdout.count(": finished") == 2 and "epoch" not in again.stdout
+    assert (tmp_path / "lra.md").read_text() == page
+    wrong = start(TASKS="listop")
+    assert wrong.returncode == 2 and "TASKS names 'listop', expected some of listops" in wrong.stderr
