@@ -23,7 +23,8 @@ from yacs.config import CfgNode
 
 from utils.kinds import Kind, boolean, choice, either, integer, optional, real, sequence, text
 
-MODEL_TYPES = ("pola_swin", "pola_pvt_tiny", "pola_pvt_small", "pola_pvt_medium", "pola_pvt_large", "lra")
+IMAGE_MODELS = ("pola_swin", "pola_pvt_tiny", "pola_pvt_small", "pola_pvt_medium", "pola_pvt_large")
+MODEL_TYPES = (*IMAGE_MODELS, "lra")
 DATASETS = ("imagenet", "digits", "fashion_mnist", "lra")
 LRA_TASKS = ("listops", "text", "retrieval", "pathfinder", "image")
 POOLS = ("mean_padded", "mean_valid", "cls")  # of MODEL.TYPE lra

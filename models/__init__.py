@@ -8,14 +8,14 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from config import MODEL_TYPES, image_size, parse_sr_ratios
+from config import IMAGE_MODELS, image_size, parse_sr_ratios
 from models import pola_pvt, pola_swin
 from models.classifier import Classifier, TrainableModel
 from models.lra import SequenceClassifier, sequence_arguments
 from models.pola_pvt import PVT_DEPTHS, PolaPVT
 from models.pola_swin import PolaSwin
 
-assert ("pola_swin", *PVT_DEPTHS, "lra") == MODEL_TYPES, "config.MODEL_TYPES and the models that exist differ"
+assert ("pola_swin", *PVT_DEPTHS) == IMAGE_MODELS, "config.IMAGE_MODELS and the models that exist differ"
 
 
 def list_models() -> list[str]:
@@ -61,7 +61,7 @@ def model_arguments(config: CfgNode) -> dict[str, Any]:
             "ape": config.MODEL.SWIN.APE,
             "patch_norm": config.MODEL.SWIN.PATCH_NORM,
         }
-    raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r} is unknown, expected one of {', '.join(MODEL_TYPES)}")
+    raise ValueError(f"MODEL.TYPE {config.MODEL.TYPE!r} is unknown, expected one of {', '.join(IMAGE_MODELS)}")
 
 
 def build_classifier(config: CfgNode, num_classes: int | None = None) -> Classifier:

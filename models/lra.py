@@ -140,20 +140,19 @@ class SequenceClassifier(TrainableModel):
 
 def sequence_arguments(config: CfgNode) -> dict[str, Any]:
     """What a configuration says to the constructor of `SequenceClassifier`, apart from the number of classes."""
-    shape = config.MODEL.LRA
     return {
-        "length": shape.LENGTH,
-        "vocabulary": shape.VOCABULARY,
-        "dim": shape.DIM,
-        "depth": shape.DEPTH,
-        "num_heads": shape.NUM_HEADS,
-        "mlp_dim": shape.MLP_DIM,
-        "pool": shape.POOL,
-        "documents": shape.DOCUMENTS,
+        "length": config.MODEL.LRA.LENGTH,
+        "vocabulary": config.MODEL.LRA.VOCABULARY,
+        "dim": config.MODEL.LRA.DIM,
+        "depth": config.MODEL.LRA.DEPTH,
+        "num_heads": config.MODEL.LRA.NUM_HEADS,
+        "mlp_dim": config.MODEL.LRA.MLP_DIM,
+        "pool": config.MODEL.LRA.POOL,
+        "documents": config.MODEL.LRA.DOCUMENTS,
         "drop_rate": config.MODEL.DROP_RATE,
-        "kernel_size": shape.KERNEL_SIZE,
-        "dropout": shape.ATTENTION_DROP,
-        "learn_scale": shape.LEARN_SCALE,
+        "kernel_size": config.MODEL.LRA.KERNEL_SIZE,
+        "dropout": config.MODEL.LRA.ATTENTION_DROP,
+        "learn_scale": config.MODEL.LRA.LEARN_SCALE,
         "alpha": config.MODEL.LA.ALPHA,
         "backend": config.MODEL.LA.BACKEND,
         "attention": config.MODEL.LA.ATTENTION,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import config_file, fill_with_recipe
 
-from config import MODEL_TYPES, load_config
+from config import IMAGE_MODELS, load_config
 from models import build_model
 from models.attention import PolaReductionAttention, PolaWindowAttention
 from models.layers import drop_path_rates
@@ -23,7 +23,7 @@ def small(type_name: str, *options: str) -> torch.nn.Module:
     return build_model(load_config(config_file("pola_swin_t"), ["MODEL.TYPE", type_name, *SMALL, *options]))
 
 
-@pytest.mark.parametrize("type_name", MODEL_TYPES)
+@pytest.mark.parametrize("type_name", IMAGE_MODELS)
 def test_every_parameter_receives_a_gradient(type_name):
     model = small(type_name, "MODEL.LA.ATTN_TYPE", "LLSS", "MODEL.DROP_PATH_RATE", "0")
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
