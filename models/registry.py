@@ -107,7 +107,7 @@ def _fits(state: dict[str, Tensor], table: str, grid: Grid) -> bool:
 
 def _require_function(config: CfgNode, arguments: dict[str, Any], file: str) -> None:
     """Raise CheckpointError unless what changes a model's function, but no shape, is as the file was trained with."""
-    own = {key: key.rsplit(".", 1)[1].lower() for key in FUNCTION_KEYS}
+    own = {key: key.rsplit(".", 1)[1].lower() for key in FUNCTION_KEYS if ".LRA." not in key}
     differing = [
         f"{name}={value_of(config, key)!r}, not {arguments[name]!r}"
         for key, name in own.items()

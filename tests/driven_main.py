@@ -66,7 +66,7 @@ def stop_in_validation() -> None:
 
 def slow() -> None:
     watchdog.INTERVAL, watchdog.SILENCE = 0.3, 2.0
-    forward, update = main.Classifier.__call__, engine.AccuracyCounter.update
+    forward, update = main.TrainableModel.__call__, engine.AccuracyCounter.update
     save = checkpoint_store.save_checkpoint
     trained, validated = [], []
 
@@ -85,7 +85,7 @@ def slow() -> None:
             time.sleep(7)
         save(state, path)
 
-    main.Classifier.__call__, engine.AccuracyCounter.update = slow_forward, slow_update
+    main.TrainableModel.__call__, engine.AccuracyCounter.update = slow_forward, slow_update
     checkpoint_store.save_checkpoint = slow_save
 
 

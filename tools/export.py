@@ -121,8 +121,15 @@ class ExplicitSoftmaxAttention(TorchFunctionMode):
 
 
 def _softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    scale: float | None = None,
 ) -> Tensor:
+    assert dropout_p == 0, "models are exported as they evaluate"
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
     if attn_mask is not None:
         boolean = attn_mask.dtype == torch.bool
