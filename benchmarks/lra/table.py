@@ -1,6 +1,7 @@
 """Write docs/lra.md from finished runs of Long Range Arena: python -m benchmarks.lra.table --runs output/lra
 
-benchmarks/lra/run.sh does this at its end. A run counts when its best checkpoint has been evaluated on the test split.
+benchmarks/lra/run.sh does this at its end. A run counts when its best checkpoint has been evaluated on the test split;
+without any, the page has protocol and published rows alone.
 """
 
 import argparse
@@ -194,8 +195,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "lra.md", metavar="FILE")
     options = parser.parse_args(arguments)
     found = [run for folder in sorted(options.runs.glob("lra_*/*")) if (run := read_run(folder))]
-    if not found:
-        raise SystemExit(f"{options.runs} holds no finished run; benchmarks/lra/run.sh makes them")
     options.docs.write_text(page(found), encoding="utf-8")
     print(f"{len(found)} runs in {options.docs}")
 
