@@ -183,8 +183,8 @@ def page(runs: Sequence[Run]) -> str:
     sentences = [f"Not run yet: {generated}."] if generated else []
     if downloaded:
         sentences.append(
-            f"Not run: {downloaded}. Their data were not at hand; their readers, models and training are tested on small"
-            " files in the official formats."
+            f"Not run: {downloaded}. Their data were not at hand; their readers, models and training are tested on"
+            " small files in the official formats."
         )
     parts["missing"] = " ".join(sentences) or "All five tasks were run."
     parts |= {"polaformer": published_table(POLAFORMER), "skyformer_paper": published_table(SKYFORMER)}
