@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from config import last_epoch
 from models import build_model
 from tools import ablation
 from tools.ablation import VARIANTS, AblationError, RunFailedError, check_folder, execute_all, plan, write_page
@@ -30,7 +31,7 @@ def pretend(run: ablation.Run, *top1: float, wall: float = 20.0, load: float = 1
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.yaml").write_text(run.config.dump())
     records = [
-        {"kind": "val", "epoch": run.config.TRAIN.EPOCHS - len(top1) + i, "step": i, "top1": value}
+        {"kind": "val", "epoch": last_epoch(run.config) - len(top1) + i, "step": i, "top1": value}
         for i, value in enumerate(top1)
     ]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -140,7 +141,7 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path):
     path.write_text(path.read_text().replace("TRAIN_FRACTION: 1.0", "").replace(str(tmp_path), "/elsewhere"))
     check_folder(run)  # as a version without that key wrote it, in another place
     (other,) = plan(["digits"], ["relu"], 1, tmp_path, ("TRAIN.EPOCHS", "3"))
-    with pytest.raises(AblationError, match="holds a run with TRAIN.EPOCHS 15, this experiment has 3: name another"):
+    with pytest.raises(AblationError, match="holds a run with TRAIN.EPOCHS 10, this experiment has 3: name another"):
         check_folder(other)
 
 

@@ -32,7 +32,7 @@ from scipy.stats import t as student_t
 from yacs.config import CfgNode
 
 from benchmarks.common import environment
-from config import ConfigError, config_from_tree, image_size, load_config, run_folder
+from config import ConfigError, config_from_tree, image_size, last_epoch, load_config, run_folder
 from data.datasets import FASHION_MNIST, DataError, FashionMnistSource
 from logger import read_metrics
 from models import build_model
@@ -111,7 +111,7 @@ def plan(datasets: Iterable[str], variants: Iterable[str], seeds: int, output: P
 def final_top1(run: Run) -> float | None:
     """Validation top-1 in percent after the last epoch; None where the run is not finished."""
     metrics = run.folder / "metrics.jsonl"
-    last = run.config.TRAIN.EPOCHS + run.config.TRAIN.COOLDOWN_EPOCHS - 1
+    last = last_epoch(run.config) - 1
     records = read_metrics(metrics) if metrics.exists() else []
     return next((r["top1"] for r in records if r["kind"] == "val" and r["epoch"] == last), None)
 
@@ -335,8 +335,8 @@ except without gate, where the projection is smaller. What differs:
 
 Learning rates, weight decay and stochastic depth are those of `configs/quickstart.yaml`, whose model has two polarity
 and two softmax stages. They were fixed before the first run of this comparison and are the same for all; no variant was
-tuned, ours included, and another learning rate might order them differently. The number of epochs and the share of
-Fashion-MNIST were chosen so that a run takes at most {bar} on one thread.
+tuned, ours included, and another learning rate might order them differently. How long they train, and on what share of
+Fashion-MNIST, was chosen so that a run takes at most {bar} on one thread.
 
 ## Where it ran
 
@@ -404,11 +404,12 @@ def _options(variant: Variant) -> str:
 def _setting(run: Run) -> str:
     config = run.config
     height, width = image_size(config)
-    share = config.DATA.TRAIN_FRACTION
+    share, steps = config.DATA.TRAIN_FRACTION, config.TRAIN.STEPS
+    duration = f"{config.TRAIN.EPOCHS} epochs" if steps is None else f"{steps} steps"
     return (
         f"{DATASETS[run.dataset]} at {height}×{width} pixels, "
         + (f"{share:.0%} of the training images, " if share < 1 else "")
-        + f"{config.TRAIN.EPOCHS} epochs, batch {config.DATA.BATCH_SIZE}, peak learning rate"
+        + f"{duration}, batch {config.DATA.BATCH_SIZE}, peak learning rate"
         f" {config.TRAIN.BASE_LR * config.DATA.BATCH_SIZE / 512:g}"
     )
 
