@@ -141,7 +141,7 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path):
     path.write_text(path.read_text().replace("TRAIN_FRACTION: 1.0", "").replace(str(tmp_path), "/elsewhere"))
     check_folder(run)  # as a version without that key wrote it, in another place
     (other,) = plan(["digits"], ["relu"], 1, tmp_path, ("TRAIN.EPOCHS", "3"))
-    with pytest.raises(AblationError, match="holds a run with TRAIN.EPOCHS 10, this experiment has 3: name another"):
+    with pytest.raises(AblationError, match="holds a run with TRAIN.EPOCHS 8, this experiment has 3: name another"):
         check_folder(other)
 
 
