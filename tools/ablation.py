@@ -336,8 +336,8 @@ except without gate, where the projection is smaller. What differs:
 Weight decay and stochastic depth are those of `configs/quickstart.yaml`, whose model has two polarity and two softmax
 stages. The peak learning rate is four times the quickstart's, at which so short a run learns more: of these two rates,
 tried with softmax and polarity on both data sets (seed 0), it was the better one for all four. It is the same for all
-variants; none was tuned by itself, ours included, and another rate might order them differently. How long they train, and on what share of
-Fashion-MNIST, was chosen so that a run takes at most {bar} on one thread.
+variants; none was tuned by itself, ours included, and another rate might order them differently. How long they train,
+and on what share of Fashion-MNIST, was chosen so that a run takes at most {bar} on one thread.
 
 ## Where it ran
 
