@@ -8,7 +8,7 @@
 #                    them is Fashion-MNIST (apt install dataset-fashion-mnist); ABLATION="--datasets digits" does without
 # make bench-maps    set up, then time the attention maps of one image (1 minute)
 # make bench-features  set up, then time feature pyramids against the plain forward pass (3 minutes)
-# make bench-lra     set up, then time the generators of Long Range Arena and its models over their length (6 minutes)
+# make bench-lra     set up, then time the generators of Long Range Arena and its models over their length (9 minutes)
 # PYTHON=/path/to/python make …   uses that environment as it is and installs nothing
 
 ifdef PYTHON

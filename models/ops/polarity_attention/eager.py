@@ -165,19 +165,20 @@ class _Tokens:
         block = k[images, tokens]
         if self.position is not None:
             block = torch.add(block, self.position[tokens], out=self.scratch("keys", *block.shape))
-        return self._sharpen(self._without_masked(block, images, tokens))
+        return self._sharpen(block, self._padding(images, tokens))
 
     def values(self, v: Tensor, images: slice, tokens: slice) -> Tensor:
         """(b, h, T, d); masked values are 0, whatever stands there."""
-        block = self._without_masked(v[images, tokens], images, tokens).transpose(1, 2)
-        return self.scratch("values", *block.shape).copy_(block)
+        block = v[images, tokens].transpose(1, 2)
+        return _fill(self.scratch("values", *block.shape).copy_(block), self._padding(images, tokens))
 
-    def _without_masked(self, block: Tensor, images: slice, tokens: slice) -> Tensor:
-        return block if self.key_mask is None else block.masked_fill(~self.key_mask[images, tokens, None, None], 0.0)
+    def _padding(self, images: slice, tokens: slice) -> Tensor | None:
+        """(b, 1, T, 1), True for a masked key."""
+        return None if self.key_mask is None else ~self.key_mask[images, None, tokens, None]
 
-    def _sharpen(self, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sharpen(self, block: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         block = block.transpose(1, 2)
-        u = torch.mul(block, self.inverse_scale, out=self.scratch("u", *block.shape))
+        u = _fill(torch.mul(block, self.inverse_scale, out=self.scratch("u", *block.shape)), padding)
         magnitude = torch.abs(u, out=self.scratch("magnitude", *u.shape))
         slope = torch.pow(magnitude, self.exponent - 1, out=self.scratch("slope", *u.shape))
         return u, magnitude, slope
@@ -205,6 +206,11 @@ class _Tokens:
         self.moment += _sum_over_tokens(u.mul_(grad_u)).sum(dim=0)
         self.log_moment += _sum_over_tokens(u.mul_(log)).sum(dim=0)
         return grad_u.mul_(self.exponent * self.inverse_scale)
+
+
+def _fill(t: Tensor, padding: Tensor | None) -> Tensor:
+    """t with 0 where `padding` is True, in place: a copy would be memory fresh from the system."""
+    return t if padding is None else t.masked_fill_(padding, 0.0)
 
 
 class _Scratch:
