@@ -178,13 +178,15 @@ def run_throughput(config: CfgNode, device: torch.device) -> None:
         model.compile()
     amp_dtype = autocast_dtype(config, device) if config.AMP else None
     result = throughput(config, model, device, amp_dtype)
+    sequences = config.MODEL.TYPE == "lra"
     get_logger().info(
-        "throughput of %s, batch %d, %s, size %s: median %.1f images/s (lowest %.1f, highest %.1f, %d batches)",
+        "throughput of %s, batch %d, %s, %s: median %.1f %s/s (lowest %.1f, highest %.1f, %d batches)",
         config.MODEL.NAME,
         config.DATA.BATCH_SIZE,
         str(amp_dtype or torch.float32).removeprefix("torch."),
-        config.DATA.IMG_SIZE,
+        f"{config.MODEL.LRA.LENGTH} tokens" if sequences else f"size {config.DATA.IMG_SIZE}",
         result.median,
+        "samples" if sequences else "images",
         result.low,
         result.high,
         result.batches,
@@ -205,7 +207,8 @@ def build_training(config: CfgNode, model: TrainableModel, loaders: Loaders, dev
     optimizer = build_optimizer(config, model, lr_scale)
     amp_dtype = autocast_dtype(config, device) if config.AMP else None
     get_logger().info(
-        "global batch %d = %d processes × %d passes × %d images, learning rate %.3e (%g × %.3e), %d steps an epoch, %s",
+        "global batch %d = %d processes × %d passes × %d samples, learning rate %.3e (%g × %.3e), %d steps an epoch,"
+        " %s",
         plan.global_batch,
         plan.world_size,
         plan.accumulation,
@@ -334,7 +337,7 @@ def run_training(config: CfgNode, device: torch.device, request: StopRequest) ->
     loaders = build_loaders(config)
     assert loaders.train is not None
     logger.info(
-        "%d training and %d validation images of %d classes",
+        "%d training and %d validation samples of %d classes",
         loaders.train.num_images,
         loaders.val.num_images,
         loaders.num_classes,

@@ -401,6 +401,11 @@ def test_tools_for_images_refuse_a_model_of_sequences(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_throughput_is_that_of_full_sequences(tmp_path, log):
+    run(lra("retrieval"), f"{SMALL} DATA.BATCH_SIZE 3 THROUGHPUT_MODE True OUTPUT {tmp_path}")
+    assert re.search(r"of lra_retrieval, batch 3, float32, 32 tokens: median [\d.]+ samples/s \(lowest", log.text)
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("preset", ["", "_clean"])
 def test_every_task_trains_and_evaluates(tmp_path, task, preset):

@@ -560,7 +560,7 @@ def test_training_from_shards_resumes_and_evaluates_as_from_the_folder(tiny_shar
     monkeypatch.undo()
     assert count == 3
     run(tiny_shards, "TAG parts")
-    assert "30 training and 15 validation images of 3 classes" in log.text
+    assert "30 training and 15 validation samples of 3 classes" in log.text
     checkpoint, resumed = (folder_of(tiny_shards).parent / tag / "ckpt_epoch_2.pth" for tag in ("whole", "parts"))
     state = load_checkpoint(checkpoint)
     assert state["classes"] == list(CLASSES) and state["step"] == 14

@@ -333,7 +333,7 @@ def test_another_number_of_processes_keeps_the_global_batch_and_the_schedule(tin
         with pytest.raises(Preempted, match="0 epochs and 6 of 22 steps"):
             run(tiny, f"{options} TAG changed")
     job = Job(*arguments(tiny, options, "changed"))
-    job.wait_for(r"global batch 64 = 2 processes × 1 passes × 32 images")
+    job.wait_for(r"global batch 64 = 2 processes × 1 passes × 32 samples")
     job.wait_for(r"written by 1 processes, this run has 2: the global batch stays 64, and so does the schedule")
     job.wait_for(r"epoch 0 \[15/")
     os.kill(job.worker(0), signal.SIGTERM)
