@@ -709,6 +709,11 @@ def validate(config: CfgNode) -> None:
     if steps is not None and steps % interval:
         nearest = max(1, round(steps / interval)) * interval
         raise ConfigError(f"TRAIN.EVAL_STEPS {interval} does not divide TRAIN.STEPS {steps}; {nearest} steps would do")
+    if config.TRAIN.LR_SCHEDULER.NAME == "onecycle" and steps is not None and steps <= config.TRAIN.WARMUP_STEPS:
+        raise ConfigError(
+            f"TRAIN.WARMUP_STEPS {config.TRAIN.WARMUP_STEPS} leaves none of TRAIN.STEPS {steps} for the way down of"
+            " onecycle; a shorter run needs a shorter warm-up"
+        )
     if last_epoch(config) <= config.TRAIN.START_EPOCH:
         raise ConfigError(
             f"TRAIN.START_EPOCH {config.TRAIN.START_EPOCH} is not below the run's {last_epoch(config)} epochs"

@@ -263,7 +263,12 @@ def train_one_epoch(
             report = f"Computing the step again for a report failed ({problem})"
         raise NonFiniteError(f"{error}. {report}", error.step) from None
     if times.step > 0:
-        why = verdict(times, workers=config.DATA.NUM_WORKERS, processes=distributed.world_size())
+        why = verdict(
+            times,
+            workers=config.DATA.NUM_WORKERS,
+            processes=distributed.world_size(),
+            sequences=config.DATA.DATASET == "lra",
+        )
         get_logger().info("epoch %d %s", epoch, why)
 
 

@@ -3,8 +3,9 @@
 The model of configs/lra/text.yaml, full training steps (forward, loss, backward, AdamW) on random bytes, with polarity
 attention and the attentions it is compared with in their plain form: softmax by PyTorch's fused kernel and by its
 N×N matrix (math), and linear attention of relu. Time: all of a length in turn in one process, ratios within each round;
-its growth with length in rounds of two lengths. Memory: a process of its own for each. Without dropout, which would
-keep softmax from its fused kernel. A gate comes first: padding that follows changes no logit.
+its growth with length in rounds of two lengths. On a GPU the fused kernel with a key mask is the memory-efficient one,
+and flash attention is measured without a mask, in bfloat16. Memory: a process of its own for each. Without dropout,
+which would keep softmax from its fused kernel. A gate comes first: padding that follows changes no logit.
 """
 
 import json
@@ -44,11 +45,13 @@ from models.classifier import TrainableModel
 from utils.precision import autocast
 
 PLAIN = "MODEL.LA.GATE False MODEL.LRA.LEARN_SCALE False"
+UNMASKED, FLASH = "polarity, no mask", "softmax, no mask (flash)"
 KINDS = {
     "polarity": "MODEL.LA.ATTENTION polarity",
-    "polarity, no mask": "MODEL.LA.ATTENTION polarity",
+    UNMASKED: "MODEL.LA.ATTENTION polarity",
     "relu": f"MODEL.LA.ATTENTION relu {PLAIN}",
     "softmax": f"MODEL.LA.ATTENTION softmax {PLAIN}",
+    FLASH: f"MODEL.LA.ATTENTION softmax {PLAIN}",
     "softmax (math)": f"MODEL.LA.ATTENTION softmax {PLAIN}",
 }
 SPEED_BAR, SPEED_AT = 4.0, 4096  # times as fast as fused softmax there
@@ -62,7 +65,7 @@ def build(kind: str, length: int, alpha: float, device: torch.device) -> Trainab
     config = load_config(str(ROOT / "configs" / "lra" / "text.yaml"), [*options.split(), "MODEL.LA.ALPHA", str(alpha)])
     torch.manual_seed(0)
     model = build_model(config, 2).to(device)
-    if kind.endswith("no mask"):
+    if "no mask" in kind:
         for block in model.blocks:  # type: ignore[union-attr]
             attention = block.attn
             attention.mix = partial(_without_mask, attention.mix)
@@ -98,8 +101,10 @@ class Steps:
         self.labels = torch.zeros(batch_size, dtype=torch.long, device=device)
 
     def __call__(self) -> None:
-        backends = [SDPBackend.MATH] if self.kind.endswith("(math)") else list(FUSED)
-        with sdpa_kernel(backends), autocast(self.device, None if self.dtype == torch.float32 else self.dtype):
+        with (
+            sdpa_kernel(backends(self.kind)),
+            autocast(self.device, None if self.dtype == torch.float32 else self.dtype),
+        ):
             loss = cross_entropy(self.model(self.ids), self.labels)
         loss.backward()
         self.optimizer.step()
@@ -109,7 +114,13 @@ class Steps:
         return timed(self.device, self)[0]
 
 
-FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+def backends(kind: str) -> list[SDPBackend]:
+    """The kernels that softmax may use."""
+    if kind.endswith("(math)"):
+        return [SDPBackend.MATH]
+    if kind == FLASH:
+        return [SDPBackend.FLASH_ATTENTION]
+    return [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 def step_memory(
@@ -136,20 +147,25 @@ def _status(field: str) -> int:
     return int(line.split()[1])
 
 
-def kinds_at(length: int) -> list[str]:
-    return [kind for kind in KINDS if not kind.endswith("(math)") or length <= MATH_LIMIT]
+def kinds_at(length: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Which are measured. A GPU's flash kernel takes neither a key mask nor float32; a CPU's takes both."""
+    left_out = [kind for kind in KINDS if kind.endswith("(math)") and length > MATH_LIMIT]
+    if device.type == "cpu" or dtype == torch.float32:
+        left_out.append(FLASH)
+    return [kind for kind in KINDS if kind not in left_out]
 
 
 def measure(length: int, options: Any, device: torch.device) -> dict[str, Any]:
     """Seconds of a step of every kind, their ratio to polarity's in each round, and the memory of each."""
     dtype = DTYPES[options.dtype]
     setting = (options.batch_size, options.alpha, dtype)
-    contenders = {kind: Steps(kind, length, *setting, device) for kind in kinds_at(length)}
+    kinds = kinds_at(length, dtype, device)
+    contenders = {kind: Steps(kind, length, *setting, device) for kind in kinds}
     samples = interleaved({kind: steps.seconds for kind, steps in contenders.items()}, options.repeats, options.warmup)
     del contenders
     memory = {}
-    for kind in kinds_at(length):
-        if kind.endswith("no mask"):
+    for kind in kinds:
+        if kind == UNMASKED:
             continue
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             memory[kind] = pool.apply(step_memory, (kind, length, *setting, options.device, options.threads))
@@ -174,7 +190,7 @@ def bars_of(records: Sequence[dict[str, Any]], grown: Spread | None, device: tor
     by_length = {record["length"]: record for record in records}
     bars = []
     for record in records:
-        masked = ratios(record["samples"]["polarity"], record["samples"]["polarity, no mask"]).median
+        masked = ratios(record["samples"]["polarity"], record["samples"][UNMASKED]).median
         bars.append(Bar(f"with a key mask over without, N = {record['length']}", masked, MASK_BAR, "at most"))
     if device.type == "cpu" and SPEED_AT in by_length:
         faster = by_length[SPEED_AT]["times_polarity"]["softmax"]["median"]
@@ -192,9 +208,9 @@ def draw(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     figure.suptitle(title)
     time_axes, memory_axes = figure.subplots(1, 2)
     for kind in KINDS:
-        if kind.endswith("no mask"):
-            continue
         mine = [record for record in records if kind in record["memory_mib"]]
+        if not mine:
+            continue
         lengths = [record["length"] for record in mine]
         time_axes.plot(lengths, [record["seconds"][kind]["median"] for record in mine], "o-", label=kind)
         memory_axes.plot(lengths, [record["memory_mib"][kind] for record in mine], "o-", label=kind)

@@ -21,12 +21,14 @@ class TrainSampler(Sampler[Draw]):
 
     Args:
         samples: of this rank in an epoch, where that is not one pass over the data: passes, each with a permutation of
-            its own, then follow each other, and an epoch takes up where the last one ended.
+            its own, then follow each other without remainder, and an epoch takes up where the last one ended. So the
+            sequence of samples, all ranks together, is the same for every world size.
     """
 
     def __init__(self, size: int, *, rank: int, world_size: int, seed: int, samples: int | None = None) -> None:
         self.size, self.rank, self.world_size, self.seed = size, rank, world_size, seed
         self.samples = size // world_size if samples is None else samples
+        self.stride = size if samples is None else samples * world_size  # from the first sample of an epoch to the next
         self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -38,14 +40,13 @@ class TrainSampler(Sampler[Draw]):
         return self.samples
 
     def __iter__(self) -> Iterator[Draw]:
-        share = self.size // self.world_size  # of one pass
-        number, done = divmod(self.epoch * self.samples + self.start, share)
-        left = self.samples - self.start
-        while left > 0:
-            order = np.random.default_rng((self.seed, number)).permutation(self.size)
-            mine = order[: share * self.world_size][self.rank :: self.world_size][done : done + left]
-            yield from (Draw(number, int(index)) for index in mine)
-            number, done, left = number + 1, 0, left - len(mine)
+        first = self.epoch * self.stride + self.rank
+        number, order = -1, np.empty(0, dtype=np.int64)
+        for sample in range(self.start, self.samples):
+            of_pass, place = divmod(first + sample * self.world_size, self.size)
+            if of_pass != number:
+                number, order = of_pass, np.random.default_rng((self.seed, of_pass)).permutation(self.size)
+            yield Draw(number, int(order[place]))
 
 
 class EvalSampler(Sampler[int]):

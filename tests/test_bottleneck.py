@@ -20,6 +20,8 @@ def test_what_bounds_a_run_and_what_to_change(monkeypatch):
     slow_data = verdict(Times(step=100.0, data=71.0, communication=3.0, images=160_000), workers=8, processes=4)
     assert slow_data.startswith("data-bound: 71% waiting; 8 workers give 1,600 images/s: more DATA.NUM_WORKERS (")
     assert "DATA.NUM_WORKERS" not in verdict(Times(1.0, 0.9, 0.0, 1), workers=16, processes=1)
+    sequences = verdict(Times(10.0, 9.0, 0.0, 160), workers=16, processes=1, sequences=True)
+    assert sequences == "data-bound: 90% waiting; 16 workers give 16 samples/s"
     slow_network = verdict(Times(step=100.0, data=5.0, communication=40.0, images=1000), workers=8, processes=4)
     assert slow_network.startswith("communication-bound: 40% waiting for the other 3 processes, 10 images/s")
     fine = verdict(Times(step=100.0, data=5.0, communication=3.0, images=1000), workers=8, processes=4)

@@ -23,7 +23,7 @@ from test_resume import assert_same_run
 from torch.nn import functional as F
 
 import engine
-from benchmarks.lra import table
+from benchmarks.lra import runs, table
 from config import ConfigError, load_config
 from data import build_loaders
 from data.datasets import DataError
@@ -254,29 +254,30 @@ def test_one_cycle_is_torch_s(total, warmup):
             reference.step()
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_epochs_of_so_many_steps_follow_each_other_through_the_passes(world_size):
-    size, samples = 21, 8
-    share = size // world_size
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_epochs_of_so_many_steps_are_one_sequence_of_whole_passes(world_size):
+    """The same for every number of processes, which 21 samples do not divide by."""
+    size, batch, epochs = 21, 10, 9
     streams = []
     for rank in range(world_size):
+        samples = batch // world_size
         sampler = TrainSampler(size, rank=rank, world_size=world_size, seed=3, samples=samples)
         stream = []
-        for epoch in range(9):
+        for epoch in range(epochs):
             sampler.set_epoch(epoch)
             drawn = list(sampler)
             assert len(drawn) == len(sampler) == samples
-            sampler.set_epoch(epoch, 5)
-            assert list(sampler) == drawn[5:]
+            sampler.set_epoch(epoch, 1)
+            assert list(sampler) == drawn[1:]
             stream += drawn
         streams.append(stream)
-        whole = TrainSampler(size, rank=rank, world_size=world_size, seed=3)
-        for number in range(len(stream) // share):
-            whole.set_epoch(number)
-            assert stream[number * share : (number + 1) * share] == list(whole)
-    for number in range(len(streams[0]) // share):  # a pass has every sample at most once
-        positions = [draw.position for stream in streams for draw in stream[number * share : (number + 1) * share]]
-        assert len(set(positions)) == len(positions) == share * world_size
+    together = [draw for draws in zip(*streams, strict=True) for draw in draws]
+    assert len(together) == batch * epochs
+    whole = TrainSampler(size, rank=0, world_size=1, seed=3)
+    for number in range(len(together) // size):
+        whole.set_epoch(number)
+        assert together[number * size : (number + 1) * size] == list(whole)
+        assert sorted(draw.position for draw in whole) == list(range(size))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,9 +346,9 @@ def test_eval_is_on_the_test_split_and_reports_the_reference_answers(tmp_path, l
     run(lra("listops"), f"{options} EVAL_MODE True MODEL.RESUME {best}")
     assert "evaluated on listops (for a test), test split; for comparison: majority class 50.0 %" in log.text
     assert f"evaluated {best}" in log.text and "96 images, top-1" in log.text
-    stored = json.loads(best.with_name("eval_val.json").read_text())
+    stored = json.loads(best.with_name("eval_test.json").read_text())
     assert stored["title"] == "listops (for a test), test split" and stored["reference"] == {"majority class": 50.0}
-    predictions = np.load(best.with_name("eval_val_predictions.npz"))
+    predictions = np.load(best.with_name("eval_test_predictions.npz"))
     assert all(str(name).startswith("test/") for name in predictions["file"])
 
 
@@ -408,7 +409,7 @@ def test_throughput_is_that_of_full_sequences(tmp_path, log):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("preset", ["", "_clean"])
-def test_every_task_trains_and_evaluates(tmp_path, task, preset):
+def test_every_task_trains_and_evaluates(tmp_path, task, preset, log):
     splits = ("train", "test") if task == "text" else ("train", "val", "test")
     held_out = 16 if task == "text" else 0
     root = write_cache(tmp_path / "data", task, classes=2, splits=splits, held_out=held_out)
@@ -419,9 +420,28 @@ def test_every_task_trains_and_evaluates(tmp_path, task, preset):
     records = read_metrics(folder / "metrics.jsonl")
     losses = [record["loss"] for record in records if record["kind"] == "train"]
     assert [record["step"] for record in records if record["kind"] == "val"] == [10, 20]
-    assert len(losses) == 20 and all(np.isfinite(losses))
+    assert len(losses) == 20 and np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.01
     run(cfg, f"{options} EVAL_MODE True MODEL.RESUME {folder / 'max_acc.pth'}")
-    assert (folder / "eval_val.json").is_file()
+    assert f"evaluated on {task} (for a test), test split" in log.text
+    result = json.loads((folder / "eval_test.json").read_text())
+    assert result["benchmark"] == "test" and result["result"]["images"] == 96
+
+
+def test_two_processes_train_and_validate_as_one(tmp_path):
+    """On pairs of documents, with a number of samples that neither the batch nor the processes divide."""
+    root = write_cache(tmp_path / "data", "retrieval", classes=2, samples=99)
+    exact = "MODEL.DROP_RATE 0.0 MODEL.LRA.ATTENTION_DROP 0.0 DATA.BATCH_SIZE 8 TRAIN.BASE_LR 5.0e-3"
+    options = f"DATA.DATA_PATH {root} {SHORT} {exact}"
+    run(lra("retrieval"), f"{options} OUTPUT {tmp_path}/one")
+    run_main("--cfg", lra("retrieval"), "--opts", *options.split(), "OUTPUT", tmp_path / "two", processes=2)
+    one, two = (
+        [r for r in read_metrics(tmp_path / name / "lra_retrieval" / "default" / "metrics.jsonl")]
+        for name in ("one", "two")
+    )
+    assert [r["kind"] for r in one] == [r["kind"] for r in two] and [r["kind"] for r in one].count("val") == 2
+    for ours, theirs in zip(one, two, strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+        assert theirs.get("top1") == ours.get("top1")
 
 
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
@@ -506,9 +526,9 @@ def test_official_files_are_prepared_trained_on_and_evaluated(tmp_path, task, mo
     options = f"DATA.DATA_PATH {tmp_path}/data OUTPUT {tmp_path}/out {narrow} TRAIN.EVAL_STEPS 2 TRAIN.WARMUP_STEPS 2"
     run(lra(task), f"{options} TAG polarity-4-seed0")
     folder = tmp_path / "out" / f"lra_{task}" / "polarity-4-seed0"
-    assert table.read_run(folder) is None  # not evaluated yet
+    assert runs.read_run(folder) is None  # not evaluated yet
     run(lra(task), f"{options} TAG polarity-4-seed0 EVAL_MODE True MODEL.RESUME {folder / 'max_acc.pth'}")
-    found = table.read_run(folder)
+    found = runs.read_run(folder)
     expected = len(open_cache(tmp_path / "data").splits["test"].labels)
     assert (found.task, found.preset, found.steps, found.seed) == (task, "skyformer", 4, 0)
     assert found.attention == "polarity, α = 4" and 0 <= found.accuracy <= 100
@@ -517,8 +537,62 @@ def test_official_files_are_prepared_trained_on_and_evaluated(tmp_path, task, mo
     assert bool(found.reference) == (task == "listops")
 
 
-def finished(accuracy: float, **changed) -> table.Run:
-    run = table.Run(
+def test_what_makes_another_model_or_protocol_makes_another_row():
+    plain = [*PLAIN, "MODEL.LA.ATTENTION", "softmax"]
+    names = {
+        "polarity, α = 4": [],
+        "polarity, α = 3, depthwise 5": ["MODEL.LA.ALPHA", "3.0", "MODEL.LRA.KERNEL_SIZE", "5"],
+        "polarity, α = 4, no gate, no scale": PLAIN,
+        "softmax": plain,
+        "softmax, with gate": [*plain, "MODEL.LA.GATE", "True"],
+    }
+    for name, options in names.items():
+        assert runs.attention_of(load_config(lra("listops"), options)) == name
+    for task in TASKS:
+        assert runs.preset_of(load_config(lra(task)))[0] == "skyformer"
+        preset, base = runs.preset_of(load_config(lra(f"{task}_clean"), ["TRAIN.CLIP_VALUE", "2.0"]))
+        assert preset == "clean" and f"lra_{task}_clean" == base.MODEL.NAME
+    assert runs.preset_of(load_config(lra("smoke")))[0] == "clean"
+
+
+def test_how_far_a_run_is_and_that_it_is_the_one_asked_for(tmp_path, capsys):
+    root = write_cache(tmp_path / "data", "listops", classes=10)
+    options = f"{SHORT} TRAIN.BASE_LR 5.0e-3"
+
+    def state(more: str = "") -> str:
+        arguments = ["--cfg", lra("listops"), "--data-path", root, "--output", tmp_path / "out", "--opts"]
+        runs.main([*map(str, arguments), *options.split(), *more.split()])
+        return capsys.readouterr().out.splitlines()[-1]
+
+    def train(more: str = "") -> None:
+        run(lra("listops"), f"DATA.DATA_PATH {root} OUTPUT {tmp_path}/out {options} {more}")
+
+    folder = tmp_path / "out" / "lra_listops" / "default"
+    assert state() == "untrained"
+    train()
+    assert state() == "trained" and state("PRINT_FREQ 7") == "trained" and runs.read_run(folder) is None
+    best = runs.best_validation(folder, load_config(lra("listops"), options.split()))
+    (folder / "max_acc.pth").rename(folder / "kept.pth")
+    (folder / "max_acc.pth.json").unlink()
+    epoch_file(folder, 3 - best // 10).rename(folder / "max_acc.pth")
+    for another in ("kept.pth", "max_acc.pth"):  # the best weights of another name; other weights of the right name
+        train(f"EVAL_MODE True MODEL.RESUME {folder / another}")
+        assert (folder / "eval_test.json").is_file() and state() == "trained"
+    (folder / "kept.pth").rename(folder / "max_acc.pth")
+    train(f"EVAL_MODE True MODEL.RESUME {folder / 'max_acc.pth'}")
+    assert state() == "finished" and runs.read_run(folder) is not None
+    for more in ("SEED 1", "TRAIN.STEPS 40", "AMP True"):
+        with pytest.raises(SystemExit) as refusal:
+            state(more)
+        assert refusal.value.code == 2
+        assert f"{folder} holds a run with {more.split()[0]}" in capsys.readouterr().err
+    records = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join(line for line in records if '"step": 20' not in line) + "\n")
+    assert state() == "untrained" and runs.read_run(folder) is None  # as if it had been stopped before
+
+
+def finished(accuracy: float, **changed) -> runs.Run:
+    run = runs.Run(
         task="listops",
         preset="skyformer",
         attention="polarity, α = 3",
@@ -526,6 +600,7 @@ def finished(accuracy: float, **changed) -> table.Run:
         seed=0,
         steps=1000,
         changed=(),
+        precision="float32",
         device="1 × CPU",
         accuracy=accuracy,
         best_step=500,
@@ -535,21 +610,23 @@ def finished(accuracy: float, **changed) -> table.Run:
 
 
 def test_the_table_averages_seeds_and_never_mixes_what_differs(tmp_path, capsys):
-    runs = [
+    all_runs = [
         finished(36.0),
         finished(38.0, seed=1),
         finished(50.0, steps=2000),
         finished(60.0, preset="clean"),
         finished(70.0, device="1 × GPU"),
         finished(80.0, data="ListOps (official)", reference={}),
+        finished(90.0, precision="float16"),
+        finished(20.0, task="image", data="Fashion-MNIST, a stand-in for CIFAR-10", reference={}),
     ]
-    page = table.page(runs)
+    page = table.page(all_runs)
     published, clean = page.split("preset clean\n")
     own = published.split("preset skyformer\n")[1]
     rows = [line for line in own.splitlines() if line.startswith("| ListOps | polarity")]
-    assert len(rows) == 4
+    assert len(rows) == 5
     assert sum("37.00 ± 1.41 (2)" in row and "1,000 of 50,000" in row and "| 0, 1 |" in row for row in rows) == 1
-    assert all(any(f"{accuracy}.00 (1)" in row for row in rows) for accuracy in (50, 70, 80)) and "60.00" not in own
+    assert all(any(f"{accuracy}.00 (1)" in row for row in rows) for accuracy in (50, 70, 80, 90)) and "60.00" not in own
     assert "60.00 (1)" in clean and "| ListOps | ListOps (regenerated) | majority class | 17.0 |" in own
     assert "Not run yet: Pathfinder. Not run: Text, Retrieval, Image." in own and "<!--" not in page
     for row, average in (("PolaFormer α = 3", "60.72"), ("PolaFormer α = 7", "60.57"), ("Skyformer", "59.39")):
@@ -589,7 +666,8 @@ def test_run_sh_trains_continues_and_writes_the_page(tmp_path):
         "STEPS": "20",
         "PYTHON": sys.executable,
     }
-    command = ["bash", "benchmarks/lra/run.sh", "--opts", *SMALL.split(), "TRAIN.EVAL_STEPS", "10"]
+    command = ["bash", "benchmarks/lra/run.sh", "--opts", *SMALL.split()]
+    command += "TRAIN.EVAL_STEPS 10 TRAIN.WARMUP_STEPS 5".split()
 
     def start(**changed: str) -> subprocess.CompletedProcess:
         settings = {name: str(value) for name, value in {**environment, **changed}.items()}
@@ -605,5 +683,8 @@ def test_run_sh_trains_continues_and_writes_the_page(tmp_path):
     again = start()
     assert again.stdout.count(": finished") == 2 and "epoch" not in again.stdout
     assert (tmp_path / "lra.md").read_text() == page
+    failing = start(STEPS="15", ALPHAS="3 5")  # EVAL_STEPS does not divide it: two that fail, and the page all the same
+    assert failing.returncode == 1 and failing.stderr.count("== failed: listops polarity-") == 2
+    assert "2 runs in" in failing.stdout and (tmp_path / "lra.md").read_text() == page
     wrong = start(TASKS="listop")
     assert wrong.returncode == 2 and "TASKS names 'listop', expected some of listops" in wrong.stderr

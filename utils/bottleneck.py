@@ -25,18 +25,23 @@ class Times:
         self.images += other.images
 
 
-def verdict(times: Times, *, workers: int, processes: int) -> str:
-    """One sentence: what bounds the run and what to change; `workers` loader processes for each of `processes`."""
+def verdict(times: Times, *, workers: int, processes: int, sequences: bool = False) -> str:
+    """One sentence: what bounds the run and what to change; `workers` loader processes for each of `processes`.
+
+    `sequences`: what it trains on is no images.
+    """
     data, communication = times.data / times.step, times.communication / times.step
-    rate = f"{times.images / times.step:,.0f} images/s"
+    rate = f"{times.images / times.step:,.0f} {'samples' if sequences else 'images'}/s"
     if data >= NOTICED and data >= communication:
         loaders = f"{workers} workers" if workers else "loading in the main process"
         cores = (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        more = f"more DATA.NUM_WORKERS (this process has {cores} cores), " if workers < cores else ""
-        return (
-            f"data-bound: {data:.0%} waiting; {loaders} give {rate}: {more}DATA.DECODER simplejpeg, or a data set"
-            " prepared with a short side of 256 pixels (tools/prepare_imagenet.py)"
-        )
+        advice = [f"more DATA.NUM_WORKERS (this process has {cores} cores)"] if workers < cores else []
+        if not sequences:
+            advice += [
+                "DATA.DECODER simplejpeg",
+                "or a data set prepared with a short side of 256 pixels (tools/prepare_imagenet.py)",
+            ]
+        return f"data-bound: {data:.0%} waiting; {loaders} give {rate}" + (f": {', '.join(advice)}" if advice else "")
     if communication >= NOTICED:
         return (
             f"communication-bound: {communication:.0%} waiting for the other {processes - 1} processes, {rate}:"

@@ -249,10 +249,11 @@ class Subject(NamedTuple):
 def write_evaluation(folder: Path, evaluation: Evaluation, subject: Subject, config: CfgNode) -> Path:
     """Write `eval_<benchmark>.json`, `…_per_class.csv` and, but for ImageNet-C, `…_predictions.npz`; atomically, each.
 
-    Those of the averaged weights are called `eval_<benchmark>_ema`. Returns the JSON file's path.
+    Those of the averaged weights are called `eval_<benchmark>_ema`, the test split of DATASET lra `test`. Returns the
+    JSON file's path.
     """
     benchmark = evaluation.benchmark
-    name = f"eval_{benchmark.name}" + ("" if subject.weights == "model" else f"_{subject.weights}")
+    name = f"eval_{_split(benchmark, config)}" + ("" if subject.weights == "model" else f"_{subject.weights}")
     path = folder / f"{name}.json"
     if evaluation.predictions:
         write_predictions(
@@ -268,6 +269,10 @@ def write_evaluation(folder: Path, evaluation: Evaluation, subject: Subject, con
     return path
 
 
+def _split(benchmark: Benchmark, config: CfgNode) -> str:
+    return "test" if config.DATA.DATASET == "lra" else benchmark.name
+
+
 def summary(evaluation: Evaluation, subject: Subject, config: CfgNode) -> dict[str, Any]:
     """The content of the JSON file: counts are integers, accuracies and errors percent."""
     benchmark = evaluation.benchmark
@@ -275,7 +280,7 @@ def summary(evaluation: Evaluation, subject: Subject, config: CfgNode) -> dict[s
     keys = [key for key in KEYS if key.startswith(("MODEL.", "TEST."))]
     keys += ["DATA.DATASET", "DATA.DATA_PATH", "DATA.IMG_SIZE", "DATA.INTERPOLATION"]
     result: dict[str, Any] = {
-        "benchmark": benchmark.name,
+        "benchmark": _split(benchmark, config),
         "title": TITLES[benchmark.name],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "subject": subject._asdict(),

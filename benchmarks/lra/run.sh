@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # Train and evaluate Long Range Arena: tasks × attentions × seeds, then write the table.
 #
-#   DATA=/data/lra bash benchmarks/lra/run.sh               everything that is prepared there, as the protocol says
-#   TASKS=listops STEPS=1000 SEEDS="0" bash benchmarks/lra/run.sh
+#   DATA=/data/lra bash benchmarks/lra/run.sh --amp         everything that is prepared there, as the protocol says
+#   DATA=/data/lra TASKS=listops STEPS=1000 SEEDS=0 bash benchmarks/lra/run.sh --opts TRAIN.WARMUP_STEPS 20
 #
 # DATA holds a folder for each task, as `python tools/prepare_lra.py TASK --out $DATA/TASK` leaves it; tasks without one
 # are named and left out. The same command again continues what was interrupted and repeats nothing that is finished.
+# A run that fails is named, and the others go on; the table has what is finished.
+#
+# Exit codes: 0 all finished; 1 a run failed; 2 a mistake in the settings; 75 told to stop: the same command continues;
+# 128 and more: a run was ended by a signal.
 #
 #   TASKS    which tasks                                  listops text retrieval pathfinder image
 #   ALPHAS   polarity attention: ranges of its exponent   3 5 7
@@ -42,29 +46,43 @@ case "$PRESET" in
   *) echo "PRESET is '$PRESET', expected skyformer or clean" >&2; exit 2 ;;
 esac
 for task in $TASKS; do
-  if [[ ! -f "configs/lra/$task.yaml" || "$task" == base_* ]]; then
-    echo "TASKS names '$task', expected some of listops, text, retrieval, pathfinder, image" >&2
-    exit 2
-  fi
+  case "$task" in
+    listops | text | retrieval | pathfinder | image) ;;
+    *) echo "TASKS names '$task', expected some of listops, text, retrieval, pathfinder, image" >&2; exit 2 ;;
+  esac
 done
 launch=("$PYTHON")
 [[ "$NPROC" == 1 ]] || launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$NPROC")
 
 # one TASK TAG [--opts of main.py]: train, then evaluate the best checkpoint on the test split, once
 one() {
-  local task="$1" tag="$2" config="configs/lra/$1$suffix.yaml"
-  local folder="$OUTPUT/lra_$1$suffix/$2"
+  local task="$1" tag="$2${STEPS:+-steps$STEPS}" state status=0
+  local folder="$OUTPUT/lra_$1$suffix/$tag"
   shift 2
   local options=("$@")
   [[ -z "$STEPS" ]] || options+=(TRAIN.STEPS "$STEPS")
-  if [[ -f "$folder/eval_val.json" ]]; then
-    echo "== $folder: finished"
-    return
+  local arguments=(--cfg "configs/lra/$task$suffix.yaml" --data-path "$DATA/$task" --output "$OUTPUT" --tag "$tag")
+  arguments+=("${extra[@]}" --opts "${options[@]}")
+  state="$("$PYTHON" -m benchmarks.lra.runs "${arguments[@]}")" || return
+  echo "== $folder: $state"
+  if [[ "$state" == untrained ]]; then
+    rm -f "$folder/PREEMPTED"
+    "${launch[@]}" main.py "${arguments[@]}" || status=$?
+    [[ ! -e "$folder/PREEMPTED" ]] || return 75
+    (( status == 0 )) || return "$status"
   fi
-  echo "== $folder"
-  local common=(main.py --cfg "$config" --data-path "$DATA/$task" --output "$OUTPUT" --tag "$tag" "${extra[@]}")
-  "${launch[@]}" "${common[@]}" --opts "${options[@]}"
-  "${launch[@]}" "${common[@]}" --eval --resume "$folder/max_acc.pth" --opts "${options[@]}"
+  if [[ "$state" != finished ]]; then
+    "${launch[@]}" main.py "${arguments[@]}" --eval --resume "$folder/max_acc.pth" || return
+  fi
+}
+
+failed=()
+# run TASK TAG [--opts of main.py]: one of the sweep
+run() {
+  local status=0
+  one "$@" || status=$?
+  (( status != 75 && status < 128 )) || exit "$status"
+  (( status == 0 )) || failed+=("$1 $2 (exit code $status)")
 }
 
 extra=("$@")
@@ -77,13 +95,17 @@ for task in $TASKS; do
     for alpha in $ALPHAS; do
       for kernel in $KERNELS; do
         [[ "$kernel" == 0 ]] && name="polarity-$alpha" || name="polarity-$alpha-conv$kernel"
-        one "$task" "$name-seed$seed" SEED "$seed" MODEL.LA.ALPHA "$alpha" MODEL.LRA.KERNEL_SIZE "$kernel"
+        run "$task" "$name-seed$seed" SEED "$seed" MODEL.LA.ALPHA "$alpha" MODEL.LRA.KERNEL_SIZE "$kernel"
       done
     done
     for kind in $OTHERS; do
-      one "$task" "$kind-seed$seed" SEED "$seed" MODEL.LA.ATTENTION "$kind" \
+      run "$task" "$kind-seed$seed" SEED "$seed" MODEL.LA.ATTENTION "$kind" \
         MODEL.LA.GATE False MODEL.LRA.LEARN_SCALE False
     done
   done
 done
 "$PYTHON" -m benchmarks.lra.table --runs "$OUTPUT" --docs "$DOCS"
+if (( ${#failed[@]} )); then
+  printf '== failed: %s\n' "${failed[@]}" >&2
+  exit 1
+fi
