@@ -652,39 +652,73 @@ def test_short_listops_are_learned(tmp_path):
     assert seconds < 120
 
 
+class Sweep:
+    """run.sh on a small cache of ListOps, on one thread."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        write_cache(tmp_path / "data" / "listops", "listops", classes=10)
+        self.folder = tmp_path
+        self.environment = {
+            "DATA": tmp_path / "data",
+            "OUTPUT": tmp_path / "out",
+            "DOCS": tmp_path / "lra.md",
+            "TASKS": "listops text",
+            "ALPHAS": "3",
+            "OTHERS": "relu",
+            "SEEDS": "0",
+            "STEPS": "20",
+            "OMP_NUM_THREADS": "1",
+            "PYTHON": sys.executable,
+        }
+        self.command = ["bash", "benchmarks/lra/run.sh", "--opts", *SMALL.split()]
+        self.command += "TRAIN.EVAL_STEPS 10 TRAIN.WARMUP_STEPS 5 PRINT_FREQ 1".split()
+
+    def start(self, **changed: str) -> subprocess.Popen:
+        environment = {**os.environ, **{name: str(value) for name, value in {**self.environment, **changed}.items()}}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(self.command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    def finish(self, job: subprocess.Popen) -> tuple[int, str, str]:
+        output, errors = job.communicate(timeout=300)
+        return job.returncode, output, errors
+
+    def page(self) -> str:
+        return (self.folder / "lra.md").read_text()
+
+
 @pytest.mark.slow
 def test_run_sh_trains_continues_and_writes_the_page(tmp_path):
-    write_cache(tmp_path / "data" / "listops", "listops", classes=10)
-    environment = {
-        "DATA": tmp_path / "data",
-        "OUTPUT": tmp_path / "out",
-        "DOCS": tmp_path / "lra.md",
-        "TASKS": "listops text",
-        "ALPHAS": "3",
-        "OTHERS": "relu",
-        "SEEDS": "0",
-        "STEPS": "20",
-        "PYTHON": sys.executable,
-    }
-    command = ["bash", "benchmarks/lra/run.sh", "--opts", *SMALL.split()]
-    command += "TRAIN.EVAL_STEPS 10 TRAIN.WARMUP_STEPS 5".split()
-
-    def start(**changed: str) -> subprocess.CompletedProcess:
-        settings = {name: str(value) for name, value in {**environment, **changed}.items()}
-        return subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, check=False
-        )
-
-    first = start()
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert "text: " in first.stderr and "holds no prepared data" in first.stderr
-    page = (tmp_path / "lra.md").read_text()
+    sweep = Sweep(tmp_path)
+    code, output, errors = sweep.finish(sweep.start())
+    assert code == 0, output + errors
+    assert "text: " in errors and "holds no prepared data" in errors
+    page = sweep.page()
     assert "| ListOps | polarity, α = 3 |" in page and "| ListOps | relu |" in page and "20 of 50,000" in page
-    again = start()
-    assert again.stdout.count(": finished") == 2 and "epoch" not in again.stdout
-    assert (tmp_path / "lra.md").read_text() == page
-    failing = start(STEPS="15", ALPHAS="3 5")  # EVAL_STEPS does not divide it: two that fail, and the page all the same
-    assert failing.returncode == 1 and failing.stderr.count("== failed: listops polarity-") == 2
-    assert "2 runs in" in failing.stdout and (tmp_path / "lra.md").read_text() == page
-    wrong = start(TASKS="listop")
-    assert wrong.returncode == 2 and "TASKS names 'listop', expected some of listops" in wrong.stderr
+    code, output, _ = sweep.finish(sweep.start())
+    assert code == 0 and output.count(": finished") == 2 and "epoch" not in output and sweep.page() == page
+    # EVAL_STEPS does not divide it: three runs that fail, and the page all the same
+    code, output, errors = sweep.finish(sweep.start(STEPS="15", ALPHAS="3 5"))
+    assert code == 1 and errors.count("== failed: listops ") == 3
+    assert "2 runs in" in output and sweep.page() == page
+    code, _, errors = sweep.finish(sweep.start(TASKS="listop"))
+    assert code == 2 and "TASKS names 'listop', expected some of listops" in errors
+
+
+@pytest.mark.slow
+def test_run_sh_told_to_stop_evaluates_nothing_and_continues(tmp_path):
+    sweep = Sweep(tmp_path)
+    changed = {"STEPS": "300", "OTHERS": "", "TASKS": "listops"}
+    folder = tmp_path / "out" / "lra_listops" / "polarity-3-seed0-steps300"
+    job = sweep.start(**changed)
+    deadline = time.monotonic() + 120
+    while not (folder / "max_acc.pth").exists():
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.2)
+    (training,) = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(training), signal.SIGTERM)
+    code, output, errors = sweep.finish(job)
+    assert code == 75, output + errors
+    assert (folder / "PREEMPTED").exists() and not (folder / "eval_test.json").exists()
+    code, output, errors = sweep.finish(sweep.start(**changed))
+    assert code == 0, output + errors
+    assert "continues from" in output and (folder / "eval_test.json").exists() and "300 of 50,000" in sweep.page()
