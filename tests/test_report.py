@@ -266,6 +266,12 @@ def test_a_run_on_sequences_has_its_curves_and_no_pictures(sequences, tmp_path):
     assert not re.search(r"\bimages?\b", text)
 
 
+def test_a_run_measured_in_steps_is_told_in_steps(sequences):
+    page = render([run_of(sequences)], images=0)
+    assert "20 of 20 steps, 10 an epoch</p>" in page and "of 300 epochs" not in page
+    assert re.search(r"validation after step [12]0<", page)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the page says
 # ---------------------------------------------------------------------------------------------------------------------

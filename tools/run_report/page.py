@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from config import KEYS, value_of
+from config import KEYS, last_epoch, value_of
 from tools.run_report.charts import POINTS, Line, line_chart, matrix_picture, number, swatch
 from tools.run_report.classes import ByClass, by_class, error_blocks
 from tools.run_report.examples import Gallery, gallery
@@ -174,13 +174,12 @@ def _duration(seconds: float) -> str:
     return f"{hours:.1f} h"
 
 
-def _planned(run: Run) -> int | None:
-    return run.config.TRAIN.EPOCHS + run.config.TRAIN.COOLDOWN_EPOCHS if run.config else None
-
-
 def _state(run: Run) -> str:
-    planned = _planned(run)
-    done = f"{run.epochs} of {planned} epochs" if planned else f"{run.epochs} epochs"
+    planned = last_epoch(run.config) if run.config else None
+    if planned and (steps := run.eval_steps):
+        done = f"{run.epochs * steps:,} of {planned * steps:,} steps, {steps:,} an epoch"
+    else:
+        done = f"{run.epochs} of {planned} epochs" if planned else f"{run.epochs} epochs"
     return done + (f", ended early: {run.ending}" if run.ending else "")
 
 
@@ -267,13 +266,17 @@ def _tile(name: str, value: str, more: str = "") -> str:
     return f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>"
 
 
+def _moment(run: Run, record: dict[str, Any]) -> str:
+    return f"step {record['step']:,}" if run.eval_steps else f"epoch {record['epoch'] + 1}"
+
+
 def _tiles(run: Run) -> Iterable[str]:
     record, ema, timing = run.best(), run.best("ema"), run.timing
     if record:
-        yield _tile("best top-1", _percent(record, "top1"), f"validation after epoch {record['epoch'] + 1}")
+        yield _tile("best top-1", _percent(record, "top1"), f"validation after {_moment(run, record)}")
         yield _tile("top-5 there", _percent(record, "top5"), f"loss {_loss(record)}")
     if ema:
-        yield _tile("best top-1, EMA", _percent(ema, "top1"), f"after epoch {ema['epoch'] + 1}")
+        yield _tile("best top-1, EMA", _percent(ema, "top1"), f"after {_moment(run, ema)}")
     if timing:
         yield _tile("training time", _duration(timing["seconds"]), "without validation and checkpoints")
         yield _tile("throughput", number(timing["images_per_s"]), f"{run.noun}s per second, all processes")

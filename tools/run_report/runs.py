@@ -134,6 +134,13 @@ class Run:
         """What a sample is called."""
         return "sample" if self.sequences else "image"
 
+    @property
+    def eval_steps(self) -> int | None:
+        """Optimizer steps between validations, of a run that is measured in steps (TRAIN.STEPS)."""
+        if self.config is None or self.config.TRAIN.STEPS is None:
+            return None
+        return self.config.TRAIN.EVAL_STEPS
+
     @cached_property
     def steps_per_epoch(self) -> float:
         """Optimizer steps, from the validations; of a run without one, the most seen in an epoch."""
