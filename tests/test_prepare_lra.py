@@ -878,11 +878,14 @@ def test_killed_pathfinder_continues_to_the_same_files(tmp_path, monkeypatch):
     metadata = "pathfinder32/curv_baseline/metadata/*.npy"
     kept = killed_after(["pathfinder", *options, "--out", str(out)], out, metadata, 4)
     assert 4 <= len(kept) < 30
-    emptied = min(kept).parents[1] / "imgs" / min(kept).stem / "sample_3.png"
-    emptied.write_bytes(b"")  # as a crash of the machine may leave it
+    damages = (lambda data: b"", lambda data: data[:200], lambda data: data[:-1], lambda data: bytes(len(data)))
+    damaged = sorted(kept)[:4]
+    for metadata_file, damage in zip(damaged, damages, strict=True):  # as a crash of the machine may leave an image
+        image = metadata_file.parents[1] / "imgs" / metadata_file.stem / "sample_3.png"
+        image.write_bytes(damage(image.read_bytes()))
     times = {path: path.stat().st_mtime_ns for path in kept}
     assert main(["pathfinder", *options, "--out", str(out)]) == 0
-    assert {path for path, written in times.items() if path.stat().st_mtime_ns != written} == {min(kept)}
+    assert {path for path, written in times.items() if path.stat().st_mtime_ns != written} == set(damaged)
     assert main(["pathfinder", *options, "--out", str(unbroken)]) == 0
     assert contents(out) == contents(unbroken)
 

@@ -2,7 +2,8 @@
 many processes work, and however often they were interrupted.
 
 ListOps: chunks of samples are kept in the state folder; each table appears once it is complete. Pathfinder: a batch's
-images are written in place, and its metadata file once they all are.
+images are written in place, and its metadata file once they all are; a batch of which something is missing or damaged
+is drawn again.
 """
 
 import hashlib
@@ -118,6 +119,7 @@ def _read_chunk(path: Path) -> list[tuple[bytes, int]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 BATCH = 1000  # images in a folder
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk, which PIL does not look at to its end
 
 
 def generate_pathfinder(out: Path, parameters: pathfinder.Parameters, images: int, seed: int, workers: int) -> Path:
@@ -133,11 +135,11 @@ def generate_pathfinder(out: Path, parameters: pathfinder.Parameters, images: in
 
 
 def _finished_batch(folder: Path, parameters: pathfinder.Parameters, seed: int, numbers: range) -> None:
-    """Draw a batch, unless its metadata file is there and no image is missing or empty."""
+    """Draw a batch, unless its metadata file and all its images are there and whole."""
     batch = numbers.start // BATCH
     metadata, images = folder / "metadata" / f"{batch}.npy", folder / "imgs" / str(batch)
     paths = [images / f"sample_{place}.png" for place in range(len(numbers))]
-    if metadata.exists() and all(path.is_file() and path.stat().st_size for path in paths):
+    if metadata.exists() and all(map(_is_whole, paths)):
         return
     images.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -150,3 +152,14 @@ def _finished_batch(folder: Path, parameters: pathfinder.Parameters, seed: int, 
             f" {pathfinder.MARGIN} 1\n"  # one contrast for all
         )
     write_atomically(metadata, "".join(lines).encode())
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG's checksums are right up to its end: after a power cut any part of a file may be missing."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return data.endswith(PNG_END)
