@@ -890,6 +890,30 @@ def test_killed_pathfinder_continues_to_the_same_files(tmp_path, monkeypatch):
     assert contents(out) == contents(unbroken)
 
 
+def test_generated_files_that_lost_lines_are_made_again(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(generate, "BATCH", 10)
+    listops_table = "listops-1000/basic_val.tsv"
+    metadata = "pathfinder32/curv_contour_length_14/metadata/1.npy"
+    for task, options, name in (
+        ("listops", (*SMALL, "--samples", "40", "20", "20"), listops_table),
+        ("pathfinder", ("--images", "30"), metadata),
+    ):
+        out = tmp_path / task
+        command = [task, *options, "--workers", "1", "--out", str(out)]
+        assert main(command) == 0
+        before = contents(out)
+        lines = (out / name).read_bytes().splitlines(keepends=True)
+        for damaged in (lines[:-3], lines[:-1] + [lines[-1][:-1]]):
+            (out / name).write_bytes(b"".join(damaged))
+            (out / "manifest.json").unlink()
+            assert main(command) == 0
+            assert contents(out) == before
+    (out / "manifest.json").unlink()
+    strange = (out / metadata).with_name("3.npy")
+    strange.write_bytes((out / metadata).read_bytes())
+    assert f"{strange} is not of the 30 images that are generated here; remove it" in refused(*command)
+
+
 def test_a_disk_that_fills_up_at_the_end_leaves_no_cache(tmp_path, monkeypatch, capsys):
     listops_release(tmp_path)
     command = ("listops", "--source", tmp_path, "--out", tmp_path / "out")
