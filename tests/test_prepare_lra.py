@@ -688,6 +688,18 @@ def test_damaged_retrieval_and_pathfinder_name_file_and_line(tmp_path, refused):
     assert "two.npy: expected a number as the file's name" in refused(*command)
 
 
+def test_a_table_that_ends_without_a_newline_is_warned_of(tmp_path, capsys):
+    aan_release(tmp_path)
+    table = tmp_path / "tsv_data" / "new_aan_pairs.eval.tsv"
+    prepared("retrieval", "--source", tmp_path, tmp_path / "whole")
+    assert "newline" not in capsys.readouterr().err
+    table.write_bytes(table.read_bytes()[:-100])  # inside the second text of the last line
+    cache = prepared("retrieval", "--source", tmp_path, tmp_path / "cut")
+    error = capsys.readouterr().err
+    assert error.count(f"warning: {table} line 2 ends without a newline; is the file truncated?\n") == 1
+    assert cache.splits["val"].labels.tolist() == [0, 1]
+
+
 def test_wrong_archives_name_both_digests(tmp_path, monkeypatch, refused):
     archive = tmp_path / "aclImdb_v1.tar.gz"
     imdb_archive(archive, list(reviews()))
