@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PYTHON, ROOT
+from lra_caches import write_cache
 from PIL import Image
 from test_fashion_mnist import idx, pictures
 
@@ -830,6 +831,21 @@ def test_a_cache_that_is_not_whole_does_not_open(tmp_path):
         open_cache(out)
     with pytest.raises(DataError, match="holds no token cache"):
         open_cache(tmp_path / "absent")
+
+
+def test_a_token_beyond_the_symbols_is_found_when_a_cache_is_opened(tmp_path):
+    """In training its row of the embedding would not be there."""
+    root = write_cache(tmp_path / "out", "listops")
+    tokens = np.load(root / "val.tokens.npy", mmap_mode="r+")
+    tokens[70] = 14
+    tokens.flush()
+    open_cache(root)
+    tokens[[40, 70]] = 15, 200
+    tokens.flush()
+    with pytest.raises(DataError, match=r"val.tokens.npy holds 200 at position 70, expected symbols from 0 to 14"):
+        open_cache(root)
+    root = write_cache(tmp_path / "bytes", "text")
+    assert open_cache(root).splits["train"].tokens.max() > 200
 
 
 # ---------------------------------------------------------------------------------------------------------------------
