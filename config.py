@@ -694,7 +694,6 @@ def _validate_sequences(config: CfgNode) -> None:
         "AUG.CUTMIX_MINMAX": config.AUG.CUTMIX_MINMAX is not None,
         "TEST.FLIP": config.TEST.FLIP,
         "TEST.IMG_SIZE": config.TEST.IMG_SIZE is not None,
-        "CHECK_DATA_MODE (--check-data)": config.CHECK_DATA_MODE,
     }
     if given := [key for key, is_set in images_only.items() if is_set]:
         raise ConfigError(f"{given[0]} is for images; with MODEL.TYPE lra set it to 0, null or False")

@@ -1,7 +1,7 @@
 """`main.py --check-data`: read every file of a data set once, and say what is wrong with it.
 
 An error makes training, evaluation or their results wrong; a warning is something to know about. Every image is decoded
-whole, by DATA.NUM_WORKERS processes. Nothing is written.
+whole, by DATA.NUM_WORKERS processes; of a token cache every file is compared with its digest. Nothing is written.
 """
 
 import functools
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 from yacs.config import CfgNode
@@ -27,6 +28,7 @@ from config import image_size
 from data import data_format
 from data.datasets import FASHION_MNIST, DataError, FashionMnistSource, UnreadableImage, decode
 from data.shards import INDEX_FILE, Index, file_problem, read_index
+from data.tokens import open_tokens, token_source
 from utils.distributed import LaunchError
 from utils.parallel import parallel
 
@@ -410,6 +412,25 @@ def examine_all(tasks: Sequence[Task], workers: int, report: Report) -> dict[str
     return counts
 
 
+def check_tokens(config: CfgNode, report: Report) -> None:
+    """A token cache: whether it is whole, and what the model is configured for."""
+    try:
+        cache = open_tokens(config)
+        manifest = cache.manifest
+        report.facts.append(f"{cache.path}: token cache, {manifest.title}")
+        for split, arrays in cache.splits.items():
+            sizes = np.bincount(arrays.labels, minlength=len(manifest.classes))
+            report.facts.append(
+                f"{split}: {len(arrays.labels):,} samples, {len(sizes):,} classes, {sizes.min():,} to {sizes.max():,}"
+                " samples a class"
+            )
+        report.facts.append(f"longest document: {manifest.longest:,} symbols")
+        cache.verify()
+        token_source(config, "train")  # raises where documents are too long for the model, or symbols too many
+    except DataError as error:
+        report.error(str(error))
+
+
 def check(config: CfgNode) -> Report:
     """Examine the data set that the configuration names. Raises DataError where it names none."""
     report = Report()
@@ -424,11 +445,16 @@ def check(config: CfgNode) -> Report:
             except DataError as error:
                 report.error(str(error))
         return report
+    sequences = config.DATA.DATASET == "lra"
     if not config.DATA.DATA_PATH:
-        raise DataError("no data set: --data-path names the folder that holds train/ and val/")
+        which = "tools/prepare_lra.py wrote" if sequences else "holds train/ and val/"
+        raise DataError(f"no data set: --data-path names the folder that {which}")
     root = Path(config.DATA.DATA_PATH)
     if not root.is_dir():
         report.error(f"data set folder {root} {'is no folder' if root.exists() else 'does not exist'}")
+        return report
+    if sequences:
+        check_tokens(config, report)
         return report
     kind = data_format(config, root)
     report.facts.append(f"{root}: {'image folder' if kind == 'folder' else kind}")

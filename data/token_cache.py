@@ -160,7 +160,8 @@ def open_cache(root: str | Path) -> TokenCache:
     """Map the arrays of the cache in `root`.
 
     Raises DataError unless the manifest is there, of this format and a known codec, every file is of the size that it
-    records, and arrays and manifest agree. Contents are not read: `TokenCache.verify` does that.
+    records, arrays and manifest agree, and every token is a symbol of the codec. Other damage to the contents is found
+    by `TokenCache.verify`.
     """
     root = Path(root)
     manifest = read_manifest(root)
@@ -197,4 +198,10 @@ def _open_split(root: Path, manifest: Manifest, split: str) -> Split:
     )
     if not consistent:
         raise DataError(f"{root}: the files of {split} do not fit each other or {MANIFEST}; {ANEW}")
+    if manifest.symbols < 256 and mapped.tokens.max(initial=0) >= manifest.symbols:
+        position = int(mapped.tokens.argmax())
+        raise DataError(
+            f"{root / array_name(split, 'tokens')} holds {mapped.tokens[position]} at position {position:,}, expected"
+            f" symbols from 0 to {manifest.symbols - 1}; {ANEW}"
+        )
     return mapped

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import config_file, jpeg, run_main
+from lra_caches import write_cache
 
 import data.check
 import main
@@ -404,6 +405,43 @@ def test_a_sample_without_its_label_is_named(shards):
 def test_a_damaged_index_is_named(shards):
     (shards / "shards.json").write_text("{")
     only(examined(shards), "shards.json cannot be read")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token caches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tokens_report(root: str | Path, *options: str) -> Report:
+    fixed = ["DATA.DATA_PATH", str(root), "CHECK_DATA_MODE", "True"]
+    return check(load_config(config_file("lra/listops"), [*fixed, *options]))
+
+
+def test_a_whole_token_cache_is_clean_and_told_by_split(tmp_path):
+    report = tokens_report(write_cache(tmp_path / "data", "listops", samples=96, classes=3))
+    assert report.is_clean
+    told = report.render().splitlines()
+    assert told[0] == f"{tmp_path / 'data'}: token cache, listops (for a test)"
+    found = [re.fullmatch(r"(\w+): 96 samples, 3 classes, (\d+) to (\d+) samples a class", line) for line in told[1:4]]
+    assert [line[1] for line in found] == ["train", "val", "test"]
+    assert all(0 < int(line[2]) <= 32 <= int(line[3]) for line in found)
+    assert told[4:] == ["longest document: 24 symbols", "clean: no errors, no warnings"]
+
+
+def test_a_damaged_token_cache_and_one_that_the_model_does_not_fit_are_errors(tmp_path):
+    root = write_cache(tmp_path / "data", "listops")
+    only(tokens_report(root, "MODEL.LRA.LENGTH", "20"), "has 24 tokens, MODEL.LRA.LENGTH is 20")
+    only(tokens_report(root, "DATA.LRA.TASK", "text"), "holds the task listops, DATA.LRA.TASK is text")
+    only(tokens_report(tmp_path / "absent"), "absent does not exist")
+    only(tokens_report(tmp_path), r"is not finished \(manifest.json is missing\)")
+    labels = root / "val.labels.npy"
+    data = labels.read_bytes()
+    labels.write_bytes(data[:-1] + bytes([(data[-1] + 1) % 3]))
+    only(tokens_report(root), "val.labels.npy is damaged: SHA-256")
+    labels.write_bytes(data[:-1])
+    only(tokens_report(root), "val.labels.npy has")
+    with pytest.raises(DataError, match="--data-path names the folder that tools/prepare_lra.py wrote"):
+        tokens_report("")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PYTHON, ROOT
+from lra_caches import write_cache
 from PIL import Image
 from test_fashion_mnist import idx, pictures
 
@@ -688,6 +689,18 @@ def test_damaged_retrieval_and_pathfinder_name_file_and_line(tmp_path, refused):
     assert "two.npy: expected a number as the file's name" in refused(*command)
 
 
+def test_a_table_that_ends_without_a_newline_is_warned_of(tmp_path, capsys):
+    aan_release(tmp_path)
+    table = tmp_path / "tsv_data" / "new_aan_pairs.eval.tsv"
+    prepared("retrieval", "--source", tmp_path, tmp_path / "whole")
+    assert "newline" not in capsys.readouterr().err
+    table.write_bytes(table.read_bytes()[:-100])  # inside the second text of the last line
+    cache = prepared("retrieval", "--source", tmp_path, tmp_path / "cut")
+    error = capsys.readouterr().err
+    assert error.count(f"warning: {table} line 2 ends without a newline; is the file truncated?\n") == 1
+    assert cache.splits["val"].labels.tolist() == [0, 1]
+
+
 def test_wrong_archives_name_both_digests(tmp_path, monkeypatch, refused):
     archive = tmp_path / "aclImdb_v1.tar.gz"
     imdb_archive(archive, list(reviews()))
@@ -820,6 +833,21 @@ def test_a_cache_that_is_not_whole_does_not_open(tmp_path):
         open_cache(tmp_path / "absent")
 
 
+def test_a_token_beyond_the_symbols_is_found_when_a_cache_is_opened(tmp_path):
+    """In training its row of the embedding would not be there."""
+    root = write_cache(tmp_path / "out", "listops")
+    tokens = np.load(root / "val.tokens.npy", mmap_mode="r+")
+    tokens[70] = 14
+    tokens.flush()
+    open_cache(root)
+    tokens[[40, 70]] = 15, 200
+    tokens.flush()
+    with pytest.raises(DataError, match=r"val.tokens.npy holds 200 at position 70, expected symbols from 0 to 14"):
+        open_cache(root)
+    root = write_cache(tmp_path / "bytes", "text")
+    assert open_cache(root).splits["train"].tokens.max() > 200
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Interruption, and the command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -878,13 +906,40 @@ def test_killed_pathfinder_continues_to_the_same_files(tmp_path, monkeypatch):
     metadata = "pathfinder32/curv_baseline/metadata/*.npy"
     kept = killed_after(["pathfinder", *options, "--out", str(out)], out, metadata, 4)
     assert 4 <= len(kept) < 30
-    emptied = min(kept).parents[1] / "imgs" / min(kept).stem / "sample_3.png"
-    emptied.write_bytes(b"")  # as a crash of the machine may leave it
+    damages = (lambda data: b"", lambda data: data[:200], lambda data: data[:-1], lambda data: bytes(len(data)))
+    damaged = sorted(kept)[:4]
+    for metadata_file, damage in zip(damaged, damages, strict=True):  # as a crash of the machine may leave an image
+        image = metadata_file.parents[1] / "imgs" / metadata_file.stem / "sample_3.png"
+        image.write_bytes(damage(image.read_bytes()))
     times = {path: path.stat().st_mtime_ns for path in kept}
     assert main(["pathfinder", *options, "--out", str(out)]) == 0
-    assert {path for path, written in times.items() if path.stat().st_mtime_ns != written} == {min(kept)}
+    assert {path for path, written in times.items() if path.stat().st_mtime_ns != written} == set(damaged)
     assert main(["pathfinder", *options, "--out", str(unbroken)]) == 0
     assert contents(out) == contents(unbroken)
+
+
+def test_generated_files_that_lost_lines_are_made_again(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(generate, "BATCH", 10)
+    listops_table = "listops-1000/basic_val.tsv"
+    metadata = "pathfinder32/curv_contour_length_14/metadata/1.npy"
+    for task, options, name in (
+        ("listops", (*SMALL, "--samples", "40", "20", "20"), listops_table),
+        ("pathfinder", ("--images", "30"), metadata),
+    ):
+        out = tmp_path / task
+        command = [task, *options, "--workers", "1", "--out", str(out)]
+        assert main(command) == 0
+        before = contents(out)
+        lines = (out / name).read_bytes().splitlines(keepends=True)
+        for damaged in (lines[:-3], lines[:-1] + [lines[-1][:-1]]):
+            (out / name).write_bytes(b"".join(damaged))
+            (out / "manifest.json").unlink()
+            assert main(command) == 0
+            assert contents(out) == before
+    (out / "manifest.json").unlink()
+    strange = (out / metadata).with_name("3.npy")
+    strange.write_bytes((out / metadata).read_bytes())
+    assert f"{strange} is not of the 30 images that are generated here; remove it" in refused(*command)
 
 
 def test_a_disk_that_fills_up_at_the_end_leaves_no_cache(tmp_path, monkeypatch, capsys):

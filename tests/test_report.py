@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
-from conftest import TINY
+from conftest import TINY, run
+from lra_caches import write_cache
+from test_lra import SHORT, lra
 
 from benchmarks.report import store_arrays, write_metrics, write_predictions
 from config import load_config
@@ -237,6 +239,37 @@ def test_data_that_is_not_reachable_or_another_is_said_on_the_page(tmp_path):
     (folder / "config.yaml").write_text("DATA: {DATASET: imagenet, DATA_PATH: /absent}\n")
     page = render([run_of(folder)], images=2)
     assert "Without pictures: data set folder /absent" in page and "data:image/jpeg" not in page
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sequences, and runs measured in steps
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sequences(tmp_path_factory) -> Path:
+    """The folder of a run on Long Range Arena: 20 steps, validated after 10 and 20."""
+    root = tmp_path_factory.mktemp("lra")
+    data = write_cache(root / "data", "listops", classes=10)
+    run(lra("listops"), f"DATA.DATA_PATH {data} OUTPUT {root}/out {SHORT}")
+    return root / "out" / "lra_listops" / "default"
+
+
+def test_a_run_on_sequences_has_its_curves_and_no_pictures(sequences, tmp_path):
+    assert report.main([str(sequences), "--images", "3", "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert 'id="curves"' in page and page.count('class="chart"') == 8
+    assert "Without pictures: the samples are sequences." in page and "data:image/jpeg" not in page
+    assert page.count('<figure class="card">') == 3
+    text = re.sub(r"<style>.*?</style>|<script>.*?</script>|<[^>]+>", " ", page, flags=re.DOTALL)
+    assert "96 samples of 10 classes" in text and "samples/s, all processes" in text and "lra · listops" in text
+    assert not re.search(r"\bimages?\b", text)
+
+
+def test_a_run_measured_in_steps_is_told_in_steps(sequences):
+    page = render([run_of(sequences)], images=0)
+    assert "20 of 20 steps, 10 an epoch</p>" in page and "of 300 epochs" not in page
+    assert re.search(r"validation after step [12]0<", page)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

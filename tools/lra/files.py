@@ -5,10 +5,13 @@ Messages name file and line, and say where to get what is absent.
 
 import hashlib
 import os
+import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tqdm import tqdm
 
 from data.datasets import DataError
 from data.token_cache import FileRecord
@@ -96,9 +99,10 @@ class Line(NamedTuple):
 def table(path: Path, name: str, columns: int, source: dict[str, Any]) -> Iterator[Line]:
     """The lines of a tab-separated file: no quoting, and fields of any length.
 
-    The file's digest is noted in `source` at the end. Raises DataError for a line with another number of columns.
+    The file's digest is noted in `source` at the end. Raises DataError for a line with another number of columns. A
+    last line without a newline is a warning: it may be cut in its last column, or whole.
     """
-    digest, size = hashlib.sha256(), 0
+    digest, size, where, line = hashlib.sha256(), 0, "", b"\n"
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -111,6 +115,8 @@ def table(path: Path, name: str, columns: int, source: dict[str, Any]) -> Iterat
                 yield Line(where, found)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if not line.endswith(b"\n"):
+        tqdm.write(f"warning: {where} ends without a newline; is the file truncated?", file=sys.stderr)
     note(source, name, FileRecord(size, digest.hexdigest()))
 
 

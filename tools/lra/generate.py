@@ -1,8 +1,9 @@
 """Generated data in the files of Long Range Arena's release. What is begun continues; all files are the same however
 many processes work, and however often they were interrupted.
 
-ListOps: chunks of samples are kept in the state folder; each table appears once it is complete. Pathfinder: a batch's
-images are written in place, and its metadata file once they all are.
+ListOps: chunks of samples are kept in the state folder; the tables appear once all are complete, and are written again
+where one has lost lines. Pathfinder: a batch's images are written in place, and its metadata file once they all are; a
+batch of which something is missing or damaged is drawn again.
 """
 
 import hashlib
@@ -39,7 +40,8 @@ def generate_listops(
     No tree comes twice, in one split or two. Raises DataError where the parameters allow fewer trees.
     """
     folder, chunks = out / LISTOPS_FOLDER, state / "chunks"
-    if all((folder / f"basic_{split}.tsv").exists() for split in samples):  # a table appears when all are complete
+    tables = {folder / f"basic_{split}.tsv": count for split, count in samples.items()}
+    if all(path.exists() and _lines(path) == 1 + count for path, count in tables.items()):
         return folder
     chunks.mkdir(exist_ok=True)
     folder.mkdir(exist_ok=True)
@@ -56,6 +58,12 @@ def generate_listops(
     for split in samples:
         os.replace(state / f"basic_{split}.tsv", folder / f"basic_{split}.tsv")
     return folder
+
+
+def _lines(path: Path) -> int:
+    """How many lines end in a file."""
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(partial(file.read, 1 << 20), b""))
 
 
 def _distinct_trees(
@@ -118,13 +126,22 @@ def _read_chunk(path: Path) -> list[tuple[bytes, int]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 BATCH = 1000  # images in a folder
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk, which PIL does not look at to its end
 
 
 def generate_pathfinder(out: Path, parameters: pathfinder.Parameters, images: int, seed: int, workers: int) -> Path:
-    """Write that many images below `out`; returns the folder that holds `imgs` and `metadata`."""
+    """Write that many images below `out`; returns the folder that holds `imgs` and `metadata`.
+
+    Raises DataError where there are metadata of other images.
+    """
     folder = out / PATHFINDER_FOLDER / pathfinder.FOLDERS[parameters.contour_length]
     (folder / "metadata").mkdir(parents=True, exist_ok=True)
     batches = [range(first, min(first + BATCH, images)) for first in range(0, images, BATCH)]
+    names = {f"{batch}.npy" for batch in range(len(batches))}
+    if strange := sorted({path.name for path in (folder / "metadata").glob("*.npy")} - names):
+        raise DataError(
+            f"{folder / 'metadata' / strange[0]} is not of the {images:,} images that are generated here; remove it"
+        )
     work = partial(_finished_batch, folder, parameters, seed)
     with tqdm(total=images, desc="images", unit="img", disable=None) as bar:
         for batch, _ in zip(batches, parallel(work, batches, workers), strict=True):
@@ -133,11 +150,11 @@ def generate_pathfinder(out: Path, parameters: pathfinder.Parameters, images: in
 
 
 def _finished_batch(folder: Path, parameters: pathfinder.Parameters, seed: int, numbers: range) -> None:
-    """Draw a batch, unless its metadata file is there and no image is missing or empty."""
+    """Draw a batch, unless its metadata file and all its images are there and whole."""
     batch = numbers.start // BATCH
     metadata, images = folder / "metadata" / f"{batch}.npy", folder / "imgs" / str(batch)
     paths = [images / f"sample_{place}.png" for place in range(len(numbers))]
-    if metadata.exists() and all(path.is_file() and path.stat().st_size for path in paths):
+    if metadata.exists() and _lines(metadata) == len(numbers) and all(map(_is_whole, paths)):
         return
     images.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -150,3 +167,14 @@ def _finished_batch(folder: Path, parameters: pathfinder.Parameters, seed: int, 
             f" {pathfinder.MARGIN} 1\n"  # one contrast for all
         )
     write_atomically(metadata, "".join(lines).encode())
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG's checksums are right up to its end: after a power cut any part of a file may be missing."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return data.endswith(PNG_END)

@@ -67,6 +67,8 @@ def _load(run: Run, rows: list[int], data_path: str | None) -> "list[Tensor]":
     assert run.predictions is not None
     if run.config is None:
         raise _Unreachable("config.yaml, which names the data set, is absent or damaged")
+    if run.sequences:
+        raise _Unreachable("the samples are sequences")
     config = run.config.clone()
     if data_path is not None:
         config.defrost()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from config import KEYS, value_of
+from config import KEYS, last_epoch, value_of
 from tools.run_report.charts import POINTS, Line, line_chart, matrix_picture, number, swatch
 from tools.run_report.classes import ByClass, by_class, error_blocks
 from tools.run_report.examples import Gallery, gallery
@@ -22,14 +22,14 @@ MATRIX = 30  # classes up to which the matrix shows counts
 BLOCKS = 100  # of neighbouring classes, where there are more of them
 ERROR_COLOUR = (208, 84, 0)
 
-# What can be drawn: title, unit, and factor from what metrics.jsonl holds.
+# What can be drawn: title, unit ({noun}: what a sample is called), and factor from what metrics.jsonl holds.
 CURVES: dict[str, tuple[str, str, float]] = {
     "loss": ("Loss", "cross-entropy", 1),
     "top1": ("Top-1 accuracy", "%", 1),
     "top5": ("Top-5 accuracy", "%", 1),
     "lr": ("Learning rate", "", 1),
     "grad_norm": ("Gradient norm", "before clipping", 1),
-    "images_per_s": ("Throughput", "images/s, all processes", 1),
+    "images_per_s": ("Throughput", "{noun}s/s, all processes", 1),
     "data_time": ("Waiting for data", "ms per step", 1000),
     "step_time": ("Step time", "ms", 1000),
     "communication_time": ("Waiting for gradients of other processes", "ms per step", 1000),
@@ -81,7 +81,7 @@ def render(
         ("Configuration", _configuration(runs)),
         ("Classes", _classes(runs, results)),
         ("Confusions", _confusions(runs, results)),
-        ("Hardest images", _examples(runs, images, data_path)),
+        (f"Hardest {_noun(runs)}s", _examples(runs, images, data_path)),
         ("Environment", _environment(runs)),
     ]
     sections = [(title, body) for title, body in sections if body]
@@ -148,6 +148,12 @@ def _run_label(number_: int, run: Run) -> str:
     return f'<span class="run">{swatch(number_)}{escape(run.name)}</span>'
 
 
+def _noun(runs: Sequence[Run]) -> str:
+    """What a sample is called where it may be any of these runs'."""
+    nouns = {run.noun for run in runs}
+    return nouns.pop() if len(nouns) == 1 else "sample"
+
+
 def _each(runs: Sequence[Run], bodies: Sequence[str]) -> str:
     """One block per run, under its name where there are several."""
     if len(runs) == 1:
@@ -168,21 +174,26 @@ def _duration(seconds: float) -> str:
     return f"{hours:.1f} h"
 
 
-def _planned(run: Run) -> int | None:
-    return run.config.TRAIN.EPOCHS + run.config.TRAIN.COOLDOWN_EPOCHS if run.config else None
-
-
 def _state(run: Run) -> str:
-    planned = _planned(run)
-    done = f"{run.epochs} of {planned} epochs" if planned else f"{run.epochs} epochs"
+    planned = last_epoch(run.config) if run.config else None
+    if planned and (steps := run.eval_steps):
+        done = f"{run.epochs * steps:,} of {planned * steps:,} steps, {steps:,} an epoch"
+    else:
+        done = f"{run.epochs} of {planned} epochs" if planned else f"{run.epochs} epochs"
     return done + (f", ended early: {run.ending}" if run.ending else "")
+
+
+def _subject(run: Run) -> str:
+    """The model and the data."""
+    if run.config is None:
+        return ""
+    return f"{run.config.MODEL.TYPE} · {run.config.DATA.LRA.TASK if run.sequences else run.config.DATA.DATASET} · "
 
 
 def _subtitle(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         run = runs[0]
-        model = f"{run.config.MODEL.TYPE} · {run.config.DATA.DATASET} · " if run.config else ""
-        return f'<p class="sub">{escape(model + _state(run))}</p>'
+        return f'<p class="sub">{escape(_subject(run) + _state(run))}</p>'
     return '<p class="sub keys">' + "".join(_run_label(i, run) for i, run in enumerate(runs)) + "</p>"
 
 
@@ -229,7 +240,7 @@ def _results(runs: Sequence[Run]) -> str:
         "at epoch",
         "trained",
         "in",
-        "images/s",
+        f"{_noun(runs)}s/s",
         "waiting for data",
     ]
     if not any(run.best("ema") for run in runs):
@@ -255,16 +266,20 @@ def _tile(name: str, value: str, more: str = "") -> str:
     return f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>"
 
 
+def _moment(run: Run, record: dict[str, Any]) -> str:
+    return f"step {record['step']:,}" if run.eval_steps else f"epoch {record['epoch'] + 1}"
+
+
 def _tiles(run: Run) -> Iterable[str]:
     record, ema, timing = run.best(), run.best("ema"), run.timing
     if record:
-        yield _tile("best top-1", _percent(record, "top1"), f"validation after epoch {record['epoch'] + 1}")
+        yield _tile("best top-1", _percent(record, "top1"), f"validation after {_moment(run, record)}")
         yield _tile("top-5 there", _percent(record, "top5"), f"loss {_loss(record)}")
     if ema:
-        yield _tile("best top-1, EMA", _percent(ema, "top1"), f"after epoch {ema['epoch'] + 1}")
+        yield _tile("best top-1, EMA", _percent(ema, "top1"), f"after {_moment(run, ema)}")
     if timing:
         yield _tile("training time", _duration(timing["seconds"]), "without validation and checkpoints")
-        yield _tile("throughput", number(timing["images_per_s"]), "images per second, all processes")
+        yield _tile("throughput", number(timing["images_per_s"]), f"{run.noun}s per second, all processes")
         yield _tile("waiting for data", f"{100 * timing['data_share']:.1f} %", "of the training time")
 
 
@@ -273,6 +288,7 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
     charts = []
     for name in names:
         title, unit, factor = CURVES[name]
+        unit = unit.format(noun=_noun(runs))
         found = {
             kind: [(i, *thin(*run.series(kind, name), LINE_POINTS[kind])) for i, run in enumerate(runs)]
             for kind in KINDS
@@ -312,7 +328,7 @@ def _epoch_table(run: Run) -> str:
         ("ema", "top1", "EMA top-1 (%)", "{:.2f}".format),
         ("train", "lr", "learning rate", number),
         ("train", "grad_norm", "gradient norm", number),
-        ("train", "images_per_s", "images/s", number),
+        ("train", "images_per_s", f"{run.noun}s/s", number),
         ("train", "data_time", "data wait (ms)", lambda value: number(1000 * value)),
     ]
     columns = [c for c in columns if any(c[1] in kinds.get(c[0], {}) for kinds in epochs.values())]
@@ -426,13 +442,13 @@ def _worst_classes(colour: int, run: Run, result: ByClass) -> str:
             mostly,
         ]
 
-    head = ["class", "top-1 (%)", "top-5 (%)", "images", "mostly taken for"]
     k = run.predictions.guesses.shape[1]
-    head[2] = f"top-{k} (%)"
+    head = ["class", "top-1 (%)", f"top-{k} (%)", f"{run.noun}s", "mostly taken for"]
     mean = accuracy[present].mean()
     text = (
-        f"{len(run.predictions.label):,} images of {len(present):,} classes, from {escape(run.predictions.checkpoint)}:"
-        f" {100 * run.predictions.correct.mean():.2f} % right, {mean:.2f} % as the mean over classes."
+        f"{len(run.predictions.label):,} {run.noun}s of {len(present):,} classes, from"
+        f" {escape(run.predictions.checkpoint)}: {100 * run.predictions.correct.mean():.2f} % right, {mean:.2f} % as"
+        " the mean over classes."
     )
     worst = _table(head, (row(c) for c in order[:WORST]), "numbers last-text")
     rest = (
@@ -477,21 +493,21 @@ def _confusion(run: Run, result: ByClass) -> str:
     assert run.predictions is not None
     names = run.predictions.classes
     nothing = int((run.predictions.guesses[:, 0] == NOTHING).sum())
-    matrix = _small_matrix(names, result) if len(names) <= MATRIX else _blocked_matrix(names, result)
+    matrix = (_small_matrix if len(names) <= MATRIX else _blocked_matrix)(names, result, run.noun)
     rows = [
         [escape(names[label]), escape(names[guess]), str(count), f"{100 * count / result.images[label]:.1f} %"]
         for label, guess, count in zip(
             result.confused_label[:WORST], result.confused_guess[:WORST], result.confused_count[:WORST], strict=True
         )
     ]
-    pairs = _table(["label", "taken for", "images", "of the label's"], rows, "numbers two-texts") if rows else ""
-    remark = f'<p class="note">{nothing} images had no finite output and are in no cell.</p>' if nothing else ""
+    pairs = _table(["label", "taken for", f"{run.noun}s", "of the label's"], rows, "numbers two-texts") if rows else ""
+    remark = f'<p class="note">{nothing} {run.noun}s had no finite output and are in no cell.</p>' if nothing else ""
     if not rows:
-        return f"<p>No image was taken for another class.</p>{remark}"
+        return f"<p>No {run.noun} was taken for another class.</p>{remark}"
     return f'<div class="two">{matrix}<div><h4>Most frequent confusions</h4>{pairs}{remark}</div></div>'
 
 
-def _small_matrix(names: Sequence[str], result: ByClass) -> str:
+def _small_matrix(names: Sequence[str], result: ByClass, noun: str) -> str:
     """Counts of every pair."""
     C = len(names)
     counts = np.zeros((C, C), dtype=int)
@@ -511,13 +527,13 @@ def _small_matrix(names: Sequence[str], result: ByClass) -> str:
                 cells.append("<td></td>")
         rows.append(f"<tr><th>{escape(names[label])}</th>{''.join(cells)}</tr>")
     return (
-        '<figure class="matrix"><figcaption><b>Confusion matrix</b> <span class="unit">images; row: label, column:'
+        f'<figure class="matrix"><figcaption><b>Confusion matrix</b> <span class="unit">{noun}s; row: label, column:'
         ' prediction</span></figcaption><div class="scroll"><table class="counts">'
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></figure>"
     )
 
 
-def _blocked_matrix(names: Sequence[str], result: ByClass) -> str:
+def _blocked_matrix(names: Sequence[str], result: ByClass, noun: str) -> str:
     """A picture of the errors between blocks of neighbouring classes."""
     errors, first = error_blocks(result, BLOCKS)
     blocks, C = len(first), len(names)
@@ -530,8 +546,8 @@ def _blocked_matrix(names: Sequence[str], result: ByClass) -> str:
     per_block = f"blocks of {math.ceil(C / blocks)} neighbouring classes" if blocks < C else "classes"
     inside = "; on the diagonal, errors inside a block" if blocks < C else ""
     return (
-        '<figure class="matrix"><figcaption><b>Errors by class</b> <span class="unit">% of the row’s images; strongest:'
-        f" {errors.max():.1f} %</span></figcaption>"
+        f'<figure class="matrix"><figcaption><b>Errors by class</b> <span class="unit">% of the row’s {noun}s;'
+        f" strongest: {errors.max():.1f} %</span></figcaption>"
         f'<svg viewBox="0 0 {left + size + 4} {size + bottom}" role="img" aria-label="Errors between {per_block}">'
         f'<rect class="frame" x="{left}" y="0" width="{size}" height="{size}"/>'
         f'<image class="pixels" x="{left}" y="0" width="{size}" height="{size}" preserveAspectRatio="none"'
@@ -574,7 +590,7 @@ def _cards(run: Run, found: Gallery) -> str:
             f"<br>label <b>{label}</b>"
             f"<small>loss {number(float(predictions.loss[row]))} · {file}</small></figcaption></figure>"
         )
-    lead = "The validation images with the highest loss: what the model said, how sure it was, and what they are."
+    lead = f"The validation {run.noun}s with the highest loss: what the model said, how sure it was, and what they are."
     if found.layer:
         lead += (
             f" Right: where {found.layer} looks, the attention that each place receives, mean of all heads and queries."

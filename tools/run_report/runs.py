@@ -124,6 +124,23 @@ class Run:
     ending: str | None  # why it ended early
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def sequences(self) -> bool:
+        """Whether the samples are sequences of tokens (MODEL.TYPE lra), and not images."""
+        return self.config is not None and self.config.MODEL.TYPE == "lra"
+
+    @property
+    def noun(self) -> str:
+        """What a sample is called."""
+        return "sample" if self.sequences else "image"
+
+    @property
+    def eval_steps(self) -> int | None:
+        """Optimizer steps between validations, of a run that is measured in steps (TRAIN.STEPS)."""
+        if self.config is None or self.config.TRAIN.STEPS is None:
+            return None
+        return self.config.TRAIN.EVAL_STEPS
+
     @cached_property
     def steps_per_epoch(self) -> float:
         """Optimizer steps, from the validations; of a run without one, the most seen in an epoch."""
@@ -240,11 +257,11 @@ def read_run(folder: Path, name: str) -> Run:
         try:
             run.predictions = read_predictions(path)
         except ReportError as error:
-            run.notes.append(f"No results by class and image: {error}.")
+            run.notes.append(f"No results by class and {run.noun}: {error}.")
     else:
         run.notes.append(
-            f"No results by class and image: there is no {PREDICTIONS_FILE}. A validation that sets a new best writes"
-            " it, and so does main.py --eval."
+            f"No results by class and {run.noun}: there is no {PREDICTIONS_FILE}. A validation that sets a new best"
+            " writes it, and so does main.py --eval."
         )
     for marker in MARKERS:
         if (folder / marker).is_file():
