@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.datasets import DataError
+from utils.files import write_atomically
 
 STATE = ".prepare"  # folder of the output that holds what an interrupted run continues from
 SETTINGS = "settings.json"
@@ -53,6 +53,4 @@ def require_same_settings(state: Path, settings: Mapping[str, Any], words: Mappi
                 " folder, or delete this one to start anew"
             )
         return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(dict(settings), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, (json.dumps(dict(settings), indent=1) + "\n").encode())
