@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, run_main
+from conftest import DEVICE, ROOT, run, run_main
 from lra_caches import write_cache
 from test_prepare_lra import aan_release, cifar_folder, listops_release, pathfinder_release, reviews
 from test_resume import assert_same_run
@@ -150,18 +150,19 @@ def test_polarity_attention_equals_its_explicit_matrix(gate, learn_scale):
     assert torch.allclose(module(x, mask), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_gradients_are_finite_for_exponents_up_to_8_under_float16_autocast():
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_gradients_are_finite_for_exponents_up_to_8_under_float16_autocast(backend):
     torch.manual_seed(0)
-    module = PolaSequenceAttention(32, 2, alpha=7.0)
+    module = PolaSequenceAttention(32, 2, alpha=7.0, backend=backend).to(DEVICE)
     with torch.no_grad():
         module.power.fill_(8.0)  # p = 7.998
         module.qkvg.weight.mul_(6.0)
-    x = torch.randn(2, 40, 32)
+    x = torch.randn(2, 40, 32, device=DEVICE)
     x[0, :3] = 0.0
     x.requires_grad_()
-    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask = torch.ones(2, 40, dtype=torch.bool, device=DEVICE)
     mask[1, 20:] = False
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(DEVICE, torch.float16):
         out = module(x, mask)
     assert (
         7.99 < module.exponent().max() <= 8.0 and module.qkvg(x).abs().max() ** 8 > 65_504
