@@ -28,7 +28,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 [[ -x .venv/bin/python ]] && default_python=.venv/bin/python || default_python=python3
 PYTHON="${PYTHON:-$default_python}"
-DATA="${DATA:?names the folder that holds a folder for each prepared task, for example DATA=/data/lra}"
+if [[ -z "${DATA:-}" ]]; then
+  echo "DATA is not set: it names the folder that holds a folder for each prepared task, for example DATA=/data/lra" >&2
+  exit 2
+fi
 TASKS="${TASKS:-listops text retrieval pathfinder image}"
 ALPHAS="${ALPHAS-3 5 7}"
 OTHERS="${OTHERS-softmax relu elu}"
