@@ -20,6 +20,7 @@ from config import last_epoch
 from models import build_model
 from tools import ablation
 from tools.ablation import VARIANTS, AblationError, RunFailedError, check_folder, execute_all, plan, write_page
+from utils.stored_run import differences
 
 
 def runs_of(folder: Path, seeds: int = 3, opts: tuple[str, ...] = ()) -> list[ablation.Run]:
@@ -51,11 +52,11 @@ def test_runs_differ_by_seed_and_the_variant_s_keys_alone(tmp_path):
     assert len(runs) == len({run.folder for run in runs}) == 2 * len(VARIANTS) * 3
     for run in runs:
         base = next(r for r in runs if (r.dataset, r.variant, r.seed) == (run.dataset, "polarity", 0))
-        ours, theirs = ablation._flat(run.config), ablation._flat(base.config)
+        changed = differences(run.config, base.config)
         allowed = {"SEED", "TAG", *VARIANTS[run.variant].options[::2]}
-        assert {key for key in ours if ours[key] != theirs[key]} <= allowed
+        assert changed.keys() <= allowed
         for key, value in zip(VARIANTS[run.variant].options[::2], VARIANTS[run.variant].options[1::2], strict=True):
-            assert str(ours[key]) == value and ours[key] != theirs[key]
+            assert str(changed[key][0]) == value
 
 
 def test_the_fresh_weights_of_a_seed_are_the_same_for_every_kind(tmp_path):

@@ -21,21 +21,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__" and not __package__:  # run as a file: the repository's root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import yaml
 from scipy.stats import t as student_t
 from yacs.config import CfgNode
 
 from benchmarks.common import environment
-from config import ConfigError, config_from_tree, image_size, last_epoch, load_config, run_folder
+from config import ConfigError, image_size, last_epoch, load_config, run_folder
 from data.datasets import FASHION_MNIST, DataError, FashionMnistSource
 from logger import read_metrics
 from models import build_model
+from utils.stored_run import differences, stored_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "ablation"
@@ -118,24 +117,14 @@ def final_top1(run: Run) -> float | None:
 
 def check_folder(run: Run) -> None:
     """Raise AblationError where the run's folder holds a run of another configuration."""
-    path = run.folder / "config.yaml"
-    if not path.exists():
+    stored = stored_config(run.folder)
+    if stored is None:
         return
-    held, _ = config_from_tree(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    stored, own = _flat(held), _flat(run.config)
-    for key in own.keys() - {"OUTPUT"}:  # the folder may have been moved
-        if stored[key] != own[key]:
-            raise AblationError(
-                f"{run.folder} holds a run with {key} {stored[key]}, this experiment has {own[key]}: name another"
-                " --output, or remove that folder"
-            )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+    for key, (held, own) in differences(stored, run.config, ("OUTPUT",)).items():  # the folder may have been moved
+        raise AblationError(
+            f"{run.folder} holds a run with {key} {held}, this experiment has {own}: name another --output, or remove"
+            " that folder"
+        )
 
 
 def execute(run: Run) -> None:

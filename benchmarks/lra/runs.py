@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode
 
 from benchmarks.common import ROOT
-from config import KEYS, config_from_tree, load_config, parse_command_line, run_folder, value_of
+from config import load_config, parse_command_line, run_folder, value_of
 from logger import read_metrics
+from utils.checkpoint_store import BEST_FILE
+from utils.environment import ENVIRONMENT_FILE
+from utils.stored_run import differences, stored_config
 
 # What may change when a run is continued, because no number depends on it.
 HARMLESS = (
@@ -82,14 +84,6 @@ def attention_of(config: CfgNode) -> str:
     return ", ".join(words)
 
 
-def stored_config(folder: Path) -> CfgNode | None:
-    """What the run in a folder was started with; None where there is none."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        return None
-    return config_from_tree(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))[0]
-
-
 def best_validation(folder: Path, config: CfgNode) -> int | None:
     """Step of the best validation of a run that came to its end; None while it has steps left."""
     path = folder / "metrics.jsonl"
@@ -106,7 +100,7 @@ def test_result(folder: Path, config: CfgNode, best_step: int) -> dict[str, Any]
         return None
     evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     subject = evaluation["subject"]
-    right = Path(subject["checkpoint"]).name == "max_acc.pth" and subject["weights"] == "model"
+    right = Path(subject["checkpoint"]).name == BEST_FILE and subject["weights"] == "model"
     return evaluation if right and subject["epoch"] * config.TRAIN.EVAL_STEPS == best_step else None
 
 
@@ -119,15 +113,6 @@ def preset_of(config: CfgNode) -> tuple[str, CfgNode]:
     return "clean", load_config(str(folder / f"{task}_clean.yaml"))
 
 
-def differences(config: CfgNode, other: CfgNode, ignored: Sequence[str]) -> tuple[str, ...]:
-    """`KEY VALUE` of `config`, for each key that `other` has another value of."""
-    return tuple(
-        f"{key} {value_of(config, key)}"
-        for key in KEYS
-        if key not in ignored and key != "BASE" and value_of(config, key) != value_of(other, key)
-    )
-
-
 def read_run(folder: Path) -> Run | None:
     """The run in a folder; None where it is not finished."""
     config = stored_config(folder)
@@ -138,7 +123,7 @@ def read_run(folder: Path) -> Run | None:
     if best_step is None or evaluation is None:
         return None
     preset, base = preset_of(config)
-    starts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    starts = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
     devices = dict.fromkeys(f"{start['processes']} × {start['device']}" for start in starts)
     return Run(
         task=config.DATA.LRA.TASK,
@@ -147,7 +132,7 @@ def read_run(folder: Path) -> Run | None:
         data=evaluation["title"].removesuffix(", test split"),
         seed=config.SEED,
         steps=config.TRAIN.STEPS,
-        changed=differences(config, base, (*FREE, *NAMED)),
+        changed=tuple(f"{key} {value}" for key, (value, _) in differences(config, base, (*FREE, *NAMED)).items()),
         precision=config.AMP_DTYPE if config.AMP else "float32",
         device=", then ".join(devices),
         accuracy=evaluation["result"]["top1"],
@@ -162,7 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = run_folder(config)
     stored = stored_config(folder)
     if stored and (other := differences(stored, config, HARMLESS)):
-        print(f"{folder} holds a run with {', '.join(other)}; remove it, or name another OUTPUT", file=sys.stderr)
+        held = ", ".join(f"{key} {value}" for key, (value, _) in other.items())
+        print(f"{folder} holds a run with {held}; remove it, or name another OUTPUT", file=sys.stderr)
         sys.exit(2)
     best_step = best_validation(folder, config) if stored else None
     if best_step is None:
