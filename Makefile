@@ -54,7 +54,7 @@ bench-training: $(SETUP)
 	$(RUN) -m benchmarks.training_loop --threads 1
 
 ablation: $(SETUP)
-	$(RUN) -m tools.ablation $(ABLATION)
+	$(RUN) -m experiments.ablation $(ABLATION)
 
 bench-maps: $(SETUP)
 	$(RUN) -m benchmarks.attention_maps

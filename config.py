@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import yaml
 from yacs.config import CfgNode
 
-from utils.kinds import Kind, boolean, choice, either, integer, optional, real, sequence, text
+from utils.schema import Kind, boolean, choice, either, integer, optional, real, sequence, text
 
 IMAGE_MODELS = ("pola_swin", "pola_pvt_tiny", "pola_pvt_small", "pola_pvt_medium", "pola_pvt_large")
 MODEL_TYPES = (*IMAGE_MODELS, "lra")

@@ -35,49 +35,42 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from config import batch_plan, evaluation_config, image_size, last_epoch, run_folder, schedule_epochs, warmup_steps
-from data import DataError, Loaders, build_loaders
-from data.benchmarks import Benchmark
 from data.check import run_check
-from data.tokens import TokenBatch
+from data.loaders import DataError, Loaders, build_loaders
+from data.sources.tokens import TokenBatch
+from data.test_sets import Benchmark
 from data.transforms import TrainBatch, mixup_enabled
-from engine import Interval, NonFiniteError, Training, evaluate, throughput, train_one_epoch
+from engine.epoch import train_one_epoch
+from engine.evaluation import EvaluatedModel, evaluate
+from engine.non_finite import NonFiniteError
+from engine.observer import Observer
+from engine.profiling import step_profiler
+from engine.published import Subject, build_benchmark, evaluate_benchmark, keep_predictions, write_evaluation
+from engine.saving import CheckpointKeeper
+from engine.state import Progress, read_position, restore
+from engine.throughput import throughput
+from engine.training import Interval, Training
 from logger import MetricsWriter, get_logger, setup_logger
 from lr_scheduler import build_scheduler
 from models import build_model
 from models.classifier import TrainableModel
-from models.evaluation import EvaluatedModel
+from models.files import CheckpointError, differing_function_keys, load_checkpoint, num_classes_of
 from models.loading import load_pretrained, load_resized, load_weights
 from models.ops.polarity_attention import choose_backend
 from optimizer import build_optimizer
 from utils import distributed
-from utils.checkpoint import (
-    CheckpointError,
-    differing_function_keys,
-    file_digest,
-    load_checkpoint,
-    num_classes_of,
-)
-from utils.checkpoint_store import (
-    BEST_FILE,
-    CheckpointWriter,
-    Found,
-    newest_checkpoint,
-    run_file,
-    set_aside,
-)
+from utils.checkpoints.finding import Found, NoneUsableError, newest_checkpoint, set_aside
+from utils.checkpoints.naming import BEST_FILE, run_file
+from utils.checkpoints.writing import CheckpointWriter
 from utils.environment import record_environment
-from utils.evaluation import Subject, build_benchmark, evaluate_benchmark, keep_predictions, write_evaluation
-from utils.keeper import CheckpointKeeper
+from utils.faults.folder_lock import RunFolderError, open_folder, own_folder
+from utils.faults.preemption import PeersLostError, Preempted, StopRequest
+from utils.faults.watchdog import Watchdog
+from utils.files import file_digest
 from utils.metrics import Accuracy
-from utils.observer import Observer
 from utils.precision import autocast_dtype
 from utils.predictions import PredictionRecorder
-from utils.preemption import PeersLostError, Preempted, StopRequest
-from utils.profiling import step_profiler
 from utils.randomness import deterministic, seed_everything
-from utils.run_lock import RunFolderBusyError, open_folder, own_folder
-from utils.run_state import Progress, restore
-from utils.watchdog import Watchdog
 
 REFERENCE_BATCH = 512  # images per step that BASE_LR, WARMUP_LR and MIN_LR are given for
 
@@ -268,8 +261,8 @@ def resume(config: CfgNode, training: Training, loaders: Loaders) -> tuple[Progr
         problem = None
         if distributed.rank() == 0:
             try:
-                found = newest_checkpoint(folder)
-            except CheckpointError as error:
+                found = newest_checkpoint(folder, read_position)
+            except NoneUsableError as error:
                 problem = str(error)
         found, problem = distributed.broadcast_object((found, problem))
         if problem:
@@ -465,7 +458,7 @@ EXPECTED = (
     CheckpointError,
     distributed.LaunchError,
     NonFiniteError,
-    RunFolderBusyError,
+    RunFolderError,
     PeersLostError,
     OSError,
 )

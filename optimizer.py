@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from models.classifier import TrainableModel
-from utils.checkpoint import CheckpointError
+from models.files import CheckpointError
 
 
 def parameter_groups(model: TrainableModel) -> tuple[list[str], list[str]]:

@@ -79,7 +79,7 @@ trap 'stop USR1' USR1
 trap 'kill -INT "$launcher" 2> /dev/null || true' INT
 watcher=
 if (( NNODES > 1 )); then
-  TORCH_CPP_LOG_LEVEL=ERROR "$PYTHON" "$here/utils/rendezvous.py" "$MASTER_ADDR" "$port" "$node" "$NNODES" &
+  TORCH_CPP_LOG_LEVEL=ERROR "$PYTHON" "$here/utils/faults/rendezvous.py" "$MASTER_ADDR" "$port" "$node" "$NNODES" &
   watcher=$!
 fi
 

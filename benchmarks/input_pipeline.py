@@ -44,9 +44,12 @@ from benchmarks.common import (
     write_result,
 )
 from config import image_size, load_config
-from data import Batches, DataError, build_loaders
-from data.datasets import FolderSource, SampleRandomness, ZipSource, decode, decode_fast, training_decoder
+from data.datasets import SampleRandomness
+from data.loaders import Batches, DataError, build_loaders
 from data.samplers import Draw
+from data.sources.base import decode, decode_fast, training_decoder
+from data.sources.folder import FolderSource
+from data.sources.zip import ZipSource
 from data.transforms import TrainBatch, repair_posterize, training_transform
 
 CPU = torch.device("cpu")

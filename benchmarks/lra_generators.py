@@ -32,7 +32,7 @@ from benchmarks.common import (
     print_table,
     write_result,
 )
-from data.token_cache import Manifest, read_manifest
+from data.sources.token_cache import Manifest, read_manifest
 from tools.lra import pathfinder
 from tools.prepare_lra import main as prepare_lra
 

@@ -32,14 +32,15 @@ from benchmarks.common import (
     write_result,
 )
 from config import load_config
-from data import Batches, Loaders
-from engine import Training, train_one_epoch
+from data.loaders import Batches, Loaders
+from engine.epoch import train_one_epoch
+from engine.saving import CheckpointKeeper
+from engine.training import Training
 from logger import MetricsWriter
 from main import build_training
 from models import build_model
-from utils.checkpoint_store import CheckpointWriter
-from utils.keeper import CheckpointKeeper
-from utils.preemption import StopRequest
+from utils.checkpoints.writing import CheckpointWriter
+from utils.faults.preemption import StopRequest
 
 SMALL = "MODEL.SWIN.EMBED_DIM 8 MODEL.SWIN.DEPTHS [1,1,1,1] MODEL.SWIN.NUM_HEADS [1,2,2,4] DATA.IMG_SIZE 32"
 COMMON = "AUG.MIXUP 0.0 AUG.CUTMIX 0.0 AUG.REPROB 0.0 MODEL.DROP_PATH_RATE 0.0 TRAIN.WARMUP_EPOCHS 0 PRINT_FREQ 50"

@@ -25,10 +25,11 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from config import image_size
-from data import data_format
-from data.datasets import FASHION_MNIST, DataError, FashionMnistSource, UnreadableImage, decode
-from data.shards import INDEX_FILE, Index, file_problem, read_index
-from data.tokens import open_tokens, token_source
+from data.loaders import data_format
+from data.sources.base import DataError, UnreadableImage, decode
+from data.sources.bundled import FASHION_MNIST, FashionMnistSource
+from data.sources.shards import INDEX_FILE, Index, file_problem, read_index
+from data.sources.tokens import open_tokens, token_source
 from utils.distributed import LaunchError
 from utils.parallel import parallel
 

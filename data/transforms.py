@@ -21,7 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from yacs.config import CfgNode
 
 from config import image_size
-from data.datasets import Picture
+from data.sources.base import Picture
 
 # Up to this IMG_SIZE, images that have it already are taken as they are: no resize in evaluation, a padded random crop
 # in training.

@@ -6,8 +6,8 @@ from math import isqrt
 from torch import Tensor
 
 from models.classifier import TrainableModel
+from models.files import CheckpointError
 from models.layers import Grid, resize_table
-from utils.checkpoint import CheckpointError
 
 
 def _listed(title: str, names: Iterable[str]) -> str:

@@ -12,8 +12,8 @@ from logger import get_logger
 from models import build_classifier, build_model, list_models
 from models.adaptation import adapt_position_tables, released_names, require_fit
 from models.classifier import Classifier, TrainableModel
+from models.files import CheckpointError, load_checkpoint, num_classes_of, stored_config
 from models.layers import Grid
-from utils.checkpoint import CheckpointError, load_checkpoint, num_classes_of, stored_config
 
 
 def load_weights(model: TrainableModel, state: dict[str, Tensor], source: str) -> None:

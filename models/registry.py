@@ -12,8 +12,8 @@ from yacs.config import CfgNode
 from config import image_size, value_of
 from models.adaptation import adapt_position_tables, released_names, require_fit
 from models.classifier import Classifier
+from models.files import FUNCTION_KEYS, CheckpointError, load_checkpoint, num_classes_of, stored_config
 from models.layers import Grid
-from utils.checkpoint import FUNCTION_KEYS, CheckpointError, load_checkpoint, num_classes_of, stored_config
 
 RELEASED_WEIGHTS = "https://huggingface.co/ZachMeng/PolaFormer"
 

@@ -14,12 +14,12 @@ import time
 
 import torch
 
-import engine
+import engine.epoch
 import main
 from config import parse_command_line
-from engine import NonFiniteError
+from engine.non_finite import NonFiniteError
 from utils import checkpoint_store, distributed, watchdog
-from utils.preemption import Preempted
+from utils.faults.preemption import Preempted
 
 torch.set_flush_denormal(True)
 

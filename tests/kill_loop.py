@@ -21,8 +21,9 @@ import torch
 import main
 from config import load_config, run_folder
 from logger import read_metrics
-from utils.checkpoint import load_checkpoint
-from utils.checkpoint_store import BEST_FILE, epoch_file, newest_checkpoint
+from models.files import load_checkpoint
+from utils.checkpoints.finding import newest_checkpoint
+from utils.checkpoints.naming import BEST_FILE, epoch_file
 
 EVERY = 3
 EPOCHS = 3

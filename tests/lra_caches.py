@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.token_cache import ARRAYS, CODECS, TASKS, FileRecord, Manifest, SplitRecord, array_name
-from utils.checkpoint import file_digest
+from data.sources.token_cache import ARRAYS, CODECS, TASKS, FileRecord, Manifest, SplitRecord, array_name
+from utils.files import file_digest
 
 
 def write_cache(

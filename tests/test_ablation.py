@@ -17,10 +17,10 @@ from conftest import ROOT
 from PIL import Image
 
 from config import last_epoch
+from experiments.ablation import VARIANTS, AblationError, RunFailedError, check_folder, execute_all, plan, write_page
+from experiments.settings import differences
 from models import build_model
 from tools import ablation
-from tools.ablation import VARIANTS, AblationError, RunFailedError, check_folder, execute_all, plan, write_page
-from utils.stored_run import differences
 
 
 def runs_of(folder: Path, seeds: int = 3, opts: tuple[str, ...] = ()) -> list[ablation.Run]:
@@ -197,7 +197,7 @@ def test_a_real_run_is_trained_by_main_and_not_repeated(tmp_path, capfd):
     assert rows_of(page, "digits")["linear, relu(x)"][1] == f"{top1:.2f}"
     assert (tmp_path / "docs" / "images" / "ablation.png").stat().st_size > 5_000
     modified = (folder / "metrics.jsonl").stat().st_mtime_ns
-    command = [sys.executable, "tools/ablation.py", *arguments]  # as a file, without -m
+    command = [sys.executable, "experiments/ablation.py", *arguments]  # as a file, without -m
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "1 runs, 1 of them finished before" in again and "[1/1]" not in again
     assert (folder / "metrics.jsonl").stat().st_mtime_ns == modified

@@ -15,7 +15,7 @@ import models.attention
 from benchmarks import attention, features, input_pipeline, model_step, training_loop
 from benchmarks.baseline import literal_polarity_attention, patched_model_attention
 from benchmarks.common import WrongResultError, interleaved, ratios, saved_bytes
-from data.datasets import decode_fast
+from data.sources.base import decode_fast
 from models.ops.polarity_attention import polarity_attention
 
 CPU = torch.device("cpu")

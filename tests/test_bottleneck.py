@@ -11,8 +11,8 @@ import pytest
 from conftest import folder_of, run, run_main
 
 import data
+from engine.bottleneck import Times, verdict
 from logger import read_metrics
-from utils.bottleneck import Times, verdict
 
 
 def test_what_bounds_a_run_and_what_to_change(monkeypatch):

@@ -20,8 +20,8 @@ from lra_caches import write_cache
 import data.check
 import main
 from config import ConfigError, load_config, parse_command_line
-from data import DataError
 from data.check import Report, check, run_check
+from data.loaders import DataError
 from tools.prepare_imagenet import Options, prepare
 from utils.distributed import LaunchError
 

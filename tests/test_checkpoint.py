@@ -17,15 +17,10 @@ from conftest import REFERENCE, config_file, read_json, recipe_input
 from config import load_config
 from main import place
 from models import build_model
+from models.files import CheckpointError, differing_function_keys, load_checkpoint, stored_config
 from models.loading import load_model, load_weights
 from optimizer import build_optimizer, load_optimizer_state, parameter_groups
-from utils.checkpoint import (
-    CheckpointError,
-    differing_function_keys,
-    file_digest,
-    load_checkpoint,
-    stored_config,
-)
+from utils.files import file_digest
 
 RELEASED = REFERENCE / "checkpoint_official_tiny.pth"
 DESCRIBED = read_json("checkpoint_official_tiny.json")

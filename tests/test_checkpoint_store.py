@@ -18,19 +18,11 @@ import torch
 from conftest import REFERENCE
 from faulty_disk import FULL, READ_ONLY, FaultyDisk
 
+from models.files import CheckpointError, load_checkpoint
 from utils import checkpoint_store as store
-from utils.checkpoint import CheckpointError, load_checkpoint, sidecar_of
-from utils.checkpoint_store import (
-    CheckpointWriter,
-    Position,
-    epoch_file,
-    newest_checkpoint,
-    position_of,
-    remove_temporary_files,
-    run_checkpoints,
-    run_file,
-    save_checkpoint,
-)
+from utils.checkpoints.finding import newest_checkpoint, remove_temporary_files
+from utils.checkpoints.naming import Position, epoch_file, position_of, run_checkpoints, run_file, sidecar_of
+from utils.checkpoints.writing import CheckpointWriter, save_checkpoint
 
 RELEASED = REFERENCE / "checkpoint_official_tiny.pth"
 

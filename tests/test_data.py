@@ -21,9 +21,12 @@ from torchvision import transforms
 
 import data
 from config import load_config
-from data import DataError, build_loaders
-from data.datasets import DigitsSource, TrainDataset, UnreadableImage, ZipSource, warm_page_cache
+from data.datasets import TrainDataset
+from data.loaders import DataError, build_loaders
 from data.samplers import Draw, EvalSampler, TrainSampler
+from data.sources.base import UnreadableImage
+from data.sources.bundled import DigitsSource
+from data.sources.zip import ZipSource, warm_page_cache
 from data.transforms import Normalise, TrainBatch, evaluation_transform, training_transform
 
 

@@ -13,12 +13,15 @@ from conftest import TINY
 from torch import nn
 from torch.utils.data import DataLoader
 
-import engine
+import engine.epoch
 from config import load_config
-from data import Batches, _collate, build_loaders
 from data.datasets import Sample
+from data.loaders import Batches, _collate, build_loaders
 from data.transforms import Normalise
-from engine import FiniteGuard, NonFiniteError, evaluate, throughput, train_one_epoch
+from engine.epoch import train_one_epoch
+from engine.evaluation import evaluate
+from engine.non_finite import FiniteGuard, NonFiniteError
+from engine.throughput import throughput
 from logger import MetricsWriter, read_metrics
 from main import build_training
 from models import build_model
@@ -249,7 +252,7 @@ def test_the_guard_reads_nothing_back_per_step(start, monkeypatch):
     # what torch itself does to CPU scalars inside the fused optimizer is not ours to see: only the step around it
     monkeypatch.setattr(training.optimizer, "step", lambda: None)
     for step in range(3):
-        engine._optimizer_step(training, stream, guard, interval, step)
+        engine.epoch._optimizer_step(training, stream, guard, interval, step)
     assert interval.timed_steps == 3
 
 

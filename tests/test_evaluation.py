@@ -26,8 +26,9 @@ import main
 from config import load_config, run_folder
 from logger import read_metrics
 from models import build_model
-from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.checkpoint_store import epoch_file, save_checkpoint
+from models.files import CheckpointError, load_checkpoint
+from utils.checkpoints.naming import epoch_file
+from utils.checkpoints.writing import save_checkpoint
 
 RESULT = re.compile(r"(\d+) images, top-1 ([\d.]+) %, top-5 ([\d.]+) %, loss ([\d.]+)")
 LAUNCHERS = {

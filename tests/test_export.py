@@ -24,11 +24,12 @@ import tools.export
 from config import load_config
 from data.transforms import Normalise, evaluation_transform
 from models import build_model
+from models.files import load_checkpoint
 from models.loading import load_model
 from tools.export import deviation_from_eager, main, open_source
 from tools.hub_folder import ARCHITECTURES, architecture_of, hub_config
-from utils.checkpoint import file_digest, load_checkpoint
-from utils.checkpoint_store import save_checkpoint
+from utils.checkpoints.writing import save_checkpoint
+from utils.files import file_digest
 
 # Padded windows of both kinds in three blocks, and a shift: 12×12 windows of polarity attention on a 16×16 map, 7×7
 # windows of softmax attention on an 8×8 map.

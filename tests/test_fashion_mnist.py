@@ -13,9 +13,10 @@ import pytest
 from conftest import config_file
 
 from config import load_config
-from data import build_loaders
 from data.check import check
-from data.datasets import FASHION_MNIST_FILES, DataError, DigitsSource, FashionMnistSource, FractionSource, read_idx
+from data.loaders import build_loaders
+from data.sources.base import DataError, FractionSource
+from data.sources.bundled import FASHION_MNIST_FILES, DigitsSource, FashionMnistSource, read_idx
 
 SIZE = (32, 32)
 

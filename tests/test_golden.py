@@ -14,8 +14,8 @@ from conftest import OFFICIAL, REFERENCE, config_file, fill_with_recipe, largest
 from config import load_config
 from models import build_model
 from models.attention import PolaReductionAttention, PolaWindowAttention, SpatialReductionAttention, WindowAttention
+from models.files import load_checkpoint
 from models.loading import load_weights
-from utils.checkpoint import load_checkpoint
 
 # Parameters that Pola-PVT's released forward pass never used.
 UNUSED = {"norm.weight", "norm.bias"}

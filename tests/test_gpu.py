@@ -13,16 +13,18 @@ from attention_accuracy import make_inputs, run
 from conftest import config_file, fill_with_recipe, recipe_input
 from test_resume import EVERYTHING, assert_same_run
 
-import engine
+import engine.epoch
 import main
 from config import load_config
-from data import build_loaders
-from engine import FiniteGuard, NonFiniteError, evaluate, train_one_epoch
+from data.loaders import build_loaders
+from engine.epoch import train_one_epoch
+from engine.evaluation import evaluate
+from engine.non_finite import FiniteGuard, NonFiniteError
 from logger import MetricsWriter, read_metrics
 from main import build_training, place
 from models import build_model
 from models.ops.polarity_attention import choose_backend
-from utils.preemption import Preempted
+from utils.faults.preemption import Preempted
 from utils.randomness import seed_everything
 
 pytestmark = [
@@ -55,11 +57,11 @@ def test_a_step_never_waits_for_the_device(tiny, options):
     """CUDA itself raises on any synchronisation between log lines."""
     _, training, loaders = _training(tiny, f"{options} EMA.ENABLE True DATA.PIN_MEMORY True")
     stream, guard, interval = iter(loaders.train), FiniteGuard(training), engine.Interval(training.device)
-    engine._optimizer_step(training, stream, guard, interval, 0)  # lazy initialisation may wait
+    engine.epoch._optimizer_step(training, stream, guard, interval, 0)  # lazy initialisation may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(1, 4):
-            engine._optimizer_step(training, stream, guard, interval, step)
+            engine.epoch._optimizer_step(training, stream, guard, interval, step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -113,7 +115,7 @@ def test_training_and_evaluation_on_the_device(tiny):
 def test_a_run_stopped_inside_an_epoch_equals_the_unbroken_one(tiny, monkeypatch):
     options = f"{EVERYTHING} AMP True DETERMINISTIC True TRAIN.EPOCHS 2".split()
     main.main(load_config(str(tiny), [*options, "TAG", "whole"]))
-    step, count = engine._optimizer_step, 0
+    step, count = engine.epoch._optimizer_step, 0
 
     def stopping(*arguments):
         nonlocal count
@@ -122,7 +124,7 @@ def test_a_run_stopped_inside_an_epoch_equals_the_unbroken_one(tiny, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    monkeypatch.setattr(engine, "_optimizer_step", stopping)
+    monkeypatch.setattr(engine.epoch, "_optimizer_step", stopping)
     with pytest.raises(Preempted):
         main.main(load_config(str(tiny), [*options, "TAG", "parts"]))
     main.main(load_config(str(tiny), [*options, "TAG", "parts"]))

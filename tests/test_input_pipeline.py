@@ -24,21 +24,17 @@ from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
 import data
-import data.datasets
+import data.sources.base
+import data.sources.folder
 from benchmarks.input_pipeline import IMAGENET, make_zip
 from config import load_config
-from data import DataError, build_loaders
-from data.datasets import (
-    FolderSource,
-    SampleRandomness,
-    TrainDataset,
-    UnreadableImage,
-    ZipSource,
-    decode,
-    decode_fast,
-)
-from data.index import PackedNames, ZipError, ZipIndex
+from data.datasets import SampleRandomness, TrainDataset
+from data.loaders import DataError, build_loaders
 from data.samplers import Draw
+from data.sources.base import UnreadableImage, decode, decode_fast
+from data.sources.folder import FolderSource
+from data.sources.zip import ZipSource
+from data.sources.zip_index import PackedNames, ZipError, ZipIndex
 from data.transforms import repair_posterize, training_transform
 
 PHOTOGRAPH = Image.fromarray(load_sample_images().images[0]).resize((250, 188), Image.Resampling.BICUBIC)
@@ -97,7 +93,7 @@ JPEGS = {
 @pytest.mark.parametrize("content", JPEGS.values(), ids=JPEGS.keys())
 def test_fast_decoding_gives_the_pixels_of_pillow(content, monkeypatch):
     expected = pixels(decode(content, "a.jpg"))
-    monkeypatch.setattr(data.datasets, "decode", lambda *_: pytest.fail("left to Pillow"))
+    monkeypatch.setattr(data.sources.base, "decode", lambda *_: pytest.fail("left to Pillow"))
     tensor = decode_fast(content, "a.jpg")
     assert tensor.dtype == torch.uint8 and torch.equal(tensor, expected)
 
@@ -120,7 +116,7 @@ OTHERS = {
 @pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS.keys())
 def test_what_simplejpeg_cannot_do_is_left_to_pillow(content, monkeypatch):
     asked = []
-    monkeypatch.setattr(data.datasets, "decode", lambda content, name: asked.append(name) or decode(content, name))
+    monkeypatch.setattr(data.sources.base, "decode", lambda content, name: asked.append(name) or decode(content, name))
     assert torch.equal(decode_fast(content, "a.file"), pixels(decode(content, "a.file")))
     assert asked == ["a.file"]
 
@@ -152,7 +148,7 @@ def test_pillow_judges_huge_images(monkeypatch):
 
 
 def test_a_decoder_that_is_not_installed_is_named_with_its_remedy(folder, monkeypatch):
-    monkeypatch.setattr(data.datasets, "find_spec", lambda name: None)
+    monkeypatch.setattr(data.sources.base, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="DATA.DECODER is simplejpeg, which is not installed; `pip install simplejpeg`"):
         loaders(folder, "DATA.DECODER", "simplejpeg")
     assert loaders(folder, "DATA.DECODER", "simplejpeg", train=False).val.num_images == 4  # evaluation needs none
@@ -290,7 +286,7 @@ def test_pillow_pixels_are_those_of_timms_recipe():
 
 def test_evaluation_is_exact_whatever_decodes_the_training_images(folder, monkeypatch):
     exact = list(loaders(folder).val)
-    monkeypatch.setattr(data.datasets, "decode_fast", lambda *_: pytest.fail("used in evaluation"))
+    monkeypatch.setattr(data.sources.base, "decode_fast", lambda *_: pytest.fail("used in evaluation"))
     for train in (True, False):
         for (images, labels), (expected, expected_labels) in zip(
             loaders(folder, "DATA.DECODER", "simplejpeg", train=train).val, exact, strict=True
@@ -409,7 +405,7 @@ def test_index_of_a_folder_is_names_and_eight_bytes(tmp_path, monkeypatch):
     (tmp_path / "n01440764").mkdir()
     names = [f"n01440764_{i:05d}.JPEG" for i in range(count)]
     listed = [(str(tmp_path / "n01440764" / name), 0) for name in names]
-    monkeypatch.setattr(data.datasets, "make_dataset", lambda *_, **__: iter(listed))  # not so many real files
+    monkeypatch.setattr(data.sources.folder, "make_dataset", lambda *_, **__: iter(listed))  # not so many real files
     source, held = traced_bytes(lambda: FolderSource(tmp_path))
     length = len("n01440764/" + names[0])
     assert held / count < length + 4 + 4 + 1

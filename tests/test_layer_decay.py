@@ -14,9 +14,9 @@ from timm.optim import param_groups_layer_decay
 from config import load_config
 from lr_scheduler import build_scheduler
 from models import build_model
+from models.files import CheckpointError, load_checkpoint
 from optimizer import build_optimizer, load_optimizer_state, parameter_groups
-from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.checkpoint_store import epoch_file
+from utils.checkpoints.naming import epoch_file
 
 SMALL = (
     "DATA.IMG_SIZE 32 MODEL.NUM_CLASSES 3 MODEL.SWIN.EMBED_DIM 8 MODEL.SWIN.DEPTHS [2,1,1,1]"

@@ -19,8 +19,8 @@ if __name__ == "__main__":
 from conftest import fill_with_recipe
 
 from config import load_config
-from data import build_loaders
-from engine import train_one_epoch
+from data.loaders import build_loaders
+from engine.epoch import train_one_epoch
 from logger import MetricsWriter, read_metrics
 from main import build_training
 from models import build_model

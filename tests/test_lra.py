@@ -17,21 +17,21 @@ from lra_caches import write_cache
 from test_resume import assert_same_run
 from torch.nn import functional as F
 
-import engine
+import engine.epoch
 from config import ConfigError, load_config
-from data import build_loaders
-from data.datasets import DataError
+from data.loaders import build_loaders
 from data.samplers import TrainSampler
-from data.token_cache import open_cache
+from data.sources.base import DataError
+from data.sources.token_cache import open_cache
 from logger import read_metrics
 from lr_scheduler import build_scheduler
 from models import build_model
 from models.attention import PolaSequenceAttention
+from models.files import CheckpointError, load_checkpoint
 from models.inspection import inspect_step
 from models.loading import load_model
-from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.checkpoint_store import epoch_file
-from utils.preemption import Preempted
+from utils.checkpoints.naming import epoch_file
+from utils.faults.preemption import Preempted
 
 TASKS = ("listops", "text", "retrieval", "pathfinder", "image")
 ATTENTIONS = ("polarity", "softmax", "relu", "elu")
@@ -443,7 +443,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     root = write_cache(tmp_path / "data", "listops", classes=10, samples=130)
     options = f"DATA.DATA_PATH {root} OUTPUT {tmp_path}/out {SHORT} AMP True TRAIN.BASE_LR 1.0e-3"
     run(lra("listops"), f"{options} TAG whole")
-    step = engine._optimizer_step
+    step = engine.epoch._optimizer_step
     for moment in (4, 9):
         count = 0
 
@@ -474,7 +474,7 @@ def test_gradients_are_clipped_by_value(tmp_path, monkeypatch):
         torch.nn.utils.clip_grad_value_(parameters, limit)
         largest.append(max(parameter.grad.abs().max().item() for parameter in parameters))
 
-    monkeypatch.setattr(engine, "clip_grad_value_", seen)
+    monkeypatch.setattr(engine.epoch, "clip_grad_value_", seen)
     options = f"DATA.DATA_PATH {root} OUTPUT {tmp_path}/out {SHORT} TRAIN.STEPS 10 TRAIN.CLIP_VALUE 0.001"
     run(lra("listops"), options)
     assert len(largest) == 10 and max(largest) == pytest.approx(0.001)

@@ -18,11 +18,11 @@ from lra_caches import write_cache
 from test_lra import PLAIN, SHORT, SMALL, TASKS, lra
 from test_prepare_lra import aan_release, cifar_folder, listops_release, pathfinder_release, reviews
 
-from benchmarks.lra import runs, table
 from config import load_config
-from data.token_cache import open_cache
+from data.sources.token_cache import open_cache
+from experiments.lra import runs, table
 from tools import prepare_lra
-from utils.checkpoint_store import epoch_file
+from utils.checkpoints.naming import epoch_file
 
 
 def official_files(task: str, root: Path, monkeypatch) -> Path:
@@ -195,7 +195,7 @@ class Sweep:
             "OMP_NUM_THREADS": "1",
             "PYTHON": sys.executable,
         }
-        self.command = ["bash", "benchmarks/lra/run.sh", "--opts", *SMALL.split()]
+        self.command = ["bash", "experiments/lra/run.sh", "--opts", *SMALL.split()]
         self.command += "TRAIN.EVAL_STEPS 10 TRAIN.WARMUP_STEPS 5 PRINT_FREQ 1".split()
 
     def start(self, **changed: str) -> subprocess.Popen:

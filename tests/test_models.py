@@ -10,11 +10,11 @@ from conftest import config_file, fill_with_recipe
 from config import IMAGE_MODELS, load_config
 from models import build_model
 from models.attention import PolaReductionAttention, PolaWindowAttention
+from models.files import CheckpointError
 from models.layers import drop_path_rates
 from models.loading import adapt_position_tables, load_pretrained
 from models.pola_pvt import PolaPVT
 from models.pola_swin import PolaSwin
-from utils.checkpoint import CheckpointError
 
 SMALL = "MODEL.NUM_CLASSES 7 DATA.IMG_SIZE 64 MODEL.SWIN.EMBED_DIM 12 MODEL.SWIN.NUM_HEADS [1,2,2,4]".split()
 

@@ -20,13 +20,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.report import write_metrics
 from config import load_config
-from data.datasets import DigitsSource
+from data.sources.bundled import DigitsSource
+from engine.observer import exponents
 from logger import get_logger, read_metrics
 from models import build_model
 from tools import report
 from utils.curves import POINTS, CurvesInBackground, draw_curves, thin
 from utils.environment import record_environment
-from utils.observer import exponents
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import main as training
 from config import load_config
 from models import build_model
 from tools.predict import main
-from utils.checkpoint_store import save_checkpoint
+from utils.checkpoints.writing import save_checkpoint
 
 SMALL = (
     "MODEL.TYPE pola_swin DATA.IMG_SIZE 32 MODEL.SWIN.EMBED_DIM 8 MODEL.SWIN.DEPTHS [1,1] MODEL.SWIN.NUM_HEADS [1,2]"

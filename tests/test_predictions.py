@@ -13,11 +13,11 @@ from conftest import folder_of, run
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
+import engine.state
 import main
 import utils.predictions
-import utils.run_state
 from config import load_config
-from data import build_loaders
+from data.loaders import build_loaders
 from data.transforms import Normalise
 from logger import read_metrics
 from models.loading import load_model
@@ -117,7 +117,7 @@ def scripted(monkeypatch, top1s):
 
 def test_only_a_new_best_replaces_them_and_a_continued_run_knows_the_best(tiny, monkeypatch):
     scripted(monkeypatch, [100, 50, 80, 120])
-    monkeypatch.setattr(utils.run_state, "load_optimizer_state", lambda *arguments: None)  # there is none
+    monkeypatch.setattr(engine.state, "load_optimizer_state", lambda *arguments: None)  # there is none
     path = folder_of(tiny) / "predictions.npz"
 
     def epoch_after(options):

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from utils import preemption
-from utils.preemption import Agreement, Decision, PeersLostError, StopRequest
+from utils.faults.preemption import Agreement, Decision, PeersLostError, StopRequest
 
 SECONDS = timedelta(seconds=30)
 

@@ -24,8 +24,8 @@ from PIL import Image
 
 import tools.prepare_imagenet
 from config import load_config
-from data import build_loaders
-from data.datasets import DataError
+from data.loaders import build_loaders
+from data.sources.base import DataError
 from tools.prepare_imagenet import Options, main, prepare, prepare_image
 
 CLASSES = ("n01440764", "n01443537", "n02119789")

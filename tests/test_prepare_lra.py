@@ -25,8 +25,9 @@ from lra_caches import write_cache
 from PIL import Image
 from test_fashion_mnist import idx, pictures
 
-from data.datasets import FASHION_MNIST_FILES, DataError
-from data.token_cache import TokenCache, open_cache
+from data.sources.base import DataError
+from data.sources.bundled import FASHION_MNIST_FILES
+from data.sources.token_cache import TokenCache, open_cache
 from tools.lra import files, generate, listops, pathfinder
 from tools.lra.pictures import CIFAR_BATCHES, LUMA
 from tools.prepare_lra import main

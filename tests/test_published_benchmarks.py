@@ -19,14 +19,14 @@ from torch import nn
 
 import main
 from config import ConfigError, load_config
-from data.benchmarks import ALEXNET_ERRORS, EXTRA_CORRUPTIONS, PUBLISHED_IMAGES, imagenet_ids, read_real_labels
-from data.datasets import DataError
+from data.sources.base import DataError
+from data.test_sets import ALEXNET_ERRORS, EXTRA_CORRUPTIONS, PUBLISHED_IMAGES, imagenet_ids, read_real_labels
 from data.transforms import evaluation_transform
+from engine.evaluation import EvaluatedModel
+from engine.published import corruption_score
 from logger import get_logger
 from models import build_model
-from models.evaluation import EvaluatedModel
-from utils.checkpoint_store import save_checkpoint
-from utils.evaluation import corruption_score
+from utils.checkpoints.writing import save_checkpoint
 from utils.metrics import Accuracy
 
 IDS = imagenet_ids()

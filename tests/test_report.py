@@ -18,7 +18,7 @@ from test_lra import SHORT, lra
 
 from benchmarks.report import store_arrays, write_metrics, write_predictions
 from config import load_config
-from data.datasets import DigitsSource
+from data.sources.bundled import DigitsSource
 from models import build_model
 from tools import report
 from tools.run_report.charts import Line, line_chart

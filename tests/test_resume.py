@@ -25,13 +25,14 @@ from conftest import (
 )
 from PIL import Image
 
-import engine
+import engine.epoch
 import main
 from config import load_config
 from logger import read_metrics
-from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.checkpoint_store import epoch_file, newest_checkpoint
-from utils.preemption import Preempted
+from models.files import CheckpointError, load_checkpoint
+from utils.checkpoints.finding import newest_checkpoint
+from utils.checkpoints.naming import epoch_file
+from utils.faults.preemption import Preempted
 
 # Everything random and everything stateful at once.
 EVERYTHING = "EMA.ENABLE True EMA.DECAY 0.9 TRAIN.ACCUMULATION_STEPS 2 DATA.BATCH_SIZE 32 MODEL.DROP_RATE 0.1"
@@ -101,7 +102,7 @@ def test_stopped_anywhere_any_number_of_times_equals_uninterrupted(tiny, options
     """SIGTERM inside an epoch, at the last step, in the validation; every part continues from what it saved."""
     options += " TRAIN.EPOCHS 2"
     run(tiny, f"{options} TAG whole")
-    step, forward, count = engine._optimizer_step, engine.AccuracyCounter.update, 0
+    step, forward, count = engine.epoch._optimizer_step, engine.AccuracyCounter.update, 0
 
     def signalled_after(moment, function):
         def counted(*arguments):

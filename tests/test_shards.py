@@ -22,16 +22,16 @@ import torch
 from conftest import TINY, config_file, folder_of, run, run_main
 from PIL import Image
 
-import engine
+import engine.epoch
 from config import ConfigError, load_config
-from data import Batches, DataError, Loaders, build_loaders
-from data.datasets import UnreadableImage
-from data.shards import Index, Shard, ShardSplit, ShardTrainDataset, shuffled, stream_sizes
+from data.loaders import Batches, DataError, Loaders, build_loaders
+from data.sources.base import UnreadableImage
+from data.sources.shards import Index, Shard, ShardSplit, ShardTrainDataset, shuffled, stream_sizes
 from data.transforms import training_transform
+from models.files import load_checkpoint
 from tools.prepare_imagenet import Options, prepare
 from utils import distributed
-from utils.checkpoint import load_checkpoint
-from utils.preemption import Preempted
+from utils.faults.preemption import Preempted
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -545,7 +545,7 @@ def tiny_shards(folder: Path, tmp_path: Path) -> Path:
 
 def test_training_from_shards_resumes_and_evaluates_as_from_the_folder(tiny_shards, folder, log, monkeypatch):
     run(tiny_shards, "TAG whole")
-    step, count = engine._optimizer_step, 0
+    step, count = engine.epoch._optimizer_step, 0
 
     def told_to_stop(*arguments):
         nonlocal count
@@ -553,7 +553,7 @@ def test_training_from_shards_resumes_and_evaluates_as_from_the_folder(tiny_shar
         os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    monkeypatch.setattr(engine, "_optimizer_step", told_to_stop)
+    monkeypatch.setattr(engine.epoch, "_optimizer_step", told_to_stop)
     for _ in range(3):  # each run makes one step
         with pytest.raises(Preempted):
             run(tiny_shards, "TAG parts")

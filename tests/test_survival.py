@@ -28,15 +28,16 @@ from forkserver import rank_of
 from test_resume import EVERYTHING, assert_same_run
 from torch.distributed import HashStore, TCPStore
 
-import engine
+import engine.epoch
 import main
-from engine import NonFiniteError
+from engine.non_finite import NonFiniteError
 from models.attention import PolaLinearAttention
+from models.files import CheckpointError, load_checkpoint
 from utils import checkpoint_store, distributed, run_lock
-from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.checkpoint_store import epoch_file, newest_checkpoint, run_checkpoints
-from utils.preemption import Preempted
-from utils.run_lock import RunFolderBusyError
+from utils.checkpoints.finding import newest_checkpoint
+from utils.checkpoints.naming import epoch_file, run_checkpoints
+from utils.faults.folder_lock import RunFolderBusyError
+from utils.faults.preemption import Preempted
 
 EVERY_TEN = "TRAIN.EPOCHS 2 CHECKPOINT.EVERY_STEPS 10"
 OPTIONS = f"{EVERYTHING} AMP True TRAIN.EPOCHS 2 CHECKPOINT.EVERY_STEPS 4 PRINT_FREQ 2 DIST.TIMEOUT 60"
@@ -441,7 +442,7 @@ def test_two_nodes_of_which_one_is_killed_and_started_again(tiny, whole):
 def test_a_node_that_waits_says_for_whom_also_after_a_restart():
     port = str(free_port())
     store = TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False)
-    command = [PYTHON, "utils/rendezvous.py", "127.0.0.1", port]
+    command = [PYTHON, "utils/faults/rendezvous.py", "127.0.0.1", port]
     watcher = Job("1", "3", "2", command=command)
     watcher.wait_for(r"node 1 on \S+ waits for nodes 0, 2 of 3 at 127.0.0.1:\d+ since \d+ s")
     alive, count = {0, 2}, 0
@@ -470,7 +471,7 @@ def test_a_node_that_waits_says_for_whom_also_after_a_restart():
     alive = {0}  # node 2 has died
     until(r"waits for node 2 of 3 at .* since \d s")
     watcher.process.kill()
-    absent = Job("1", "2", "1", command=[PYTHON, "utils/rendezvous.py", "127.0.0.1", str(free_port())])
+    absent = Job("1", "2", "1", command=[PYTHON, "utils/faults/rendezvous.py", "127.0.0.1", str(free_port())])
     absent.wait_for("waits for node 0 of 2")
     absent.process.kill()
 
@@ -512,7 +513,7 @@ def free_port() -> int:
 
 def at_step(monkeypatch, actions: dict[int, Callable[[], object]]) -> None:
     """Do something after optimizer steps, counted over the run."""
-    step, count = engine._optimizer_step, 0
+    step, count = engine.epoch._optimizer_step, 0
 
     def counted(*arguments):
         nonlocal count
@@ -521,7 +522,7 @@ def at_step(monkeypatch, actions: dict[int, Callable[[], object]]) -> None:
         actions.get(count, lambda: None)()
         return result
 
-    monkeypatch.setattr(engine, "_optimizer_step", counted)
+    monkeypatch.setattr(engine.epoch, "_optimizer_step", counted)
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from torchvision.models import feature_extraction
 
 from config import load_config
 from models import build_model, list_models
+from models.files import CheckpointError, load_checkpoint
 from models.loading import create_model
-from utils.checkpoint import CheckpointError, load_checkpoint
 
 SIZE = 96  # pixels; the smallest at which windows, merging and shifts all occur
 CONFIGS = {

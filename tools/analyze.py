@@ -23,14 +23,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from config import ConfigError, load_config
-from data.datasets import DataError
+from data.sources.base import DataError
 from data.transforms import Normalise, evaluation_transform
 from models.attention import PolaLinearAttention
+from models.files import CheckpointError
 from models.loading import load_model
 from models.maps import LayerRecord, MapError, attention_layers, choose_layers, record
 from tools.images import read_image
 from tools.predict import find_images
-from utils.checkpoint import CheckpointError
 
 METRICS = ("entropy", "rank", "exponent", "gate")
 WITH_DEPTHWISE = "combined+depthwise"

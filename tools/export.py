@@ -38,13 +38,13 @@ from torch.overrides import TorchFunctionMode
 from yacs.config import CfgNode
 
 from config import image_size, load_config
+from engine.state import CHECKPOINT_VERSION
 from models import build_model
 from models.classifier import Classifier
 from models.loading import load_model
 from tools.hub_folder import architecture_of, hub_config, model_card
-from utils.checkpoint import file_digest
+from utils.files import file_digest
 from utils.precision import exact_float32
-from utils.run_state import CHECKPOINT_VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
 # The exporter has implementations from 18 on, and PyTorch exports none beyond 23.

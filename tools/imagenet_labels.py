@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.datasets import DataError
+from data.sources.base import DataError
 
 WORDNET_ID = re.compile(r"n\d{8}")
 NUMBERED = re.compile(r"_(\d+)\.\w+$")  # ILSVRC2012_val_00000293.JPEG

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data.datasets import Picture, UnreadableImage, decode
+from data.sources.base import Picture, UnreadableImage, decode
 
 
 def read_image(path: Path, transform: Callable[[Picture], Tensor]) -> Tensor:

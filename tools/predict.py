@@ -30,12 +30,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from config import evaluation_config, image_size, load_config
-from data.datasets import DataError, Picture, UnreadableImage, decode
+from data.sources.base import DataError, Picture, UnreadableImage, decode
 from data.transforms import Normalise, evaluation_transform
 from models import build_classifier
 from models.loading import LoadedModel, load_model, load_resized
 from tools.class_names import readable_names
-from utils.checkpoint import file_digest
+from utils.files import file_digest
 from utils.precision import autocast, autocast_dtype, exact_float32
 
 FORMATS = ("table", "csv", "json")

@@ -34,11 +34,12 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from data.datasets import DataError, FolderSource, UnreadableImage, decode, require_folder
-from data.shards import INDEX_FILE, Index, Shard
+from data.sources.base import DataError, UnreadableImage, decode, require_folder
+from data.sources.folder import FolderSource
+from data.sources.shards import INDEX_FILE, Index, Shard
 from tools.imagenet_labels import read_ground_truth
 from tools.prepared_folder import STATE, owned, require_same_settings
-from utils.checkpoint import file_digest
+from utils.files import file_digest
 from utils.parallel import WorkerLost, parallel
 
 SPLITS = ("train", "val")

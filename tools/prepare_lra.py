@@ -25,8 +25,9 @@ from typing import Any
 if not __package__:  # run as tools/prepare_lra.py: what it imports lies beside tools/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.datasets import FASHION_MNIST, DataError
-from data.token_cache import MANIFEST, TASKS, Manifest, open_cache, read_manifest
+from data.sources.base import DataError
+from data.sources.bundled import FASHION_MNIST
+from data.sources.token_cache import MANIFEST, TASKS, Manifest, open_cache, read_manifest
 from tools.lra import listops, pathfinder
 from tools.lra.cache import Content, publish, write_arrays
 from tools.lra.files import ADVICE

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data.datasets import DataError
+from data.sources.base import DataError
 from utils.files import write_atomically
 
 STATE = ".prepare"  # folder of the output that holds what an interrupted run continues from

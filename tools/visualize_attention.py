@@ -24,14 +24,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from config import ConfigError, load_config
-from data.datasets import DataError
+from data.sources.base import DataError
 from data.transforms import Normalise, evaluation_transform
+from models.files import CheckpointError
 from models.loading import LoadedModel, load_model
 from models.maps import POLARITY_STREAMS, LayerRecord, MapError, attention_layers, choose_layers, kind_of, record
 from tools.images import read_image
 from tools.overlays import COLOURS, ground, key_map, paint, token_at
 from tools.predict import find_images
-from utils.checkpoint import CheckpointError
 
 DEPTHWISE = "+depthwise"
 MAPS = (*POLARITY_STREAMS, *(stream + DEPTHWISE for stream in POLARITY_STREAMS))

@@ -1,1 +1,1 @@
-"""Parts that know nothing of models or data; only run_state.py and keeper.py stand above the engine."""
+"""The ground: parts that know no key, no model and no data set. They import each other and the logger."""

@@ -1,5 +1,6 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and what a file holds in one number."""
 
+import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -23,3 +24,9 @@ def remove_temporary(path: Path) -> None:
     """As far as the disk lets it: the next start tries again, and the reason of the failure is what has to be told."""
     with suppress(OSError):
         path.unlink(missing_ok=True)
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,8 +13,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.datasets import DataError
-from data.token_cache import (
+from data.sources.base import DataError
+from data.sources.token_cache import (
     ARRAYS,
     CODECS,
     MANIFEST,
@@ -25,8 +25,7 @@ from data.token_cache import (
     SplitRecord,
     array_name,
 )
-from utils.checkpoint import file_digest
-from utils.files import write_atomically
+from utils.files import file_digest, write_atomically
 
 
 class Sample(NamedTuple):

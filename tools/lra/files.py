@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data.datasets import DataError
-from data.token_cache import FileRecord
+from data.sources.base import DataError
+from data.sources.token_cache import FileRecord
 
 RELEASE = "lra_release.gz of https://github.com/google-research/long-range-arena (a tar file, 7.7 GiB)"
 IMDB = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"

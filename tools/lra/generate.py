@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.datasets import DataError
+from data.sources.base import DataError
 from tools.lra import listops, pathfinder
 from tools.lra.pictures import PATHFINDER_FOLDER
 from tools.lra.texts import LISTOPS_FOLDER, LISTOPS_HEADER

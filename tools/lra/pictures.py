@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.datasets import FASHION_MNIST_FILES, DataError, FashionMnistSource
-from data.token_cache import FileRecord
+from data.sources.base import DataError
+from data.sources.bundled import FASHION_MNIST_FILES, FashionMnistSource
+from data.sources.token_cache import FileRecord
 from tools.lra.cache import Content, Sample, record_of
 from tools.lra.files import (
     ADVICE,

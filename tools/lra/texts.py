@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from data.datasets import DataError
-from data.token_cache import Split
+from data.sources.base import DataError
+from data.sources.token_cache import Split
 from tools.lra import listops
 from tools.lra.cache import Content, Sample, record_of
 from tools.lra.files import (

@@ -59,9 +59,9 @@ class _Unreachable(Exception):
 
 def _load(run: Run, rows: list[int], data_path: str | None) -> "list[Tensor]":
     """The images as the model saw them, uint8 (3, H, W) each."""
-    from data import build_source
-    from data.datasets import Picture, decode
-    from data.shards import ShardSplit
+    from data.loaders import build_source
+    from data.sources.base import Picture, decode
+    from data.sources.shards import ShardSplit
     from data.transforms import evaluation_transform
 
     assert run.predictions is not None

@@ -1,0 +1,1 @@
+"""Where samples come from, a file for each kind of source."""

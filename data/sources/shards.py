@@ -1,0 +1,380 @@
+"""Tar shards: `shards.json` lists them with their counts; training streams them, evaluation reads every image once.
+
+A split is one long sequence of images, its shards one after the other: in the index's order for evaluation, in an order
+drawn from (seed, epoch) for training. Every process owns a range of that sequence and every loader process ("stream") a
+range of its process's, so that all processes have the same number of batches however many shards there are; a shard
+that two ranges share is read by both, each taking its part. Training draws from a shuffle buffer of encoded images.
+"""
+
+import itertools
+import json
+import random
+import tarfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data.datasets import Sample, SampleRandomness, too_many_unreadable
+from data.samplers import Draw
+from data.sources.base import DataError, Decoder, Picture, UnreadableImage, decode
+
+INDEX_FILE = "shards.json"
+INDEX_VERSION = 1
+MEND = "python main.py … --check-data examines every shard, tools.prepare_imagenet writes them anew"
+
+
+class Shard(NamedTuple):
+    """One tar file: its name in the data set's folder, how many images it holds, its size in bytes."""
+
+    name: str
+    images: int
+    bytes: int
+
+
+class Index(NamedTuple):
+    """The contents of `shards.json`: class names by label, and the shards of each split in order."""
+
+    classes: tuple[str, ...]
+    splits: dict[str, list[Shard]]
+
+    def dump(self) -> str:
+        splits = {
+            split: {"images": sum(shard.images for shard in shards), "shards": [shard._asdict() for shard in shards]}
+            for split, shards in self.splits.items()
+        }
+        return json.dumps({"version": INDEX_VERSION, "splits": splits, "classes": self.classes}, indent=1) + "\n"
+
+
+def read_index(root: Path) -> Index:
+    """Read `root`/shards.json. Raises DataError where it is absent, damaged, or of another version."""
+    path = root / INDEX_FILE
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; tools.prepare_imagenet --format shards writes it") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    try:
+        if tree["version"] != INDEX_VERSION:
+            raise DataError(f"{path} is of version {tree['version']}, expected {INDEX_VERSION}")
+        splits = {
+            split: [Shard(str(s["name"]), int(s["images"]), int(s["bytes"])) for s in entry["shards"]]
+            for split, entry in tree["splits"].items()
+        }
+        for split, shards in splits.items():
+            if sum(shard.images for shard in shards) != tree["splits"][split]["images"]:
+                raise DataError(f"{path}: the counts of the {split} shards do not add up to its total")
+        return Index(tuple(map(str, tree["classes"])), splits)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no index of shards ({error!r}); tools.prepare_imagenet writes one") from error
+
+
+def file_problem(root: Path, shard: Shard) -> str | None:
+    """What is wrong with the file of `shard` as far as its size tells."""
+    path = root / shard.name
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    if size != shard.bytes:
+        return f"{path} has {size} bytes, {INDEX_FILE} says {shard.bytes}"
+    return None
+
+
+def _library() -> tuple[Any, Any]:
+    """WebDataset's filters and tar iterators."""
+    try:
+        from webdataset import filters, tariterators  # slow to import, and only shards need it
+    except ModuleNotFoundError:
+        raise DataError("tar shards are read by the package webdataset: pip install webdataset") from None
+    return filters, tariterators
+
+
+class Encoded(NamedTuple):
+    """An image as it lies in its shard. `position` is its place in the split, shards in the index's order."""
+
+    position: int
+    name: str
+    data: bytes
+    label: int
+
+
+def image_member(sample: dict[str, Any]) -> str | None:
+    """The extension under which a sample of WebDataset's holds its image."""
+    return next((field for field in sample if f".{field}" in IMG_EXTENSIONS), None)
+
+
+class ShardSplit:
+    """The shards of one split. What is kept is one entry a shard, nothing per image.
+
+    Raises DataError where the index or a shard is absent, a shard has another size than the index says, the split is
+    empty, or webdataset is not installed.
+    """
+
+    def __init__(self, root: Path, split: str) -> None:
+        index = read_index(root)
+        self.root, self.classes, self.num_classes = root, index.classes, len(index.classes)
+        self.shards = [shard for shard in index.splits.get(split, []) if shard.images]
+        if not self.shards:
+            raise DataError(f"{root / INDEX_FILE} lists no images of the split {split}")
+        problems = [problem for shard in self.shards if (problem := file_problem(root, shard))]
+        if problems:
+            raise DataError(f"{len(problems)} of {len(self.shards)} {split} shards are damaged: {problems[0]}; {MEND}")
+        self.num_images = sum(shard.images for shard in self.shards)
+        self._first = list(itertools.accumulate((shard.images for shard in self.shards), initial=0))
+        _library()
+
+    def read(self, order: Sequence[int], begin: int, end: int) -> Iterator[Encoded]:
+        """The images `begin` to `end` of the sequence that the shards make in `order`; other shards stay closed."""
+        first = 0  # of this shard, in the sequence
+        for number in order:
+            images = self.shards[number].images
+            if first < end and first + images > begin:
+                yield from self._read_shard(number, max(begin - first, 0), min(end - first, images))
+            first += images
+
+    def _read_shard(self, number: int, begin: int, end: int) -> Iterator[Encoded]:
+        """Raises DataError where the shard is not what the index says: fewer images, no label, an unreadable tar."""
+        shard, count = self.shards[number], 0
+        path = self.root / shard.name
+        _, tariterators = _library()
+        try:
+            with path.open("rb", buffering=1 << 20) as file:
+                members = tariterators.tar_file_expander([{"url": shard.name, "stream": file}])
+                for sample in itertools.islice(tariterators.group_by_keys(members), end):
+                    count += 1
+                    if count > begin:
+                        yield self._encoded(number, count - 1, sample)
+        except (OSError, tarfile.TarError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error.args[0]
+            raise DataError(f"{path}: {reason} after {count} of {shard.images} images; {MEND}") from error
+        if count < end:
+            raise DataError(f"{path} holds {count} images, {INDEX_FILE} says {shard.images}; {MEND}")
+
+    def _encoded(self, number: int, place: int, sample: dict[str, Any]) -> Encoded:
+        shard = self.shards[number]
+        extension, label = image_member(sample), sample.get("cls", b"").strip()
+        if extension is None or not label.isdigit() or int(label) >= self.num_classes:
+            raise DataError(
+                f"{self.root / shard.name}: sample {sample['__key__']} has the members"
+                f" {sorted(field for field in sample if not field.startswith('__'))} and the label {label!r}, expected"
+                f" an image and a cls member from 0 to {self.num_classes - 1}; {MEND}"
+            )
+        name = f"{self.root / shard.name}/{sample['__key__']}.{extension}"
+        return Encoded(self._first[number] + place, name, sample[extension], int(label))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranges and the shuffle buffer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stream_sizes(images: int, batch_size: int, streams: int) -> list[int]:
+    """How many of a process's images each of its streams holds when batch b comes from stream b % `streams`.
+
+    That is the order in which a DataLoader takes batches from its workers. Only the last batch may be smaller.
+    """
+    batches = -(-images // batch_size)
+    sizes = [len(range(stream, batches, streams)) * batch_size for stream in range(streams)]
+    if batches:
+        sizes[(batches - 1) % streams] -= batches * batch_size - images
+    return sizes
+
+
+class _Slot:
+    """A place in the shuffle buffer for the image at `position` of the sequence."""
+
+    __slots__ = ("encoded", "position")
+
+    def __init__(self, position: int, encoded: Encoded | None = None) -> None:
+        self.position, self.encoded = position, encoded
+
+
+def shuffled(
+    read: Callable[[int, int], Iterator[Encoded]],
+    begin: int,
+    end: int,
+    *,
+    buffer: int,
+    generator: random.Random,
+    skip: int = 0,
+) -> Iterator[Encoded]:
+    """The images `begin` to `end` through WebDataset's shuffle buffer, without the first `skip` that it would yield.
+
+    What the buffer draws depends on counts and `generator` alone. So the skipped draws are made with empty places, and
+    reading begins with the earliest image that is still in the buffer then: `read(first, end)` is asked for nothing
+    before it. The first draw needs a quarter of the buffer, which grows to its size from there.
+    """
+    filters, _ = _library()
+    empty: dict[int, _Slot] = {}  # in the buffer, with nothing read yet
+    images: Iterator[Encoded] | None = None
+    fed = begin
+
+    def feed() -> Iterator[_Slot]:
+        nonlocal fed
+        while fed < end:
+            if images is None:
+                slot = empty[fed] = _Slot(fed)
+            else:
+                slot = _Slot(fed, next(images))
+            fed += 1
+            yield slot
+
+    draws = filters.shuffle(buffer, initial=buffer // 4, rng=generator)(feed())
+    for _ in range(skip):
+        del empty[next(draws).position]
+    first = min(empty, default=fed)
+    images = read(first, end)
+    for position in range(first, fed):
+        encoded = next(images)
+        if slot := empty.pop(position, None):
+            slot.encoded = encoded
+    for slot in draws:
+        yield slot.encoded
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ShardDataset(IterableDataset[Sample]):
+    """A process's range of a split. `len()` is the number of its images, over all its streams."""
+
+    def __init__(
+        self,
+        split: ShardSplit,
+        transform: Callable[[Picture], torch.Tensor],
+        *,
+        batch_size: int,
+        begin: int,
+        end: int,
+    ) -> None:
+        self.split, self.transform, self.batch_size = split, transform, batch_size
+        self.begin, self.end = begin, end
+
+    def __len__(self) -> int:
+        return self.end - self.begin
+
+    def _range(self, images: int, stream: int, streams: int) -> tuple[int, int]:
+        """Begin and end of a stream's part of the first `images` of this process."""
+        sizes = stream_sizes(images, self.batch_size, streams)
+        begin = self.begin + sum(sizes[:stream])
+        return begin, begin + sizes[stream]
+
+
+def _this_stream() -> tuple[int, int]:
+    """Index of this loader process, and how many there are; a main process that loads itself is the only one."""
+    worker = get_worker_info()
+    return (worker.id, worker.num_workers) if worker else (0, 1)
+
+
+class ShardEvalDataset(ShardDataset):
+    """Every image exactly once over all processes; an unreadable one raises."""
+
+    def __init__(
+        self,
+        split: ShardSplit,
+        transform: Callable[[Picture], torch.Tensor],
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        begin, end = (part * split.num_images // world_size for part in (rank, rank + 1))
+        super().__init__(split, transform, batch_size=batch_size, begin=begin, end=end)
+
+    def __iter__(self) -> Iterator[Sample]:
+        begin, end = self._range(len(self), *_this_stream())
+        for encoded in self.split.read(range(len(self.split.shards)), begin, end):
+            image = self.transform(decode(encoded.data, encoded.name))
+            yield Sample(image, encoded.label, position=encoded.position, name=encoded.name)
+
+
+class ShardTrainDataset(ShardDataset):
+    """Augmented images of one epoch, streamed. A sample's randomness is a function of (seed, epoch, its index).
+
+    Shard order: a function of (seed, epoch). The buffer's draws: of (seed, epoch, rank, stream). So an epoch continued
+    at any batch equals the unbroken one for the same number of processes and loader processes; none and one loader
+    process are the same. An unreadable image is replaced by the next of its stream (after the last, by the next of the
+    sequence) and reported in `Sample.unreadable`; more than `max_unreadable` in a row raise.
+
+    The images that `world_size` does not divide, and those of a process's last incomplete batch, are left out of that
+    epoch: those at the ends of the ranges, other ones in each.
+    """
+
+    def __init__(
+        self,
+        split: ShardSplit,
+        transform: Callable[[Picture], torch.Tensor],
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        buffer: int,
+        max_unreadable: int,
+        decoder: Decoder = decode,
+    ) -> None:
+        share = split.num_images // world_size
+        super().__init__(split, transform, batch_size=batch_size, begin=rank * share, end=(rank + 1) * share)
+        self.rank, self.seed, self.buffer, self.max_unreadable = rank, seed, buffer, max_unreadable
+        self.decoder = decoder
+        # epoch and first sample, in memory that loader processes which outlive an epoch see too
+        self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Iterate over `epoch`, from this process's sample `start` on, a multiple of the batch size."""
+        self._position.copy_(torch.tensor([epoch, start]))
+
+    def __iter__(self) -> Iterator[Sample]:
+        epoch, start = self._position.tolist()
+        worker, streams = _this_stream()
+        first = start // self.batch_size
+        # a DataLoader's first batch always comes from its worker 0, so on continuing the workers change streams
+        stream = (worker + first) % streams
+        skip = len(range(stream, first, streams)) * self.batch_size
+        begin, end = self._range(len(self) // self.batch_size * self.batch_size, stream, streams)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.split.shards)).tolist()
+        words = np.random.SeedSequence((self.seed, epoch, self.rank, stream)).generate_state(4)
+        drawn = shuffled(
+            lambda first, last: self.split.read(order, first, last),
+            begin,
+            end,
+            buffer=self.buffer,
+            generator=random.Random(words.tobytes()),
+            skip=skip,
+        )
+        substitutes = itertools.chain(
+            self.split.read(order, end, self.split.num_images), self.split.read(order, 0, end)
+        )
+        return self._samples(epoch, end - begin - skip, itertools.chain(drawn, substitutes))
+
+    def _samples(self, epoch: int, count: int, images: Iterator[Encoded]) -> Iterator[Sample]:
+        ahead: deque[Encoded] = deque()  # drawn and not yet yielded: more than one only beside unreadable images
+        for _ in range(count):
+            unreadable: list[str] = []
+            while True:
+                if len(unreadable) == len(ahead):
+                    ahead.append(next(images))
+                encoded = ahead[len(unreadable)]
+                try:
+                    image = self.decoder(encoded.data, encoded.name)
+                    break
+                except UnreadableImage as error:
+                    unreadable.append(str(error))
+                    if len(unreadable) > self.max_unreadable:
+                        size = self.split.num_images
+                        raise DataError(
+                            too_many_unreadable(len(unreadable), size, self.max_unreadable, unreadable)
+                        ) from error
+            with SampleRandomness(self.seed, Draw(epoch, ahead[0].position)):
+                sample = Sample(self.transform(image), encoded.label, tuple(unreadable))
+            ahead.popleft()
+            yield sample

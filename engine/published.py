@@ -1,0 +1,361 @@
+"""One benchmark evaluated, scored as its authors do, and written down: what `--eval` reports."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from config import KEYS, image_size, run_folder, value_of
+from data.loaders import Loaders, build_loaders
+from data.sources.base import DataError
+from data.test_sets import (
+    ALEXNET_ERRORS,
+    PUBLISHED_IMAGES,
+    SEVERITIES,
+    TITLES,
+    Benchmark,
+    class_words,
+    image_number,
+    open_benchmark,
+    output_ids,
+    own_images,
+)
+from engine.evaluation import evaluate
+from engine.state import check_classes
+from logger import get_logger
+from models.files import num_classes_of
+from utils import distributed
+from utils.checkpoints.naming import BEST_FILE
+from utils.files import write_atomically
+from utils.metrics import Accuracy
+from utils.predictions import PREDICTIONS, PredictionRecorder, Predictions, write_predictions
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
+
+
+class PartResult(NamedTuple):
+    """`per_class` int64 (classes, 3): images, correct at 1, correct at 5."""
+
+    name: str
+    accuracy: Accuracy
+    per_class: np.ndarray
+
+
+@dataclass(frozen=True)
+class RealScore:
+    """Accuracy with the ReaL labels: a prediction is right where it is one of the image's labels.
+
+    Beyer et al., "Are we done with ImageNet?", arXiv 2006.07159. Images without labels do not count. There is no top-5:
+    an image may have more than one right label, so that five guesses mean something else on every image.
+    """
+
+    images: int
+    correct: int
+    unlabelled: int
+    per_class: np.ndarray  # int64 (classes, 2), by the original label: images, correct
+
+    @property
+    def accuracy(self) -> float:
+        """Percent."""
+        return 100 * self.correct / self.images
+
+
+@dataclass(frozen=True)
+class CorruptionScore:
+    """Errors under corruption in percent: Hendrycks & Dietterich, arXiv 1903.12261.
+
+    `errors`: the mean error over the five severities, of every corruption that has all five. `mean_error` is the mean
+    of the 15 errors that count, `mce` that of their ratios to AlexNet's; both None unless all 75 parts are there.
+    """
+
+    errors: dict[str, float]
+    mean_error: float | None
+    mce: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of one set of weights on one benchmark.
+
+    `accuracy` is over all images, of ImageNet-C those of the 15 corruptions of mCE; `remarks` say in what the data are
+    not the published benchmark; `predictions` are None for ImageNet-C, whose 75 parts have one each.
+    """
+
+    benchmark: Benchmark
+    parts: tuple[PartResult, ...]
+    accuracy: Accuracy
+    per_class: np.ndarray
+    predictions: Predictions | None
+    remarks: tuple[str, ...]
+    real: RealScore | None = None
+    corruption: CorruptionScore | None = None
+
+    def __str__(self) -> str:
+        if self.real:
+            return (
+                f"{self.real.images} images with ReaL labels, accuracy {self.real.accuracy:.3f} %; with the original"
+                f" labels {self.accuracy}"
+            )
+        if self.corruption:
+            mce, mean = self.corruption.mce, self.corruption.mean_error
+            scores = "no mCE" if mce is None else f"mCE {mce:.3f} %, mean error {mean:.3f} %"
+            return f"{scores}; {self.accuracy}"
+        return str(self.accuracy)
+
+
+def build_benchmark(config: CfgNode, checkpoint: dict[str, Any], source: str) -> Benchmark:
+    """What TEST.BENCHMARK names, for the classes of a checkpoint. Raises CheckpointError or DataError."""
+    names = checkpoint.get("classes")
+    if config.TEST.BENCHMARK in ("val", "real"):
+        loaders = build_loaders(config, train=False)
+        check_classes(checkpoint, loaders, source)
+        return own_images(config, loaders, names, source)
+    return open_benchmark(config, output_ids(names, num_classes_of(checkpoint, source), source), source)
+
+
+def evaluate_benchmark(
+    benchmark: Benchmark, model: nn.Module, device: torch.device, amp_dtype: torch.dtype | None
+) -> Evaluation:
+    """Evaluate a model whose outputs are the benchmark's classes on every part of it; collective.
+
+    Raises DataError where the images are not those that the benchmark is about.
+    """
+    parts, predictions = [], None
+    for part in benchmark.parts:
+        batches = part.open()
+        recorder = PredictionRecorder()
+        accuracy = evaluate(model, batches, device, amp_dtype, recorder=recorder)
+        predictions = recorder.gather(batches.num_images)
+        parts.append(PartResult(part.name, accuracy, class_counts(predictions, benchmark.num_classes)))
+        if part.name:
+            get_logger().info("%s: %s", part.name, accuracy)
+    assert predictions is not None, "a benchmark has a part"
+    counted = [part for part in parts if part.name.partition("/")[0] in ("", *ALEXNET_ERRORS)] or parts
+    evaluation = Evaluation(
+        benchmark,
+        tuple(parts),
+        accuracy=pooled([part.accuracy for part in counted]),
+        per_class=np.sum([part.per_class for part in counted], axis=0),
+        predictions=None if benchmark.name == "c" else predictions,
+        remarks=tuple(remarks(benchmark, parts)),
+        real=real_score(benchmark, predictions) if benchmark.real_labels else None,
+        corruption=corruption_score({part.name: part.accuracy for part in parts}) if benchmark.name == "c" else None,
+    )
+    for remark in evaluation.remarks:
+        get_logger().warning("%s: %s", TITLES[benchmark.name], remark)
+    return evaluation
+
+
+def pooled(accuracies: Sequence[Accuracy]) -> Accuracy:
+    """The accuracy over the images of all of them."""
+    images, correct1, correct5, non_finite = (
+        sum(getattr(a, field) for a in accuracies) for field in ("images", "correct1", "correct5", "non_finite")
+    )
+    loss = sum(a.loss * a.images for a in accuracies) / images if images else float("nan")
+    return Accuracy(images, correct1, correct5, non_finite, loss)
+
+
+def class_counts(predictions: Predictions, num_classes: int) -> np.ndarray:
+    """int64 (classes, 3): each class's images, and how many of them are right at 1 and at 5."""
+    masks = (slice(None), predictions.correct(1), predictions.correct(5))
+    return np.stack([np.bincount(predictions.label[mask], minlength=num_classes) for mask in masks], axis=1)
+
+
+def real_score(benchmark: Benchmark, predictions: Predictions) -> RealScore:
+    """Score with the ReaL labels, by the numbers in the images' names. Raises DataError for other names or numbers."""
+    assert benchmark.real_labels is not None
+    numbers = [image_number(name) for name in predictions.file.tolist()]
+    if (highest := max(numbers)) > len(benchmark.real_labels):
+        raise DataError(
+            f"validation image {highest} has no entry among the {len(benchmark.real_labels)} ReaL labels;"
+            " TEST.REAL_LABELS names another file"
+        )
+    labels = [benchmark.real_labels[number - 1] for number in numbers]
+    scored = np.array([bool(own) for own in labels])
+    correct = np.array([best in own for best, own in zip(predictions.top5[:, 0].tolist(), labels, strict=True)])
+    # NOTHING is the class of an image with non-finite logits, and of labels that the model does not know
+    correct &= predictions.top5[:, 0] >= 0
+    if not scored.any():
+        raise DataError("none of the validation images has a ReaL label; TEST.REAL_LABELS names another file")
+    per_class = [np.bincount(predictions.label[mask], minlength=benchmark.num_classes) for mask in (scored, correct)]
+    return RealScore(int(scored.sum()), int(correct.sum()), int((~scored).sum()), np.stack(per_class, axis=1))
+
+
+def corruption_score(parts: dict[str, Accuracy]) -> CorruptionScore:
+    """Mean errors and mCE from the accuracy of each `corruption/severity`."""
+    errors = {}
+    for corruption in dict.fromkeys(name.partition("/")[0] for name in parts):
+        severities = [parts.get(f"{corruption}/{severity}") for severity in SEVERITIES]
+        if all(severities):
+            errors[corruption] = sum(100 - a.top1 for a in severities if a) / len(SEVERITIES)
+    if not errors.keys() >= ALEXNET_ERRORS.keys():
+        return CorruptionScore(errors, None, None)
+    ratios = [100 * errors[corruption] / alexnet for corruption, alexnet in ALEXNET_ERRORS.items()]
+    mean_error = sum(errors[corruption] for corruption in ALEXNET_ERRORS) / len(ALEXNET_ERRORS)
+    return CorruptionScore(errors, mean_error, sum(ratios) / len(ratios))
+
+
+def remarks(benchmark: Benchmark, parts: Sequence[PartResult]) -> list[str]:
+    """In what these images are not the benchmark as it is published; nothing where they are, or for own data."""
+    if benchmark.name == "val":
+        return []
+    found = []
+    if benchmark.missing:
+        shown = ", ".join(benchmark.missing[:5]) + (", …" if len(benchmark.missing) > 5 else "")
+        found.append(f"{len(benchmark.missing)} of the 75 parts are missing ({shown}): there is no mCE")
+    expected = PUBLISHED_IMAGES[benchmark.name]
+    other = [part for part in parts if part.accuracy.images != expected]
+    if other:
+        where = f" in {len(other)} parts, the first {other[0].name}" if other[0].name else ""
+        found.append(f"{other[0].accuracy.images} images instead of the published {expected}{where}")
+    assert benchmark.classes is not None
+    for part in parts:
+        empty = [name for name, row in zip(benchmark.classes, part.per_class, strict=True) if row[0] == 0]
+        if empty:
+            where = f" in {part.name}" if part.name else ""
+            found.append(
+                f"{len(empty)} of {len(benchmark.classes)} classes have no image{where} ({', '.join(empty[:5])})"
+            )
+            break
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Subject(NamedTuple):
+    """What was evaluated: a checkpoint's weights (`model` or `ema`), after how many epochs (−1: unknown), and how."""
+
+    checkpoint: str
+    sha256: str
+    weights: str
+    epoch: int
+    precision: str
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation, subject: Subject, config: CfgNode) -> Path:
+    """Write `eval_<benchmark>.json`, `…_per_class.csv` and, but for ImageNet-C, `…_predictions.npz`; atomically, each.
+
+    Those of the averaged weights are called `eval_<benchmark>_ema`, the test split of DATASET lra `test`. Returns the
+    JSON file's path.
+    """
+    benchmark = evaluation.benchmark
+    name = f"eval_{_split(benchmark, config)}" + ("" if subject.weights == "model" else f"_{subject.weights}")
+    path = folder / f"{name}.json"
+    if evaluation.predictions:
+        write_predictions(
+            folder / f"{name}_predictions.npz",
+            evaluation.predictions,
+            root=config.DATA.DATA_PATH,
+            classes=benchmark.classes,
+            epoch=subject.epoch,
+            checkpoint=subject.checkpoint,
+        )
+    write_atomically(folder / f"{name}_per_class.csv", per_class_table(evaluation).encode())
+    write_atomically(path, (json.dumps(summary(evaluation, subject, config), indent=1) + "\n").encode())
+    return path
+
+
+def _split(benchmark: Benchmark, config: CfgNode) -> str:
+    return "test" if config.DATA.DATASET == "lra" else benchmark.name
+
+
+def summary(evaluation: Evaluation, subject: Subject, config: CfgNode) -> dict[str, Any]:
+    """The content of the JSON file: counts are integers, accuracies and errors percent."""
+    benchmark = evaluation.benchmark
+    size = list(image_size(config))
+    keys = [key for key in KEYS if key.startswith(("MODEL.", "TEST."))]
+    keys += ["DATA.DATASET", "DATA.DATA_PATH", "DATA.IMG_SIZE", "DATA.INTERPOLATION"]
+    result: dict[str, Any] = {
+        "benchmark": _split(benchmark, config),
+        "title": TITLES[benchmark.name],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "subject": subject._asdict(),
+        "classes": benchmark.num_classes,
+        "restricted": benchmark.outputs is not None,
+        "image_size": size,
+        "flip": config.TEST.FLIP,
+        "as_published": None if benchmark.name == "val" else not evaluation.remarks,
+        "remarks": list(evaluation.remarks),
+        "result": _numbers(evaluation.accuracy),
+    }
+    if benchmark.description:
+        result |= {"title": benchmark.description, "reference": {k: 100 * v for k, v in benchmark.reference.items()}}
+    if real := evaluation.real:
+        result["original_labels"] = result["result"]
+        result["result"] = {
+            "images": real.images,
+            "correct1": real.correct,
+            "top1": real.accuracy,
+            "unlabelled": real.unlabelled,
+        }
+    if corruption := evaluation.corruption:
+        result["result"] |= {"mce": corruption.mce, "mean_error": corruption.mean_error}
+        result["corruptions"] = _corruption_table(evaluation, corruption)
+    result["config"] = {key: value_of(config, key) for key in keys}
+    result["versions"] = {"python": python_version(), **{package: version(package) for package in PACKAGES}}
+    return result
+
+
+def _numbers(accuracy: Accuracy) -> dict[str, Any]:
+    loss = accuracy.loss if np.isfinite(accuracy.loss) else None  # JSON has no NaN
+    return asdict(accuracy) | {"loss": loss, "top1": accuracy.top1, "top5": accuracy.top5}
+
+
+def _corruption_table(evaluation: Evaluation, score: CorruptionScore) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for part in evaluation.parts:
+        corruption, _, severity = part.name.partition("/")
+        row = table.setdefault(
+            corruption,
+            {
+                "error": score.errors.get(corruption),
+                "alexnet_error": ALEXNET_ERRORS.get(corruption),
+                "in_mce": corruption in ALEXNET_ERRORS,
+                "severities": {},
+            },
+        )
+        row["severities"][severity] = _numbers(part.accuracy)
+    return table
+
+
+def per_class_table(evaluation: Evaluation) -> str:
+    """CSV: a row per class. With ReaL labels, the original label's class, n its scored images, and top-5 empty."""
+    benchmark, words = evaluation.benchmark, class_words()
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["label", "class", "name", "n", "correct_top1", "correct_top5", "accuracy"])
+    counts = evaluation.real.per_class if evaluation.real else evaluation.per_class
+    for label, (images, correct1, *correct5) in enumerate(counts.tolist()):
+        name = benchmark.classes[label] if benchmark.classes else ""
+        accuracy = f"{100 * correct1 / images:.3f}" if images else ""
+        rows.writerow([label, name, words.get(name, name), images, correct1, *(correct5 or [""]), accuracy])
+    return text.getvalue()
+
+
+def keep_predictions(config: CfgNode, loaders: Loaders, recorder: PredictionRecorder, epoch: int) -> None:
+    """Write the predictions of the best validation so far, after `epoch` epochs, to the run folder; collective.
+
+    A write that fails is logged and does not end the run.
+    """
+    predictions = recorder.gather(loaders.val.num_images)
+    if distributed.rank() > 0:
+        return
+    path, root = run_folder(config) / PREDICTIONS, config.DATA.DATA_PATH
+    try:
+        write_predictions(path, predictions, root=root, classes=loaders.classes, epoch=epoch, checkpoint=BEST_FILE)
+    except OSError as error:
+        get_logger().error("%s could not be written (%s); the run goes on", path, error.strerror)

@@ -1,0 +1,203 @@
+"""What a run continues from: where it stands, all of its state as a checkpoint holds it, and putting that back."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from yacs.config import CfgNode
+
+from config import KEYS, value_of
+from data.loaders import Loaders
+from engine.training import Interval, Training
+from logger import get_logger
+from models.files import CheckpointError, differing_function_keys, load_checkpoint, num_classes_of, stored_config
+from models.loading import load_weights
+from optimizer import load_optimizer_state
+from utils import distributed
+from utils.checkpoints.naming import Position
+from utils.randomness import generator_states, restore_generators, seed_everything
+
+CHECKPOINT_VERSION = 2
+
+
+class Progress(NamedTuple):
+    """Where a run stands: finished epochs, the best validation top-1 so far in percent, and optimizer steps done in the
+    epoch after the finished ones (all of them: only its validation is missing)."""
+
+    epoch: int = 0
+    best: float = 0.0
+    done: int = 0
+
+    @property
+    def position(self) -> Position:
+        return Position(self.epoch, self.done)
+
+
+def checkpoint_state(
+    config: CfgNode, training: Training, loaders: Loaders, progress: Progress, interval: Interval
+) -> dict[str, Any]:
+    """Everything a run continues from, as tensors and plain values; collective, because every rank has generators."""
+    return {
+        "model": training.bare_model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "lr_scheduler": {
+            name: value
+            for name, value in training.scheduler.state_dict().items()
+            if not isinstance(value, torch.Tensor)
+        },
+        "scaler": training.scaler.state_dict() if training.scaler else None,
+        "model_ema": training.ema.module.state_dict() if training.ema else None,
+        "epoch": progress.epoch,
+        "step": progress.epoch * training.steps_per_epoch + progress.done,
+        "continuation": {
+            "done": progress.done,
+            "intervals": distributed.gather_objects(interval.state()),
+            "skipped": training.skipped,
+            "epoch_steps": config.TRAIN.EVAL_STEPS if config.TRAIN.STEPS is not None else None,
+            "global_batch": training.global_batch,
+            "images": loaders.train.num_images if loaders.train else 0,
+            "seed": config.SEED,
+            "world_size": distributed.world_size(),
+        },
+        "max_accuracy": progress.best,
+        "rng": distributed.gather_objects(generator_states()),
+        "classes": list(loaders.classes) if loaders.classes else None,
+        "config": config.dump(),
+        "version": CHECKPOINT_VERSION,
+    }
+
+
+def restore(
+    config: CfgNode, training: Training, loaders: Loaders, checkpoint: dict[str, Any], source: str
+) -> tuple[Progress, Interval]:
+    """Put everything a checkpoint holds back, the configuration's schedule and hyperparameters staying in force.
+
+    Raises CheckpointError where it belongs to another model, data set, function or optimizer, or was written after a
+    part of an epoch that this configuration divides into other steps.
+    """
+    if differing := differing_function_keys(checkpoint, config, source):
+        raise CheckpointError("; ".join(differing))
+    check_classes(checkpoint, loaders, source)
+    if not isinstance(checkpoint.get("epoch"), int):
+        raise CheckpointError(f"{source} has no epoch to continue from; --pretrained starts from its weights")
+    _log_changed_keys(checkpoint, config, source)
+    continuation = checkpoint.get("continuation") or {}
+    _check_plan(config, training, continuation, source)
+    _check_epoch(config, loaders, continuation, source)
+    load_weights(training.bare_model, checkpoint["model"], source)
+    load_optimizer_state(training.optimizer, training.bare_model, checkpoint.get("optimizer"), source)
+    if training.ema:
+        load_weights(training.ema.module, checkpoint.get("model_ema") or checkpoint["model"], source)
+    if training.scaler and checkpoint.get("scaler"):
+        training.scaler.load_state_dict(checkpoint["scaler"])
+    training.skipped = continuation.get("skipped", 0)
+    states, position = checkpoint.get("rng"), stored_position(checkpoint)
+    interval = Interval(training.device)
+    if states and len(states) == distributed.world_size():
+        restore_generators(states[distributed.rank()])
+        if sums := continuation.get("intervals"):
+            interval.load_state(sums[distributed.rank()])
+    else:  # another number of processes, or a file that stores none
+        seed_everything(config.SEED, distributed.rank(), *position)
+        get_logger().info("random generators start from SEED, rank and position: the file has none for each process")
+    if position.done and loaders.train and loaders.train.is_stream:
+        get_logger().info(
+            "inside an epoch of shards: it continues exactly with the batch size, processes, DATA.NUM_WORKERS and"
+            " DATA.SHUFFLE_BUFFER it began with; with others its rest is another draw of the images"
+        )
+    return Progress(position.epoch, checkpoint.get("max_accuracy", 0.0), position.done), interval
+
+
+def _check_plan(config: CfgNode, training: Training, continuation: dict[str, Any], source: str) -> None:
+    """Refuse a change of the global batch that nobody asked for, or that a part of an epoch does not survive, and
+    one of the steps that count as an epoch with TRAIN.STEPS."""
+    per_epoch = config.TRAIN.EVAL_STEPS if config.TRAIN.STEPS is not None else None
+    if (stored := continuation.get("epoch_steps", per_epoch)) != per_epoch:
+        now = "one pass through the data" if per_epoch is None else f"{per_epoch} steps (TRAIN.EVAL_STEPS)"
+        then = "one pass through the data" if stored is None else f"{stored} steps"
+        raise CheckpointError(
+            f"{source} counts epochs of {then}, this configuration of {now}: restore that to continue"
+        )
+    stored = continuation.get("global_batch", training.global_batch)
+    if stored == training.global_batch:
+        if continuation.get("world_size", distributed.world_size()) != distributed.world_size():
+            get_logger().warning(
+                "%s was written by %d processes, this run has %d: the global batch stays %d, and so does the schedule",
+                source,
+                continuation["world_size"],
+                distributed.world_size(),
+                stored,
+            )
+        return
+    if config.TRAIN.GLOBAL_BATCH is None:
+        raise CheckpointError(
+            f"{source} was trained with {stored} images per step ({continuation['world_size']} processes), this run"
+            f" would use {training.global_batch}: --opts TRAIN.GLOBAL_BATCH {stored} keeps them and the schedule,"
+            f" TRAIN.GLOBAL_BATCH {training.global_batch} changes them on purpose"
+        )
+    if continuation["done"]:
+        raise CheckpointError(
+            f"{source} lies inside an epoch of {stored} images per step, which does not continue with"
+            f" TRAIN.GLOBAL_BATCH {training.global_batch}; finish the epoch with {stored} first"
+        )
+
+
+def _check_epoch(config: CfgNode, loaders: Loaders, continuation: dict[str, Any], source: str) -> None:
+    """Refuse to continue inside an epoch whose order of images was another one."""
+    assert loaders.train is not None
+    mine = {"images": loaders.train.num_images, "seed": config.SEED}
+    changed = [name for name, value in mine.items() if continuation.get(name, value) != value]
+    if continuation.get("done") and changed:
+        raise CheckpointError(
+            f"{source} lies inside an epoch of {continuation['images']} images drawn with SEED {continuation['seed']};"
+            f" now there are {mine['images']} and SEED is {mine['seed']}, so its rest would be other images. Restore"
+            " them, or continue from a checkpoint between two epochs with --opts TRAIN.AUTO_RESUME False --resume FILE"
+        )
+
+
+def _log_changed_keys(checkpoint: dict[str, Any], config: CfgNode, source: str) -> None:
+    """Name every training key that changed since a checkpoint of ours was written; the new values apply."""
+    if not isinstance(checkpoint.get("config"), str):
+        get_logger().info(
+            "%s stores no unscaled learning rates: schedule and optimizer follow the configuration", source
+        )
+        return
+    stored = stored_config(checkpoint, source)
+    assert stored is not None
+    changed = [
+        f"{key} {value_of(stored, key)} → {value_of(config, key)}"
+        for key in KEYS
+        if key.startswith(("TRAIN.", "DATA.", "AUG.", "EMA.", "MODEL.", "AMP", "SEED"))
+        and value_of(stored, key) != value_of(config, key)
+    ]
+    if changed:
+        get_logger().warning("changed since %s, the new values apply: %s", source, "; ".join(changed))
+
+
+def read_position(path: Path) -> Position:
+    """The position of a checkpoint that can be used. Raises CheckpointError for one that cannot."""
+    return stored_position(load_checkpoint(path))
+
+
+def check_classes(checkpoint: dict[str, Any], loaders: Loaders, source: str) -> None:
+    """Raise CheckpointError unless the checkpoint's classes are the data set's: by name, else by number."""
+    stored, head = checkpoint.get("classes"), num_classes_of(checkpoint, source)
+    if stored and loaders.classes:
+        stored, own = tuple(stored), loaders.classes
+        if stored == own:
+            return
+        lacking, strange = sorted(set(stored) - set(own)), sorted(set(own) - set(stored))
+        raise CheckpointError(
+            f"{source} was trained on {len(stored)} classes, the data set has {len(own)}, and their names differ:"
+            f" missing in the data set: {', '.join(lacking[:5]) or 'none'}; unknown to the checkpoint:"
+            f" {', '.join(strange[:5]) or 'none'}" + ("" if lacking or strange else "; the order differs")
+        )
+    if head != loaders.num_classes:
+        raise CheckpointError(f"{source} has {head} classes, the data set {loaders.num_classes}")
+
+
+def stored_position(checkpoint: dict[str, Any]) -> Position:
+    """The position a checkpoint was written at; of a released file, the number of its epochs."""
+    epoch = checkpoint.get("epoch", 0)
+    done = (checkpoint.get("continuation") or {}).get("done", 0)
+    return Position(epoch if isinstance(epoch, int) else 0, done)

@@ -1,0 +1,1 @@
+"""The checkpoint files of a run folder as bytes: named, written, rotated, found."""

@@ -1,0 +1,184 @@
+"""Checkpoints written atomically and verified, in the background, and the oldest removed.
+
+Sidecar and checkpoint go to temporary files in the same folder, are flushed, read back and compared, and then renamed,
+the sidecar first, so that a file without sidecar is never a crash of ours. Old ones go last.
+"""
+
+import copy
+import errno
+import hashlib
+import io
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from utils.checkpoints.naming import BEST_FILE, Position, run_checkpoints, run_file, sidecar_of
+from utils.files import file_digest, remove_temporary, write_atomically
+
+
+class _Hashing(io.RawIOBase):
+    """A binary file that digests what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self.file.write(data)
+        return len(data)
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint and its sidecar so that `path` always holds a complete, verified one.
+
+    Raises OSError naming the file when the disk refuses; whatever was at `path` before is then still there, and still
+    what its sidecar says.
+    """
+    temporary, sidecar = path.with_name(f".{path.name}.tmp"), sidecar_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it under the run
+        with temporary.open("wb") as file:
+            hashing = _Hashing(file)
+            torch.save(state, hashing)  # type: ignore[arg-type]  # asks for IO[bytes], needs `write`
+            file.flush()
+            os.fsync(file.fileno())
+        written = {"size": temporary.stat().st_size, "sha256": hashing.digest.hexdigest()}
+        if file_digest(temporary) != written["sha256"]:
+            raise OSError(f"{temporary} does not read back as it was written")
+        about = {"epoch": state.get("epoch"), "step": state.get("step")}
+        before = _written_before(path) if path.exists() else []
+        if before or not path.exists():
+            _write_json(sidecar, {**about, "files": [written, *before]})
+        os.replace(temporary, path)
+        _write_json(sidecar, {**about, "files": [written]})
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise OSError(f"checkpoint {path} could not be written: {_reason(error)}") from error
+    finally:
+        remove_temporary(temporary)
+
+
+def _written_before(path: Path) -> list[Any]:
+    """What the sidecar of the checkpoint that is about to be replaced says of it; nothing where it is damaged."""
+    try:
+        return list(json.loads(sidecar_of(path).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _reason(error: Exception) -> str:
+    cause: BaseException | None = error
+    while cause is not None:  # below torch.save's RuntimeError lies the disk's own
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return str(error).splitlines()[0]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(content).encode())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that have no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def snapshot(value: Any) -> Any:
+    """A deep copy in host memory, which training does not change any more."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return type(value)((key, snapshot(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(item) for item in value)
+    return copy.deepcopy(value)
+
+
+class CheckpointWriter:
+    """Writes checkpoints of a run folder in a thread, one at a time, and keeps the newest `keep` and the best.
+
+    `save` copies the state to host memory and returns; a later `save` or `wait` reports what went wrong. Older files go
+    only after the new one is complete and verified.
+    """
+
+    def __init__(self, folder: Path, keep: int, unusable: frozenset[Path] = frozenset()) -> None:
+        """`unusable` files, left by an accident, do not count as kept."""
+        self.folder, self.keep, self.unusable = folder, keep, set(unusable)
+        self.waiting: Callable[[], None] = lambda: None  # called once a second while somebody waits for a write
+        self._best_copy: Path | None = None  # holds the best weights, because the best file could not be written
+        self._thread: threading.Thread | None = None
+        self._problem: Exception | None = None
+
+    def save(self, state: dict[str, Any], position: Position, *, best: bool = False, own: bool = True) -> None:
+        """Begin to write `state`: as the best one, as the position's own file, or both.
+
+        Raises OSError when the write before it failed.
+        """
+        self.wait()
+        copied = snapshot(state)
+        self._thread = threading.Thread(target=self._write, args=(copied, position, best, own), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more. Raises OSError when the last write failed."""
+        if self._thread is not None:
+            while self._thread.is_alive():
+                self._thread.join(1.0)
+                self.waiting()
+            self._thread = None
+        self.raise_problem()
+
+    def raise_problem(self) -> None:
+        """Raise, once, what went wrong in a write that has ended; does not wait."""
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise problem
+
+    def _write(self, state: dict[str, Any], position: Position, best: bool, own: bool) -> None:
+        path = run_file(self.folder, position)
+        try:
+            # the best one first: killed in between, a start continues from it, and never from a file that already
+            # counts an accuracy as reached whose weights are nowhere
+            if best:
+                self._best_copy = None if self._tried(state, self.folder / BEST_FILE) else path
+            if own and self._tried(state, path):
+                self.unusable.discard(path)
+                self._remove_old(position)
+        except OSError as error:
+            self._problem = error
+
+    def _tried(self, state: dict[str, Any], path: Path) -> bool:
+        """Whether the file could be written; the reason is noted where not."""
+        try:
+            save_checkpoint(state, path)
+        except Exception as error:  # whatever it is, the training loop has to know
+            self._problem = error
+            return False
+        return True
+
+    def _remove_old(self, newest: Position) -> None:
+        """Files of later positions, left unreadable by an accident, neither count nor go."""
+        kept = {*self.unusable, self._best_copy}
+        older = [path for position, path in run_checkpoints(self.folder) if position <= newest and path not in kept]
+        for path in older[self.keep :]:
+            try:
+                path.unlink(missing_ok=True)
+                sidecar_of(path).unlink(missing_ok=True)
+            except OSError as error:
+                raise OSError(f"old checkpoint {path} could not be removed: {_reason(error)}") from error
