@@ -23,18 +23,14 @@ from yacs.config import CfgNode
 
 from utils.schema import Kind, boolean, choice, either, integer, optional, real, sequence, text
 
-IMAGE_MODELS = ("pola_swin", "pola_pvt_tiny", "pola_pvt_small", "pola_pvt_medium", "pola_pvt_large")
-MODEL_TYPES = (*IMAGE_MODELS, "lra")
 DATASETS = ("imagenet", "digits", "fashion_mnist", "lra")
 LRA_TASKS = ("listops", "text", "retrieval", "pathfinder", "image")
-POOLS = ("mean_padded", "mean_valid", "cls")  # of MODEL.TYPE lra
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULERS = ("cosine", "linear", "step", "onecycle")
 DECODERS = ("pillow", "simplejpeg")
 BENCHMARKS = ("val", "real", "v2", "a", "r", "sketch", "c")  # the first two are the data set's own validation images
-ATTENTIONS = ("polarity", "softmax", "relu", "elu", "focused")
-BACKENDS = ("auto", "eager", "triton", "reference")
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")  # those that warping augmentations take too
+REFERENCE_BATCH = 512  # images per step that BASE_LR, WARMUP_LR and MIN_LR are given for
 AUGMENT_POLICY = re.compile(
     r"none|rand(-((m|n|mmax|inc)\d+|(p|mstd)[\d.]+|t\w+))*|augmix(-((m|w|d|b)\d+|(a|mstd)[\d.]+))*"
     r"|(original|originalr|v0|v0r|3a)(-mstd[\d.]+)?"
@@ -126,7 +122,7 @@ KEYS: dict[str, Key] = {
         " run stops; in evaluation one is an error",
     ),
     # -- model
-    "MODEL.TYPE": Key("swin", text(), "architecture: " + ", ".join(MODEL_TYPES)),
+    "MODEL.TYPE": Key("swin", text(), "architecture"),
     "MODEL.NAME": Key("swin_tiny_patch4_window7_224", text(), "name of the run folder below OUTPUT"),
     "MODEL.RESUME": Key("", text(), "checkpoint to continue from, or to evaluate with --eval (--resume)"),
     "MODEL.PRETRAINED": Key(
@@ -168,15 +164,15 @@ KEYS: dict[str, Key] = {
     ),
     "MODEL.LA.ATTENTION": Key(
         "polarity",
-        choice(*ATTENTIONS),
-        "kernel of the L blocks, for comparisons; all else in them stays the same: softmax, or linear attention of"
-        " relu(x), of 1 + elu(x), of focused powers of relu(x), of both polarities",
+        text(),
+        "kernel of the L blocks, a file of models/kernels; all else in them stays the same: linear attention of both"
+        " polarities, of relu(x), of 1 + elu(x), of focused powers of relu(x), or softmax",
     ),
     "MODEL.LA.LEARN_EXPONENT": Key(
         True, boolean(), "learn the exponent of polarity attention; False fixes it at 1 + ALPHA/2, its initial value"
     ),
     "MODEL.LA.GATE": Key(True, boolean(), "multiply the output of the L blocks' attention by a gate from its input"),
-    "MODEL.LA.BACKEND": Key("auto", choice(*BACKENDS), "implementation of the polarity attention op"),
+    "MODEL.LA.BACKEND": Key("auto", text(), "implementation of the polarity attention op"),
     "MODEL.LRA.LENGTH": Key(2048, integer(1), "tokens of a document, padding included (MODEL.TYPE lra)"),
     "MODEL.LRA.VOCABULARY": Key(32, integer(2), "rows of the token table; ids from 1, 0 is padding"),
     "MODEL.LRA.DOCUMENTS": Key(1, integer(1), "documents of a sample: 1, or 2 that are compared"),
@@ -186,7 +182,7 @@ KEYS: dict[str, Key] = {
     "MODEL.LRA.MLP_DIM": Key(128, integer(1), "hidden width of the blocks' MLP and of the classifier"),
     "MODEL.LRA.POOL": Key(
         "mean_padded",
-        choice(*POOLS),
+        text(),
         "vector of a document: mean_padded, sum over real tokens divided by LENGTH; mean_valid, their mean; cls, the"
         " output of a learned token before them",
     ),
@@ -529,25 +525,8 @@ def config_from_tree(tree: dict[str, Any], source: str) -> tuple[CfgNode, list[s
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def schedule_epochs(config: CfgNode) -> int:
-    """Epochs of the schedule: TRAIN.EPOCHS, or with TRAIN.STEPS the number of times EVAL_STEPS fits into it."""
-    return config.TRAIN.EPOCHS if config.TRAIN.STEPS is None else config.TRAIN.STEPS // config.TRAIN.EVAL_STEPS
-
-
-def last_epoch(config: CfgNode) -> int:
-    """Epochs of the whole run, cooldown included."""
-    return schedule_epochs(config) + config.TRAIN.COOLDOWN_EPOCHS
-
-
-def warmup_steps(config: CfgNode, steps_per_epoch: int) -> int:
-    """Optimizer steps of the warm-up."""
-    if config.TRAIN.STEPS is not None:
-        return config.TRAIN.WARMUP_STEPS
-    return config.TRAIN.WARMUP_EPOCHS * steps_per_epoch
-
-
 def image_size(config: CfgNode) -> tuple[int, int]:
-    """(height, width) in pixels."""
+    """DATA.IMG_SIZE as (height, width) in pixels."""
     size = config.DATA.IMG_SIZE
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -572,27 +551,64 @@ def value_of(config: CfgNode, key: str) -> Any:
 
 
 @dataclass(frozen=True)
-class BatchPlan:
-    """How an optimizer step is divided: images per process and forward pass, and passes per step."""
+class Plan:
+    """What several keys and the number of processes decide together: computed once, and handed down as values."""
 
-    per_process: int
-    accumulation: int
+    folder: Path  # of the run: everything that it writes
+    image_size: tuple[int, int]  # (height, width) in pixels
+    epochs: int  # of the schedule; with TRAIN.STEPS the number of times that EVAL_STEPS fits into them
+    last_epoch: int  # cooldown included
+    epoch_steps: int | None  # optimizer steps that count as an epoch; None: one pass through the data
+    warmup_epochs: int
+    warmup_steps_given: int  # with TRAIN.STEPS
+    per_process: int  # images per process and forward pass
+    accumulation: int  # forward passes per optimizer step
     world_size: int
+    scales_lr: bool
 
     @property
     def global_batch(self) -> int:
         """Images per optimizer step over all processes."""
         return self.per_process * self.accumulation * self.world_size
 
+    @property
+    def lr_scale(self) -> float:
+        """Factor of BASE_LR, WARMUP_LR and MIN_LR, which are given for REFERENCE_BATCH images a step."""
+        return self.global_batch / REFERENCE_BATCH if self.scales_lr else 1.0
 
-def batch_plan(config: CfgNode, world_size: int) -> BatchPlan:
-    """The division of a step over `world_size` processes: as configured, or derived from TRAIN.GLOBAL_BATCH.
+    def warmup_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the warm-up."""
+        return self.warmup_epochs * steps_per_epoch if self.epoch_steps is None else self.warmup_steps_given
 
-    Raises ConfigError where the global batch does not divide by the processes.
+
+def make_plan(config: CfgNode, world_size: int = 1) -> Plan:
+    """The plan of a configuration for a number of processes.
+
+    Raises ConfigError where TRAIN.GLOBAL_BATCH does not divide by them.
     """
+    by_steps = config.TRAIN.STEPS is not None
+    epochs = config.TRAIN.STEPS // config.TRAIN.EVAL_STEPS if by_steps else config.TRAIN.EPOCHS
+    per_process, accumulation = _divide_step(config, world_size)
+    return Plan(
+        folder=Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG,
+        image_size=image_size(config),
+        epochs=epochs,
+        last_epoch=epochs + config.TRAIN.COOLDOWN_EPOCHS,
+        epoch_steps=config.TRAIN.EVAL_STEPS if by_steps else None,
+        warmup_epochs=config.TRAIN.WARMUP_EPOCHS,
+        warmup_steps_given=config.TRAIN.WARMUP_STEPS,
+        per_process=per_process,
+        accumulation=accumulation,
+        world_size=world_size,
+        scales_lr=config.TRAIN.SCALE_LR,
+    )
+
+
+def _divide_step(config: CfgNode, world_size: int) -> tuple[int, int]:
+    """Images per process and pass, and passes per optimizer step: as configured, or derived from GLOBAL_BATCH."""
     total, limit = config.TRAIN.GLOBAL_BATCH, config.DATA.BATCH_SIZE
     if total is None:
-        return BatchPlan(limit, config.TRAIN.ACCUMULATION_STEPS, world_size)
+        return limit, config.TRAIN.ACCUMULATION_STEPS
     if total % world_size:
         raise ConfigError(
             f"TRAIN.GLOBAL_BATCH {total} does not divide by {world_size} processes; the nearest that does is"
@@ -600,110 +616,23 @@ def batch_plan(config: CfgNode, world_size: int) -> BatchPlan:
         )
     share = total // world_size
     passes = next(count for count in range(1, share + 1) if share % count == 0 and share // count <= limit)
-    return BatchPlan(share // passes, passes, world_size)
-
-
-def run_folder(config: CfgNode) -> Path:
-    """Where everything a run writes goes: OUTPUT/NAME/TAG."""
-    return Path(config.OUTPUT or "output") / config.MODEL.NAME / config.TAG
-
-
-def parse_attention_types(attn_type: str, num_stages: int = 4) -> tuple[str, int | None]:
-    """Split ``LLSS`` or ``MLSS4`` into its letters and the number of polarity blocks of an M stage.
-
-    Raises ConfigError for a wrong letter or length, an M without number, or a number without M.
-    """
-    letters = attn_type.rstrip("0123456789")
-    number = attn_type[len(letters) :]
-    expected = f"expected one of L, S, M per stage ({num_stages}), and after an M a number of blocks, as in MLSS4"
-    if len(letters) != num_stages:
-        raise ConfigError(f"ATTN_TYPE {attn_type!r} has {len(letters)} letters, {expected}")
-    if strange := set(letters) - set("LSM"):
-        raise ConfigError(f"ATTN_TYPE {attn_type!r} has the letter {sorted(strange)[0]}, {expected}")
-    if "M" in letters and not number:
-        raise ConfigError(f"ATTN_TYPE {attn_type!r} has an M stage without a number, {expected}")
-    if number and "M" not in letters:
-        raise ConfigError(f"ATTN_TYPE {attn_type!r} has a number but no M stage that uses it, {expected}")
-    return letters, int(number) if number else None
-
-
-def parse_sr_ratios(ratios: int, num_stages: int = 4) -> tuple[int, ...]:
-    """Split 8421 into (8, 4, 2, 1). Raises ConfigError for a wrong number of digits or a zero."""
-    digits = tuple(int(digit) for digit in str(ratios))
-    if len(digits) != num_stages or 0 in digits:
-        raise ConfigError(f"PVT_LA_SR_RATIOS {ratios} is not {num_stages} digits from 1 to 9, such as 1111 or 8421")
-    return digits
-
-
-def _validate_model(config: CfgNode) -> None:
-    if config.MODEL.TYPE not in MODEL_TYPES:
-        raise ConfigError(f"MODEL.TYPE {config.MODEL.TYPE!r} is unknown, expected one of {', '.join(MODEL_TYPES)}")
-    if (config.MODEL.TYPE == "lra") != (config.DATA.DATASET == "lra"):
-        raise ConfigError(
-            f"MODEL.TYPE {config.MODEL.TYPE} and DATA.DATASET {config.DATA.DATASET}: a model of sequences (lra) needs"
-            " sequences (lra), and images need another model"
-        )
-    if config.MODEL.TYPE == "lra":
-        return _validate_sequences(config)
-    is_swin = config.MODEL.TYPE == "pola_swin"
-    depths, heads = config.MODEL.SWIN.DEPTHS, config.MODEL.SWIN.NUM_HEADS
-    num_stages = len(depths) if is_swin else 4
-    letters, _ = parse_attention_types(config.MODEL.LA.ATTN_TYPE, num_stages)
-    if config.MODEL.LA.KERNEL_SIZE % 2 == 0:
-        raise ConfigError(f"MODEL.LA.KERNEL_SIZE is {config.MODEL.LA.KERNEL_SIZE}, expected an odd number")
-    patch = config.MODEL.SWIN.PATCH_SIZE if is_swin else 4
-    unit = patch * 2 ** (num_stages - 1)
-    size = image_size(config)
-    if any(side % unit for side in size):
-        key = "TEST.IMG_SIZE" if config.TEST.IMG_SIZE == config.DATA.IMG_SIZE else "DATA.IMG_SIZE"
-        raise ConfigError(
-            f"{key} {config.DATA.IMG_SIZE} does not fit {config.MODEL.TYPE}: expected a multiple of {unit}"
-            f" pixels (patch {patch}, halved {num_stages - 1} times), or [height, width] of such multiples"
-        )
-    if is_swin:
-        if len(heads) != num_stages:
-            raise ConfigError(f"MODEL.SWIN.NUM_HEADS {heads} has {len(heads)} stages, MODEL.SWIN.DEPTHS {num_stages}")
-        for stage, count in enumerate(heads):
-            dim = config.MODEL.SWIN.EMBED_DIM * 2**stage
-            if dim % count:
-                raise ConfigError(f"MODEL.SWIN.NUM_HEADS: the {dim} channels of stage {stage} do not divide by {count}")
-        return
-    if "M" in letters:
-        raise ConfigError(f"ATTN_TYPE {config.MODEL.LA.ATTN_TYPE!r}: Pola-PVT has no M stages, expected L or S")
-    for stage, ratio in enumerate(parse_sr_ratios(config.MODEL.LA.PVT_LA_SR_RATIOS)):
-        grid = [side // (4 * 2**stage) for side in size]
-        if letters[stage] == "L" and any(side % ratio for side in grid):
-            raise ConfigError(
-                f"PVT_LA_SR_RATIOS {config.MODEL.LA.PVT_LA_SR_RATIOS}: the {grid[0]}×{grid[1]} map of stage {stage}"
-                f" does not divide by {ratio}"
-            )
-
-
-def _validate_sequences(config: CfgNode) -> None:
-    shape = config.MODEL.LRA
-    if shape.DIM % shape.NUM_HEADS:
-        raise ConfigError(f"MODEL.LRA.DIM {shape.DIM} does not divide by MODEL.LRA.NUM_HEADS {shape.NUM_HEADS}")
-    if shape.KERNEL_SIZE and shape.KERNEL_SIZE % 2 == 0:
-        raise ConfigError(f"MODEL.LRA.KERNEL_SIZE is {shape.KERNEL_SIZE}, expected 0 or an odd number")
-    if shape.DOCUMENTS > 2:
-        raise ConfigError(f"MODEL.LRA.DOCUMENTS is {shape.DOCUMENTS}, expected 1 or 2")
-    images_only = {
-        "AUG.MIXUP": config.AUG.MIXUP > 0,
-        "AUG.CUTMIX": config.AUG.CUTMIX > 0,
-        "AUG.REPROB": config.AUG.REPROB > 0,
-        "AUG.CUTMIX_MINMAX": config.AUG.CUTMIX_MINMAX is not None,
-        "TEST.FLIP": config.TEST.FLIP,
-        "TEST.IMG_SIZE": config.TEST.IMG_SIZE is not None,
-    }
-    if given := [key for key, is_set in images_only.items() if is_set]:
-        raise ConfigError(f"{given[0]} is for images; with MODEL.TYPE lra set it to 0, null or False")
+    return share // passes, passes
 
 
 def validate(config: CfgNode) -> None:
-    """Raise ConfigError where keys contradict each other or name what does not exist."""
-    _validate_model(config)
-    if config.TEST.IMG_SIZE is not None:
-        _validate_model(evaluation_config(config))
+    """Raise ConfigError where keys contradict each other; what a model or data source accepts is theirs to say."""
+    _validate_schedule(config)
+    _validate_modes(config)
+    minmax = config.AUG.CUTMIX_MINMAX
+    if minmax is not None and not minmax[0] < minmax[1]:
+        raise ConfigError(f"AUG.CUTMIX_MINMAX {minmax}: expected the smaller fraction first")
+    if config.DATA.ZIP_MODE and config.DATA.FORMAT not in ("auto", "zip"):
+        raise ConfigError(
+            f"DATA.FORMAT {config.DATA.FORMAT} contradicts DATA.ZIP_MODE True (--zip); leave one of them out"
+        )
+
+
+def _validate_schedule(config: CfgNode) -> None:
     steps, interval = config.TRAIN.STEPS, config.TRAIN.EVAL_STEPS
     if steps is not None and steps % interval:
         nearest = max(1, round(steps / interval)) * interval
@@ -713,25 +642,20 @@ def validate(config: CfgNode) -> None:
             f"TRAIN.WARMUP_STEPS {config.TRAIN.WARMUP_STEPS} leaves none of TRAIN.STEPS {steps} for the way down of"
             " onecycle; a shorter run needs a shorter warm-up"
         )
-    if last_epoch(config) <= config.TRAIN.START_EPOCH:
-        raise ConfigError(
-            f"TRAIN.START_EPOCH {config.TRAIN.START_EPOCH} is not below the run's {last_epoch(config)} epochs"
-        )
+    last_epoch = make_plan(config).last_epoch
+    if last_epoch <= config.TRAIN.START_EPOCH:
+        raise ConfigError(f"TRAIN.START_EPOCH {config.TRAIN.START_EPOCH} is not below the run's {last_epoch} epochs")
     if config.TRAIN.MIN_LR > config.TRAIN.BASE_LR:
         raise ConfigError(f"TRAIN.MIN_LR {config.TRAIN.MIN_LR} exceeds TRAIN.BASE_LR {config.TRAIN.BASE_LR}")
     if config.TRAIN.GLOBAL_BATCH is not None and config.TRAIN.ACCUMULATION_STEPS > 1:
         raise ConfigError("TRAIN.GLOBAL_BATCH decides the accumulation: leave TRAIN.ACCUMULATION_STEPS at 1")
-    minmax = config.AUG.CUTMIX_MINMAX
-    if minmax is not None and not minmax[0] < minmax[1]:
-        raise ConfigError(f"AUG.CUTMIX_MINMAX {minmax}: expected the smaller fraction first")
+
+
+def _validate_modes(config: CfgNode) -> None:
     modes = {"--eval": config.EVAL_MODE, "--throughput": config.THROUGHPUT_MODE, "--check-data": config.CHECK_DATA_MODE}
     given = [flag for flag, chosen in modes.items() if chosen]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} exclude each other")
-    if config.DATA.ZIP_MODE and config.DATA.FORMAT not in ("auto", "zip"):
-        raise ConfigError(
-            f"DATA.FORMAT {config.DATA.FORMAT} contradicts DATA.ZIP_MODE True (--zip); leave one of them out"
-        )
     if config.EVAL_MODE and not config.MODEL.RESUME:
         raise ConfigError("--eval needs --resume FILE: the checkpoint to evaluate")
     benchmark = config.TEST.BENCHMARK

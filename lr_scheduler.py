@@ -9,7 +9,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
-from config import schedule_epochs, warmup_steps
+from config import Plan
 
 
 class LinearLRScheduler(Scheduler):
@@ -84,7 +84,9 @@ class OneCycleScheduler(Scheduler):
         self._set(num_updates + 1)
 
 
-def build_scheduler(config: CfgNode, optimizer: Optimizer, steps_per_epoch: int, lr_scale: float = 1.0) -> Scheduler:
+def build_scheduler(
+    config: CfgNode, plan: Plan, optimizer: Optimizer, steps_per_epoch: int, lr_scale: float = 1.0
+) -> Scheduler:
     """The schedule of TRAIN.LR_SCHEDULER over an optimizer built with the same `lr_scale`.
 
     Args:
@@ -92,8 +94,7 @@ def build_scheduler(config: CfgNode, optimizer: Optimizer, steps_per_epoch: int,
         lr_scale: global batch / 512, applied to WARMUP_LR and MIN_LR here and to BASE_LR by the optimizer.
     """
     name = config.TRAIN.LR_SCHEDULER.NAME
-    total = schedule_epochs(config) * steps_per_epoch
-    warmup = warmup_steps(config, steps_per_epoch)
+    total, warmup = plan.epochs * steps_per_epoch, plan.warmup_steps(steps_per_epoch)
     warmup_lr, min_lr = config.TRAIN.WARMUP_LR * lr_scale, config.TRAIN.MIN_LR * lr_scale
     if name == "cosine":
         return CosineLRScheduler(

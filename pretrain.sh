@@ -34,10 +34,20 @@ arguments=(--cfg "$CONFIG")
 [[ -n "${TAG:-}" ]] && arguments+=(--tag "$TAG")
 arguments+=("$@")
 # A mistake in the configuration is answered here, once, before any process starts.
-folder=$("$PYTHON" -c 'import sys; sys.path.insert(0, sys.argv.pop(1))
-from config import parse_command_line, run_folder; print(run_folder(parse_command_line()))' "$here" "${arguments[@]}")
+answer=$("$PYTHON" -c 'import sys
+sys.path.insert(0, sys.argv.pop(1))
+from config import ConfigError, make_plan, parse_command_line
+config = parse_command_line()
+import torch
+from main import check
+try:
+    check(config)
+except ConfigError as problem:
+    print(f"main.py: error: {problem}", file=sys.stderr)
+    sys.exit(2)
+print(torch.cuda.device_count(), make_plan(config).folder)' "$here" "${arguments[@]}")
+gpus="${answer%% *}" folder="${answer#* }"
 
-gpus=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")
 if (( gpus > 0 )); then
   arguments+=(--amp)
   NPROC="${NPROC:-$gpus}"

@@ -34,10 +34,11 @@ from benchmarks.common import (
 )
 from config import image_size, load_config
 from data.transforms import Normalise
-from models import build_classifier
-from models.loading import LoadedModel
-from models.maps import LayerRecord, attention_layers, record
+from models import build_model
+from models.attention_maps import LayerRecord, attention_layers, record
+from models.classifier import Classifier
 from models.ops.polarity_attention import polarity_attention
+from tools.checkpoints import LoadedModel
 from tools.visualize_attention import DEFAULT_MAPS, DEFAULT_POINTS, draw_page
 
 MODELS = ("pola_swin_t", "pola_pvt_t", "pola_swin_b")
@@ -85,7 +86,9 @@ def measure(name: str, repeats: int, threads: int | None) -> dict[str, Any]:
     prepare_process(threads)
     config = load_config(str(ROOT / "configs" / f"{name}.yaml"))
     torch.manual_seed(0)
-    loaded = LoadedModel(build_classifier(config).eval(), config, None)
+    model = build_model(config)
+    assert isinstance(model, Classifier)
+    loaded = LoadedModel(model.eval(), config, None)
     height, width = image_size(config)
     pixels = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     images = Normalise(CPU)(pixels[None])
@@ -123,14 +126,15 @@ def measure(name: str, repeats: int, threads: int | None) -> dict[str, Any]:
 def check_rows(layers: dict[str, LayerRecord]) -> None:
     """Raises WrongResultError where rows of a polarity layer applied to its values differ from what the op gives."""
     for layer in layers.values():
-        if layer.exponent is None or len(layer.query_places) > 1:
+        exponent = layer.kernel.exponent()
+        if exponent is None or len(layer.query_places) > 1:
             continue
         queries = torch.linspace(0, layer.grid[0] * layer.grid[1] - 1, GATE_QUERIES).round().long()
         q, k, v = (tensor[:, 0].transpose(1, 2) for tensor in (layer.q, layer.k, layer.v))
-        expected = polarity_attention(q, k, v, layer.exponent)[:, queries].transpose(1, 2)
+        expected = polarity_attention(q, k, v, exponent)[:, queries].transpose(1, 2)
         halves = [
             layer.rows(queries, stream=stream) @ layer.v[:, 0][..., list(layer.channels(stream))]
-            for stream in ("same", "opposite")
+            for stream in layer.kernel.streams
         ]
         if (error := relative_error(torch.cat(halves, dim=-1), expected)) > ROWS_ERROR:
             raise WrongResultError(f"rows of {layer.name} give other outputs than the op: relative error {error:.1e}")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-import models.attention
+from models.kernels import polarity
 
 
 def literal_polarity_attention(
@@ -58,9 +58,9 @@ def literal_polarity_attention(
 @contextmanager
 def patched_model_attention(op: Callable[..., Tensor]) -> Iterator[None]:
     """Inside, polarity blocks of all models compute with `op`."""
-    ours = models.attention.polarity_attention
-    models.attention.polarity_attention = op
+    ours = polarity.polarity_attention
+    polarity.polarity_attention = op
     try:
         yield
     finally:
-        models.attention.polarity_attention = ours
+        polarity.polarity_attention = ours

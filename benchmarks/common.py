@@ -7,7 +7,6 @@ import json
 import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from utils.environment import commit, cpu_field
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -81,35 +82,19 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "device": device_slug(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_field("model name"),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_field("model name"),
         "threads": torch.get_num_threads(),
         "cpu_flags": [flag for flag in CPU_FLAGS if flag in cpu_flags()],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "git_revision": _git_revision(),
+        "git_revision": commit(),
     }
 
 
 def cpu_flags() -> set[str]:
     """The processor's feature flags as Linux names them; empty elsewhere."""
-    return set(_cpu_field("flags").split())
-
-
-def _cpu_field(name: str) -> str:
-    path = Path("/proc/cpuinfo")
-    found = re.search(rf"^{name}\s*:\s*(.*)$", path.read_text(), re.MULTILINE) if path.exists() else None
-    return found.group(1) if found else ""
-
-
-def _git_revision() -> str | None:
-    """Short revision, with `-dirty` when tracked files differ from it; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    except FileNotFoundError:  # no git on this machine
-        return None
-    return result.stdout.strip() or None
+    return set(cpu_field("flags").split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

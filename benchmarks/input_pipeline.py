@@ -43,7 +43,7 @@ from benchmarks.common import (
     timed,
     write_result,
 )
-from config import image_size, load_config
+from config import image_size, load_config, make_plan
 from data.datasets import SampleRandomness
 from data.loaders import Batches, DataError, build_loaders
 from data.samplers import Draw
@@ -233,7 +233,7 @@ def baseline_loader(config: CfgNode) -> DataLoader:
 
 
 def our_loader(config: CfgNode) -> Batches:
-    loader = build_loaders(config).train
+    loader = build_loaders(config, make_plan(config)).train
     assert loader is not None
     return loader
 
@@ -270,7 +270,10 @@ def require_correct(folder: Path) -> dict[str, dict[str, float]]:
     """
     exact, fast = (configuration(folder / "plain", decoder) for decoder in ("pillow", "simplejpeg"))
     timm_steps = timm_recipe(exact, whole=False)
-    exact_steps, fast_steps = (training_transform(config).transforms for config in (exact, fast))  # type: ignore[attr-defined]
+    exact_steps, fast_steps = (
+        training_transform(config, image_size(config)).transforms  # type: ignore[attr-defined]
+        for config in (exact, fast)
+    )
     source = FolderSource(folder / "plain" / "train")
     prepared = FolderSource(folder / "prepared" / "train")
     deviations = {what: Deviation() for what in ALLOWED}
@@ -292,7 +295,8 @@ def require_correct(folder: Path) -> dict[str, dict[str, float]]:
             _tensor(each.resize((224, 224), Image.Resampling.BICUBIC)) for each in (prepared.load(position), image)
         )
         deviations[f"stored again at short side {SHORT_SIDE}"].see(*resized)
-    for (images, _), (expected, _) in zip(build_loaders(fast).val, build_loaders(exact).val, strict=True):
+    fast_val, exact_val = (build_loaders(config, make_plan(config)).val for config in (fast, exact))
+    for (images, _), (expected, _) in zip(fast_val, exact_val, strict=True):
         deviations["evaluation with DATA.DECODER simplejpeg"].see(images, expected)
     found = {what: deviation.as_json() for what, deviation in deviations.items()}
     for what, allowed in ALLOWED.items():
@@ -365,8 +369,8 @@ def measure_steps(folder: Path, options: argparse.Namespace) -> dict[str, dict[s
     count = options.batch_size
     files = {name: [Path(source.name(i)).read_bytes() for i in range(count)] for name, source in sources.items()}
     images, tensors = ([decoder(data, "") for data in files["plain"]] for decoder in (decode, decode_fast))
-    crop, _, policy, _ = training_transform(exact).transforms  # type: ignore[attr-defined]
-    fast_crop = training_transform(fast).transforms[0]  # type: ignore[attr-defined]
+    crop, _, policy, _ = training_transform(exact, image_size(exact)).transforms  # type: ignore[attr-defined]
+    fast_crop = training_transform(fast, image_size(fast)).transforms[0]  # type: ignore[attr-defined]
     crops = [crop(image) for image in images]
     device_part = TrainBatch(exact, 2, CPU)
     device_part.mixup = None  # on both sides mixing comes later

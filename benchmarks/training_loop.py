@@ -31,10 +31,11 @@ from benchmarks.common import (
     timed,
     write_result,
 )
-from config import load_config
+from config import load_config, make_plan
 from data.loaders import Batches, Loaders
+from data.transforms import Images
 from engine.epoch import train_one_epoch
-from engine.saving import CheckpointKeeper
+from engine.saving import Checkpointer
 from engine.training import Training
 from logger import MetricsWriter
 from main import build_training
@@ -55,6 +56,7 @@ class FixedBatches(Batches):
     def __init__(self, batch: tuple[Tensor, Tensor], steps: int) -> None:
         self.batch, self.steps = batch, steps
         self.unreadable: set[str] = set()
+        self.modality = Images()
 
     def __len__(self) -> int:
         return self.steps
@@ -85,9 +87,9 @@ def make_training(config: CfgNode, batch_size: int, steps: int) -> tuple[Trainin
     shape = (batch_size, 3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     batches = FixedBatches((images, torch.arange(batch_size) % config.MODEL.NUM_CLASSES), steps)
-    loaders = Loaders(batches, batches, None, config.MODEL.NUM_CLASSES)
+    loaders = Loaders(batches, batches, None, config.MODEL.NUM_CLASSES, Images())
     torch.manual_seed(0)
-    return build_training(config, build_model(config), loaders, torch.device("cpu")), loaders
+    return build_training(config, make_plan(config), build_model(config), loaders, torch.device("cpu")), loaders
 
 
 def bare_loop(training: Training, batches: FixedBatches) -> None:
@@ -151,18 +153,18 @@ def measure_checkpoints(folder: Path, batch_size: int, repeats: int) -> dict[str
         config = configuration("pola_pvt_t", f"CHECKPOINT.EVERY_STEPS {every} CHECKPOINT.KEEP 1", folder / name)
         training, loaders = make_training(config, batch_size, steps)
         writer = CheckpointWriter(folder / name, 1)
-        keeper = CheckpointKeeper(config, training, loaders, writer, 0.0, StopRequest(), lambda: True)
+        saver = Checkpointer(config, training, loaders, writer, 0.0, StopRequest(), lambda: True)
         assert loaders.train is not None
 
         def epoch(
             config: CfgNode = config,
             training: Training = training,
             batches: Batches = loaders.train,
-            keeper: CheckpointKeeper = keeper,
+            saver: Checkpointer = saver,
             writer: CheckpointWriter = writer,
         ) -> float:
             def train() -> None:
-                train_one_epoch(config, training, batches, 0, MetricsWriter(None), keeper=keeper)
+                train_one_epoch(config, training, batches, 0, MetricsWriter(None), saver=saver)
                 writer.wait()
 
             return timed(torch.device("cpu"), train)[0]

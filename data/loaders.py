@@ -5,7 +5,6 @@ import os
 import signal
 import traceback
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,16 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 from yacs.config import CfgNode
 
-from config import batch_plan, image_size
+from config import Plan
+from data.builders import builder_of
 from data.datasets import EvalDataset, Sample, TrainDataset, too_many_unreadable
 from data.samplers import EvalSampler, TrainSampler
-from data.sources.base import DataError, Decoder, FractionSource, Source, decode, require_folder, training_decoder
-from data.sources.bundled import FASHION_MNIST, DigitsSource, FashionMnistSource
-from data.sources.folder import FolderSource
-from data.sources.shards import INDEX_FILE, ShardDataset, ShardEvalDataset, ShardSplit, ShardTrainDataset
-from data.sources.tokens import TokenIds, TokenSource, token_source
-from data.sources.zip import ZipSource, warm_page_cache
-from data.transforms import Normalise, evaluation_transform, training_transform
+from data.sources.base import DataError, FractionSource, Modality, Source, training_decoder
+from data.sources.shards import ShardDataset, ShardEvalDataset, ShardSplit, ShardTrainDataset
+from data.transforms import Images
 from logger import get_logger
 from utils import distributed
 
@@ -44,8 +40,8 @@ class Batch(NamedTuple):
 class Batches:
     """Iterates (images uint8 (B, 3, H, W), labels (B,)); names and counts this process's unreadable training images.
 
-    Sequences take the place of images with DATASET lra: ids int16 (B, N), or (B, 2, N). `inputs` makes what turns a
-    batch, on a device, into a model's input. `relabel` gives the label to deliver for each label of the source. Raises
+    With token sequences ids int16 (B, N), or (B, 2, N), take the place of images. `modality` says what turns a batch,
+    on a device, into a model's input. `relabel` gives the label to deliver for each label of the source. Raises
     DataError when more than the allowed number of files were unreadable in one epoch.
     """
 
@@ -54,10 +50,10 @@ class Batches:
         loader: DataLoader,
         max_unreadable: int = 0,
         relabel: Tensor | None = None,
-        inputs: type[Normalise | TokenIds] = Normalise,
+        modality: Modality = Images(),  # noqa: B008
     ) -> None:
         self.loader = loader
-        self.inputs = inputs
+        self.modality = modality
         self.max_unreadable = max_unreadable
         self.relabel = relabel
         self.unreadable: set[str] = set()  # in this epoch
@@ -141,14 +137,15 @@ class Batches:
 class Loaders(NamedTuple):
     """`classes` are the class names by label, None where the format stores none; `num_classes` their number.
 
-    Of sequences `description` says what `val` iterates over, and `reference` what simple answers score on it, by name,
-    as fractions.
+    `modality` says what the samples are. Where a source has one, `description` says what `val` iterates over, and
+    `reference` what simple answers score on it, by name, as fractions.
     """
 
     train: Batches | None
     val: Batches
     classes: tuple[str, ...] | None
     num_classes: int
+    modality: Modality
     description: str = ""
     reference: Mapping[str, float] | None = None
 
@@ -174,61 +171,6 @@ def _outlive_stop_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(STOP_DELAY))
 
 
-def data_format(config: CfgNode, root: Path) -> str:
-    """folder, zip or shards: what DATA.FORMAT says, or for auto what DATA.ZIP_MODE and the data set's folder say.
-
-    Raises DataError where they contradict each other.
-    """
-    indexed = (root / INDEX_FILE).is_file()
-    if config.DATA.FORMAT == "auto":
-        if indexed and config.DATA.ZIP_MODE:
-            raise DataError(
-                f"{root} holds {INDEX_FILE}, and DATA.ZIP_MODE (--zip) asks for zip files; DATA.FORMAT zip or shards"
-                " decides"
-            )
-        return "shards" if indexed else "zip" if config.DATA.ZIP_MODE else "folder"
-    return config.DATA.FORMAT
-
-
-def build_source(config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> Source | ShardSplit:
-    if config.DATA.DATASET == "digits":
-        return DigitsSource(split, image_size(config))
-    if config.DATA.DATASET == "fashion_mnist":
-        return FashionMnistSource(Path(config.DATA.DATA_PATH or FASHION_MNIST), split, image_size(config))
-    if config.DATA.DATASET == "lra":
-        return token_source(config, split)
-    if not config.DATA.DATA_PATH:
-        raise DataError("no data set: --data-path names the folder that holds train/ and val/")
-    root = Path(config.DATA.DATA_PATH)
-    require_folder(root)
-    decoder = training_decoder(config.DATA.DECODER) if split == "train" else decode  # evaluation is exact
-    return open_source(config, root, root / split, split, classes, decoder)
-
-
-def open_source(
-    config: CfgNode,
-    root: Path,
-    folder: Path,
-    split: str = "val",
-    classes: tuple[str, ...] | None = None,
-    decoder: Decoder = decode,
-) -> Source | ShardSplit:
-    """The images of a split in the format that `data_format` finds in `root`: class folders in `folder`, or zip and
-    map file or shards of the split in `root`. Raises DataError."""
-    format = data_format(config, root)
-    if format == "shards":
-        return ShardSplit(root, split)
-    if format == "folder":
-        return FolderSource(folder, classes, decoder)
-    source = ZipSource(root / f"{split}.zip", root / f"{split}_map.txt", decoder)
-    local_rank, local_size = distributed.local_rank(), distributed.local_world_size()
-    if config.DATA.CACHE_MODE == "full" and local_rank == 0:
-        warm_page_cache(source.path)
-    elif config.DATA.CACHE_MODE == "part":
-        warm_page_cache(source.path, share=local_rank, shares=local_size)
-    return source
-
-
 def _loader_options(config: CfgNode, *, persistent: bool) -> dict[str, Any]:
     """What training and validation loaders have in common; `persistent` workers survive the end of an epoch."""
     workers = config.DATA.NUM_WORKERS
@@ -245,21 +187,22 @@ def _loader_options(config: CfgNode, *, persistent: bool) -> dict[str, Any]:
 
 def evaluation_batches(
     config: CfgNode,
+    modality: Modality,
     source: Source | ShardSplit,
+    plan: Plan,
     *,
     repeated: bool = False,
     cropped: bool = False,
     relabel: Tensor | None = None,
 ) -> Batches:
-    """This process's share of every image of a source, each exactly once over all processes.
+    """This process's share of every sample of a source, each exactly once over all processes.
 
     Args:
         repeated: evaluated after every epoch, so that keeping the workers saves starting them each time.
         cropped: the images are centre crops already (see evaluation_transform).
         relabel: the label to deliver for each label of the source.
     """
-    sequences = config.DATA.DATASET == "lra"
-    transform = torch.as_tensor if sequences else evaluation_transform(config, cropped=cropped)
+    transform = modality.evaluation_transform(config, plan.image_size, cropped=cropped)
     rank, world_size, batch_size = distributed.rank(), distributed.world_size(), config.DATA.BATCH_SIZE
     dataset: Dataset[Sample]
     sampler: Sampler | None = None
@@ -269,21 +212,21 @@ def evaluation_batches(
         dataset = EvalDataset(source, transform)
         sampler = EvalSampler(len(source.labels), rank=rank, world_size=world_size)
     loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, **_loader_options(config, persistent=repeated))
-    return Batches(loader, relabel=relabel, inputs=TokenIds if sequences else Normalise)
+    return Batches(loader, relabel=relabel, modality=modality)
 
 
-def _build_train(config: CfgNode, source: Source | ShardSplit) -> Batches:
-    rank, world_size = distributed.rank(), distributed.world_size()
+def _build_train(config: CfgNode, modality: Modality, source: Source | ShardSplit, plan: Plan) -> Batches:
+    rank, world_size = distributed.rank(), plan.world_size
     size = source.num_images if isinstance(source, ShardSplit) else len(source.labels)
-    plan = batch_plan(config, world_size)
     if size < plan.global_batch:
         raise DataError(
             f"{size} training images on {world_size} processes are less than one step of"
             f" {plan.accumulation} × {plan.per_process} images; lower DATA.BATCH_SIZE or TRAIN.GLOBAL_BATCH"
         )
-    samples = None if config.TRAIN.STEPS is None else config.TRAIN.EVAL_STEPS * plan.accumulation * plan.per_process
+    samples = None if plan.epoch_steps is None else plan.epoch_steps * plan.accumulation * plan.per_process
     share = config.DATA.MAX_UNREADABLE
     max_unreadable = max(1, int(share * size)) if share > 0 else 0  # a small data set may have one
+    transform = modality.training_transform(config, plan.image_size)
     dataset: Dataset[Sample]
     sampler: Sampler | None = None
     if isinstance(source, ShardSplit):
@@ -291,7 +234,7 @@ def _build_train(config: CfgNode, source: Source | ShardSplit) -> Batches:
             raise DataError("TRAIN.STEPS needs images that can be read in any order; shards are streamed: set EPOCHS")
         dataset = ShardTrainDataset(
             source,
-            training_transform(config),
+            transform,
             batch_size=plan.per_process,
             rank=rank,
             world_size=world_size,
@@ -301,7 +244,6 @@ def _build_train(config: CfgNode, source: Source | ShardSplit) -> Batches:
             decoder=training_decoder(config.DATA.DECODER),
         )
     else:
-        transform = torch.as_tensor if config.DATA.DATASET == "lra" else training_transform(config)
         dataset = TrainDataset(source, transform, seed=config.SEED, max_unreadable=max_unreadable)
         sampler = TrainSampler(size, rank=rank, world_size=world_size, seed=config.SEED, samples=samples)
     loader = DataLoader(
@@ -311,53 +253,62 @@ def _build_train(config: CfgNode, source: Source | ShardSplit) -> Batches:
         drop_last=True,
         **_loader_options(config, persistent=True),
     )
-    return Batches(loader, max_unreadable)
+    return Batches(loader, max_unreadable, modality=modality)
 
 
-def build_loaders(config: CfgNode, *, train: bool = True) -> Loaders:
+def build_loaders(config: CfgNode, plan: Plan, *, train: bool = True) -> Loaders:
     """Loaders of this process's share of the data.
 
     Args:
-        train: False builds only the validation loader; then `train/` need not exist and the classes are those of
-            `val/`. For DATASET lra it is the test split, which training never sees.
+        plan: of the configuration and the number of processes.
+        train: False builds only the loader of what --eval is on; then `train/` need not exist and the classes are those
+            of `val/`.
 
     Raises:
         DataError: a data set that is absent, empty, badly laid out, or smaller than one step.
     """
-    if config.MODEL.SWIN.IN_CHANS != 3:
-        raise DataError(f"the image loaders deliver 3 channels, MODEL.SWIN.IN_CHANS is {config.MODEL.SWIN.IN_CHANS}")
+    builder = builder_of(config)
+    modality = builder.modality
+    modality.require(config)
     if not train:
-        source = build_source(config, "test" if config.DATA.DATASET == "lra" else "val")
-        batches = evaluation_batches(config, source)
-        return Loaders(None, batches, source.classes, source.num_classes, *_described(source))
-    train_source = build_source(config, "train")
-    val_source = build_source(config, "val", train_source.classes)
+        source = builder.open(config, builder.evaluation_split)
+        batches = evaluation_batches(config, modality, source, plan)
+        return Loaders(None, batches, source.classes, source.num_classes, modality, *_described(source))
+    train_source = builder.open(config, "train")
+    val_source = builder.open(config, "val", train_source.classes)
     if config.DATA.TRAIN_FRACTION < 1:
         if isinstance(train_source, ShardSplit):
             raise DataError("DATA.TRAIN_FRACTION needs images that can be read in any order; shards are streamed")
         train_source = FractionSource(train_source, config.DATA.TRAIN_FRACTION)
-    if train_source.classes and val_source.classes and val_source.classes != train_source.classes:
-        raise DataError(
-            "the labels of train_map.txt and val_map.txt disagree: class folders "
-            + ", ".join(
-                f"{label} is {ours} and {theirs}"
-                for label, (ours, theirs) in enumerate(zip(train_source.classes, val_source.classes, strict=False))
-                if ours != theirs
-            )
-        )
-    if val_source.num_classes > train_source.num_classes:
-        raise DataError(
-            f"the validation set has labels up to {val_source.num_classes - 1}, the training set only"
-            f" {train_source.num_classes} classes"
-        )
+    _require_same_classes(train_source, val_source)
     return Loaders(
-        _build_train(config, train_source),
-        evaluation_batches(config, val_source, repeated=True),
+        _build_train(config, modality, train_source, plan),
+        evaluation_batches(config, modality, val_source, plan, repeated=True),
         train_source.classes,
         train_source.num_classes,
+        modality,
         *_described(val_source),
     )
 
 
-def _described(source: Source | ShardSplit) -> tuple[str, Mapping[str, float] | None]:
-    return (source.description, source.reference) if isinstance(source, TokenSource) else ("", None)
+def _require_same_classes(train: Source | ShardSplit, val: Source | ShardSplit) -> None:
+    """Raise DataError where the labels of the two splits do not mean the same."""
+    if train.classes and val.classes and val.classes != train.classes:
+        raise DataError(
+            "the labels of train_map.txt and val_map.txt disagree: class folders "
+            + ", ".join(
+                f"{label} is {ours} and {theirs}"
+                for label, (ours, theirs) in enumerate(zip(train.classes, val.classes, strict=False))
+                if ours != theirs
+            )
+        )
+    if val.num_classes > train.num_classes:
+        raise DataError(
+            f"the validation set has labels up to {val.num_classes - 1}, the training set only"
+            f" {train.num_classes} classes"
+        )
+
+
+def _described(source: object) -> tuple[str, Mapping[str, float] | None]:
+    """What a source says of itself beyond its samples, where it does."""
+    return getattr(source, "description", ""), getattr(source, "reference", None)

@@ -15,11 +15,15 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from timm.data import ImageNetInfo
 from yacs.config import CfgNode
 
-from data.loaders import Batches, Loaders, data_format, evaluation_batches, open_source
+from config import Plan
+from data.builders import builder_of
+from data.imagenet import imagenet_ids
+from data.loaders import Batches, Loaders, evaluation_batches
 from data.sources.base import DataError
+from data.sources.image_files import data_format, open_source
+from data.transforms import Images
 
 TITLES = {
     "val": "validation images",
@@ -54,14 +58,7 @@ ALEXNET_ERRORS = {
 }
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # published too, and no part of mCE
 CORRUPTION_GROUPS = ("noise", "blur", "weather", "digital", "extra")  # folders of the published archives
-WORDNET_ID = re.compile(r"n\d{8}")
 VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+$")
-
-
-@cache
-def imagenet_ids() -> tuple[str, ...]:
-    """The WordNet ids of ImageNet's 1,000 classes in the order of their indices, which is that of the ids."""
-    return tuple(ImageNetInfo("imagenet-1k").label_names())
 
 
 @cache
@@ -70,13 +67,6 @@ def _subset_ids(benchmark: str) -> tuple[str, ...]:
     content = pkgutil.get_data("timm.data", f"_info/imagenet_{benchmark}_synsets.txt")
     assert content is not None
     return tuple(sorted(content.decode().split()))
-
-
-@cache
-def class_words() -> dict[str, str]:
-    """What the classes of ImageNet are called, by WordNet id (from timm)."""
-    info = ImageNetInfo("imagenet-1k")
-    return {name: info.label_name_to_description(name) for name in info.label_names()}
 
 
 def output_ids(names: Sequence[str] | None, num_classes: int, source: str) -> tuple[str, ...]:
@@ -123,6 +113,12 @@ class Benchmark:
     real_labels: tuple[frozenset[int], ...] | None = None  # by image number less 1: the labels among `classes`
     description: str = ""
     reference: Mapping[str, float] = field(default_factory=dict)
+    own_split: str | None = None  # of own data, where what --eval is on has a name other than val
+
+    @property
+    def split(self) -> str:
+        """What the results' files are called after."""
+        return self.own_split or self.name
 
 
 def own_images(config: CfgNode, loaders: Loaders, class_names: Sequence[str] | None, source: str) -> Benchmark:
@@ -136,6 +132,7 @@ def own_images(config: CfgNode, loaders: Loaders, class_names: Sequence[str] | N
             loaders.num_classes,
             description=loaders.description,
             reference=loaders.reference or {},
+            own_split=builder_of(config).evaluation_split,
         )
     ids = output_ids(class_names, loaders.num_classes, source)
     if loaders.classes and loaders.classes != ids:
@@ -179,7 +176,7 @@ def image_number(name: str) -> int:
     return int(found[1])
 
 
-def open_benchmark(config: CfgNode, ids: tuple[str, ...], source: str) -> Benchmark:
+def open_benchmark(config: CfgNode, plan: Plan, ids: tuple[str, ...], source: str) -> Benchmark:
     """ImageNet-V2, -A, -R, -Sketch or -C in DATA.DATA_PATH, for a model whose outputs have these WordNet ids.
 
     Raises DataError where the folder is absent, or its classes do not map to those of the benchmark and the model.
@@ -211,7 +208,7 @@ def open_benchmark(config: CfgNode, ids: tuple[str, ...], source: str) -> Benchm
             if images.classes is None:
                 raise DataError(f"{folder}: the map file does not give every class folder a label of its own")
             relabel = torch.tensor(_relabelling(name, images.classes, labels, folder))
-            return evaluation_batches(config, images, cropped=name == "c", relabel=relabel)
+            return evaluation_batches(config, Images(), images, plan, cropped=name == "c", relabel=relabel)
 
         return open_part
 

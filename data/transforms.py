@@ -20,12 +20,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor
 from yacs.config import CfgNode
 
-from config import image_size
-from data.sources.base import Picture
+from data.sources.base import DataError, Picture
 
 # Up to this IMG_SIZE, images that have it already are taken as they are: no resize in evaluation, a padded random crop
 # in training.
 SMALL_IMAGE = 32
+IMAGES = "images"  # the word of models.registry for what a body reads
 _IMAGE_TO_UINT8 = transforms.PILToTensor()
 
 
@@ -44,8 +44,10 @@ def _keep(image: Picture) -> Picture:
     return image
 
 
-def evaluation_transform(config: CfgNode, *, cropped: bool = False) -> Callable[[Picture], Tensor]:
-    """PIL image to uint8 (3, H, W).
+def evaluation_transform(
+    config: CfgNode, size: tuple[int, int], *, cropped: bool = False
+) -> Callable[[Picture], Tensor]:
+    """PIL image to uint8 (3, H, W) of `size`, which is (height, width) and below called IMG_SIZE.
 
     TEST.CROP: resize to 1/TEST.CROP_RATIO of IMG_SIZE and crop its centre, else resize to IMG_SIZE. The released models
     were evaluated with the aspect ratio squashed (TEST.RESIZE squash); `shorter` keeps it before a crop.
@@ -53,7 +55,6 @@ def evaluation_transform(config: CfgNode, *, cropped: bool = False) -> Callable[
     Args:
         cropped: the images are centre crops already. Those of IMG_SIZE are taken as they are, others are resized to it.
     """
-    size = image_size(config)
     mode = InterpolationMode(config.DATA.INTERPOLATION)
     if cropped or not config.TEST.CROP:
         fit: Callable = transforms.Resize(size, mode)
@@ -82,13 +83,12 @@ class _CoverResize:
         return transforms.functional.resize(image, size, self.mode)
 
 
-def training_transform(config: CfgNode) -> Callable[[Picture], Tensor]:
-    """RGB image to uint8 (3, H, W): timm's random resized crop, flip and automatic augmentation or colour jitter.
+def training_transform(config: CfgNode, size: tuple[int, int]) -> Callable[[Picture], Tensor]:
+    """RGB image to uint8 (3, H, W) of `size`: timm's random resized crop, flip, and augmentation or colour jitter.
 
     With DATA.DECODER simplejpeg images arrive as tensors and are cropped, resized and flipped as such. Either way every
     step draws the same random numbers, so that only the rounding of the resize differs.
     """
-    size = image_size(config)
     policy = config.AUG.AUTO_AUGMENT
     recipe = create_transform(
         input_size=size,
@@ -234,3 +234,30 @@ class TrainBatch:
         if pairs < len(images):
             targets.append(mixup_target(labels[pairs:], self.num_classes, smoothing=self.smoothing))
         return images, torch.cat(targets).to(images.dtype)
+
+
+class Images:
+    """The modality of images: uint8 (B, 3, H, W) on the way, normalised and augmented on the device."""
+
+    reads, noun = IMAGES, "images"
+    function_keys: tuple[str, ...] = ()
+
+    def training_transform(self, config: CfgNode, size: tuple[int, int]) -> Callable[[Picture], Tensor]:
+        return training_transform(config, size)
+
+    def evaluation_transform(
+        self, config: CfgNode, size: tuple[int, int], *, cropped: bool = False
+    ) -> Callable[[Picture], Tensor]:
+        return evaluation_transform(config, size, cropped=cropped)
+
+    def train_batch(self, config: CfgNode, num_classes: int, device: torch.device, dtype: torch.dtype) -> TrainBatch:
+        return TrainBatch(config, num_classes, device, dtype)
+
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> Normalise:
+        return Normalise(device, dtype)
+
+    def require(self, config: CfgNode) -> None:
+        if config.MODEL.SWIN.IN_CHANS != 3:
+            raise DataError(
+                f"the image loaders deliver 3 channels, MODEL.SWIN.IN_CHANS is {config.MODEL.SWIN.IN_CHANS}"
+            )

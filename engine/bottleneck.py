@@ -25,18 +25,18 @@ class Times:
         self.images += other.images
 
 
-def verdict(times: Times, *, workers: int, processes: int, sequences: bool = False) -> str:
+def verdict(times: Times, *, workers: int, processes: int, noun: str = "images") -> str:
     """One sentence: what bounds the run and what to change; `workers` loader processes for each of `processes`.
 
-    `sequences`: what it trains on is no images.
+    `noun`: what the samples are called; the advice on decoding is for images.
     """
     data, communication = times.data / times.step, times.communication / times.step
-    rate = f"{times.images / times.step:,.0f} {'samples' if sequences else 'images'}/s"
+    rate = f"{times.images / times.step:,.0f} {noun}/s"
     if data >= NOTICED and data >= communication:
         loaders = f"{workers} workers" if workers else "loading in the main process"
         cores = (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         advice = [f"more DATA.NUM_WORKERS (this process has {cores} cores)"] if workers < cores else []
-        if not sequences:
+        if noun == "images":
             advice += [
                 "DATA.DECODER simplejpeg",
                 "or a data set prepared with a short side of 256 pixels (tools/prepare_imagenet.py)",

@@ -11,11 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from yacs.config import CfgNode
 
-from config import run_folder
 from data.loaders import Batches
 from engine.bottleneck import Times, verdict
 from engine.non_finite import FiniteGuard, NonFiniteError, write_report
-from engine.training import Interval, Keeper, Training
+from engine.training import Interval, Saver, Training
 from logger import MetricsWriter, get_logger, progress
 from utils import distributed
 from utils.precision import autocast
@@ -30,20 +29,20 @@ def train_one_epoch(
     *,
     start: int = 0,
     interval: Interval | None = None,
-    keeper: Keeper | None = None,
+    saver: Saver | None = None,
 ) -> None:
     """Train for one epoch, from its optimizer step `start` on, and log every PRINT_FREQ steps and at the end.
 
     Args:
         interval: the sums since the last log line, of a run that continues.
-        keeper: asked after every step whether to save or to stop.
+        saver: asked after every step whether to save or to stop.
 
     Raises:
         NonFiniteError: on all ranks, at the first log line or save after a step that was not finite.
         Preempted: the run was told to stop, and has saved.
     """
     training.model.train()
-    batches.set_epoch(epoch, start * training.accumulation_steps)
+    batches.set_epoch(epoch, start * training.plan.accumulation)
     guard, interval, times = FiniteGuard(training), interval or Interval(training.device), Times()
     stream = iter(batches)
     steps = range(start, training.steps_per_epoch)
@@ -57,14 +56,14 @@ def train_one_epoch(
             training.scheduler.step_update(step)
             if training.profiler:
                 training.profiler.step()
-            if keeper and any(decision := keeper.decide(done)):
+            if saver and any(decision := saver.decide(done)):
                 guard.look_everywhere()
-                keeper.save(epoch, done, interval, decision.stop)
+                saver.save(epoch, done, interval, decision.stop)
     except NonFiniteError as error:
         if error.step < 0:
             raise
         try:
-            report = f"{write_report(training, batches, error, run_folder(config))} says where it began"
+            report = f"{write_report(training, batches, error)} says where it began"
         except Exception as problem:  # whatever it is: the first error is the one to see
             report = f"Computing the step again for a report failed ({problem})"
         raise NonFiniteError(f"{error}. {report}", error.step) from None
@@ -73,7 +72,7 @@ def train_one_epoch(
             times,
             workers=config.DATA.NUM_WORKERS,
             processes=distributed.world_size(),
-            sequences=config.DATA.DATASET == "lra",
+            noun=batches.modality.noun,
         )
         get_logger().info("epoch %d %s", epoch, why)
 
@@ -83,7 +82,7 @@ def _optimizer_step(
 ) -> Tensor:
     """Accumulate gradients, clip, update the weights and their average; returns the total gradient norm."""
     optimizer, scaler = training.optimizer, training.scaler
-    for micro in range(training.accumulation_steps):
+    for micro in range(training.plan.accumulation):
         training.beat(step, "waiting for data")
         waiting = time.perf_counter()
         images, labels = next(stream)
@@ -91,12 +90,12 @@ def _optimizer_step(
         training.beat(step, "forward pass")
         images = images.to(training.device, non_blocking=True)
         images, targets = training.prepare(images, labels.to(training.device, non_blocking=True))
-        last = micro + 1 == training.accumulation_steps
+        last = micro + 1 == training.plan.accumulation
         distributed_model = isinstance(training.model, DistributedDataParallel)
         # gradients travel between processes once per step, with the last backward
         with training.model.no_sync() if distributed_model and not last else nullcontext():  # type: ignore[operator]
             with autocast(training.device, training.amp_dtype):
-                loss = training.criterion(training.model(images), targets) / training.accumulation_steps
+                loss = training.criterion(training.model(images), targets) / training.plan.accumulation
             interval.add_loss(loss.detach())
             loss = guard.see_loss(loss)
             training.beat(step, "backward pass")
@@ -148,13 +147,13 @@ def _log_interval(
     elapsed = time.perf_counter() - interval.start
     world_size = distributed.world_size()
     values = {
-        "loss": loss_sum * training.accumulation_steps / max(losses, 1),
+        "loss": loss_sum * training.plan.accumulation / max(losses, 1),
         "lr": training.optimizer.param_groups[0]["lr"],
         "grad_norm": grad_norm,
         "data_time": data / world_size,
         "communication_time": communication / world_size,
         "step_time": elapsed / interval.timed_steps,
-        "images_per_s": training.global_batch * interval.timed_steps / elapsed,
+        "images_per_s": training.plan.global_batch * interval.timed_steps / elapsed,
         "memory_mb": memory_mb(training.device),
     }
     metrics.write("train", epoch, step + 1, **values)
@@ -170,7 +169,7 @@ def _log_interval(
     )
     steps = interval.timed_steps
     waiting = (values["data_time"] * steps, values["communication_time"] * steps)
-    return Times(elapsed, *waiting, training.global_batch * steps)
+    return Times(elapsed, *waiting, training.plan.global_batch * steps)
 
 
 def memory_mb(device: torch.device) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from data.loaders import Batches
 from engine.training import Training
 from logger import get_logger
-from models.inspection import inspect_step, plain
+from models.diagnostics import inspect_step, plain
 from utils import distributed
 from utils.precision import autocast
 
@@ -114,7 +114,7 @@ class FiniteGuard:
         self.look(bool(distributed.sum_over_ranks((self.first_bad_step >= 0).double()) > 0))
 
 
-def write_report(training: Training, batches: Batches, error: NonFiniteError, folder: Path) -> Path:
+def write_report(training: Training, batches: Batches, error: NonFiniteError) -> Path:
     """Compute the error's optimizer step once more and write what is seen to `non_finite_step_<step>_rank_<rank>.json`.
 
     The weights are those before that step, because its update was suppressed, and its images a function of seed, epoch
@@ -122,13 +122,13 @@ def write_report(training: Training, batches: Batches, error: NonFiniteError, fo
     """
     step = error.step
     epoch, index = divmod(step, training.steps_per_epoch)
-    start = index * training.accumulation_steps
+    start = index * training.plan.accumulation
     losses: list[float] = []
     batches.set_epoch(epoch, start)
     stream = iter(batches)
 
     def compute() -> None:
-        for _ in range(training.accumulation_steps):
+        for _ in range(training.plan.accumulation):
             images, labels = (t.to(training.device) for t in next(stream))
             images, targets = training.prepare(images, labels)
             with autocast(training.device, training.amp_dtype):  # not a compiled forward pass: hooks look inside
@@ -147,10 +147,11 @@ def write_report(training: Training, batches: Batches, error: NonFiniteError, fo
         "host": socket.gethostname(),
         "learning_rate": error.lr,
         "loss_scale": training.scaler.get_scale() if training.scaler else None,
-        "samples": batches.sample_names(epoch, start, training.accumulation_steps),
+        "samples": batches.sample_names(epoch, start, training.plan.accumulation),
         "losses_computed_again": plain(losses),
         **seen,
     }
+    folder = training.plan.folder
     folder.mkdir(parents=True, exist_ok=True)  # it may be another node's
     path = folder / f"non_finite_step_{step}_rank_{distributed.rank()}.json"
     path.write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from config import KEYS, image_size, run_folder, value_of
+from config import KEYS, Plan, evaluation_config, image_size, make_plan, value_of
+from data.builders import builder_of
+from data.imagenet import class_words
 from data.loaders import Loaders, build_loaders
 from data.sources.base import DataError
 from data.test_sets import (
@@ -25,20 +27,23 @@ from data.test_sets import (
     SEVERITIES,
     TITLES,
     Benchmark,
-    class_words,
     image_number,
     open_benchmark,
     output_ids,
     own_images,
 )
-from engine.evaluation import evaluate
-from engine.state import check_classes
+from engine.evaluation import EvaluatedModel, evaluate
+from engine.state import check_classes, differing_function
+from engine.training import place
 from logger import get_logger
-from models.files import num_classes_of
+from models import build_model
+from models.files import CheckpointError, load_checkpoint, num_classes_of
+from models.loading import load_resized, load_weights
 from utils import distributed
 from utils.checkpoints.naming import BEST_FILE
-from utils.files import write_atomically
+from utils.files import file_digest, write_atomically
 from utils.metrics import Accuracy
+from utils.precision import autocast_dtype
 from utils.predictions import PREDICTIONS, PredictionRecorder, Predictions, write_predictions
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
@@ -114,14 +119,53 @@ class Evaluation:
         return str(self.accuracy)
 
 
-def build_benchmark(config: CfgNode, checkpoint: dict[str, Any], source: str) -> Benchmark:
+def run_evaluation(config: CfgNode, plan: Plan, device: torch.device) -> Accuracy:
+    """Evaluate exactly the --resume file; a second line for its averaged weights where it holds them."""
+    logger, path = get_logger(), config.MODEL.RESUME
+    checkpoint = load_checkpoint(path)
+    if differing := differing_function(checkpoint, config, builder_of(config).modality, path):
+        raise CheckpointError("; ".join(differing))
+    sized = evaluation_config(config)
+    benchmark = build_benchmark(sized, make_plan(sized, plan.world_size), checkpoint, path)
+    model = build_model(sized, num_classes_of(checkpoint, path))
+    amp_dtype = autocast_dtype(config.AMP_DTYPE, device) if config.TEST.AMP else None
+    precision = str(amp_dtype or torch.float32).removeprefix("torch.")
+    log_reference(benchmark)
+    digest, epoch = file_digest(path), checkpoint.get("epoch")
+    results = []
+    for kind, weights in (("model", checkpoint["model"]), ("ema", checkpoint.get("model_ema"))):
+        if weights is None:
+            continue
+        if image_size(sized) == image_size(config):
+            load_weights(model, weights, path)
+        else:
+            load_resized(model, weights, config, path)
+        evaluated = EvaluatedModel(place(model, device), benchmark.outputs, config.TEST.FLIP)
+        result = evaluate_benchmark(benchmark, evaluated, device, amp_dtype)
+        title = {"model": "", "ema": "EMA weights of "}[kind]
+        logger.info("evaluated %s%s (sha256 %s), %s: %s", title, path, digest, precision, result)
+        if distributed.rank() == 0:
+            subject = Subject(path, digest, kind, epoch if isinstance(epoch, int) else -1, precision)
+            logger.info("written: %s", write_evaluation(plan.folder, result, subject, sized))
+        results.append(result.accuracy)
+    return results[0]
+
+
+def log_reference(data: Loaders | Benchmark) -> None:
+    """What validation or evaluation is on, and what answers without a model score there, where the data say so."""
+    if data.description:
+        scores = ", ".join(f"{name} {100 * accuracy:.1f} %" for name, accuracy in (data.reference or {}).items())
+        get_logger().info("evaluated on %s%s", data.description, f"; for comparison: {scores}" if scores else "")
+
+
+def build_benchmark(config: CfgNode, plan: Plan, checkpoint: dict[str, Any], source: str) -> Benchmark:
     """What TEST.BENCHMARK names, for the classes of a checkpoint. Raises CheckpointError or DataError."""
     names = checkpoint.get("classes")
     if config.TEST.BENCHMARK in ("val", "real"):
-        loaders = build_loaders(config, train=False)
+        loaders = build_loaders(config, plan, train=False)
         check_classes(checkpoint, loaders, source)
         return own_images(config, loaders, names, source)
-    return open_benchmark(config, output_ids(names, num_classes_of(checkpoint, source), source), source)
+    return open_benchmark(config, plan, output_ids(names, num_classes_of(checkpoint, source), source), source)
 
 
 def evaluate_benchmark(
@@ -249,11 +293,11 @@ class Subject(NamedTuple):
 def write_evaluation(folder: Path, evaluation: Evaluation, subject: Subject, config: CfgNode) -> Path:
     """Write `eval_<benchmark>.json`, `…_per_class.csv` and, but for ImageNet-C, `…_predictions.npz`; atomically, each.
 
-    Those of the averaged weights are called `eval_<benchmark>_ema`, the test split of DATASET lra `test`. Returns the
+    Those of the averaged weights are called `eval_<benchmark>_ema`, a data set's own test split `test`. Returns the
     JSON file's path.
     """
     benchmark = evaluation.benchmark
-    name = f"eval_{_split(benchmark, config)}" + ("" if subject.weights == "model" else f"_{subject.weights}")
+    name = f"eval_{benchmark.split}" + ("" if subject.weights == "model" else f"_{subject.weights}")
     path = folder / f"{name}.json"
     if evaluation.predictions:
         write_predictions(
@@ -269,10 +313,6 @@ def write_evaluation(folder: Path, evaluation: Evaluation, subject: Subject, con
     return path
 
 
-def _split(benchmark: Benchmark, config: CfgNode) -> str:
-    return "test" if config.DATA.DATASET == "lra" else benchmark.name
-
-
 def summary(evaluation: Evaluation, subject: Subject, config: CfgNode) -> dict[str, Any]:
     """The content of the JSON file: counts are integers, accuracies and errors percent."""
     benchmark = evaluation.benchmark
@@ -280,7 +320,7 @@ def summary(evaluation: Evaluation, subject: Subject, config: CfgNode) -> dict[s
     keys = [key for key in KEYS if key.startswith(("MODEL.", "TEST."))]
     keys += ["DATA.DATASET", "DATA.DATA_PATH", "DATA.IMG_SIZE", "DATA.INTERPOLATION"]
     result: dict[str, Any] = {
-        "benchmark": _split(benchmark, config),
+        "benchmark": benchmark.split,
         "title": TITLES[benchmark.name],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "subject": subject._asdict(),
@@ -346,15 +386,15 @@ def per_class_table(evaluation: Evaluation) -> str:
     return text.getvalue()
 
 
-def keep_predictions(config: CfgNode, loaders: Loaders, recorder: PredictionRecorder, epoch: int) -> None:
-    """Write the predictions of the best validation so far, after `epoch` epochs, to the run folder; collective.
+def keep_predictions(config: CfgNode, folder: Path, loaders: Loaders, recorder: PredictionRecorder, epoch: int) -> None:
+    """Write the predictions of the best validation so far, after `epoch` epochs, to the run's folder; collective.
 
     A write that fails is logged and does not end the run.
     """
     predictions = recorder.gather(loaders.val.num_images)
     if distributed.rank() > 0:
         return
-    path, root = run_folder(config) / PREDICTIONS, config.DATA.DATA_PATH
+    path, root = folder / PREDICTIONS, config.DATA.DATA_PATH
     try:
         write_predictions(path, predictions, root=root, classes=loaders.classes, epoch=epoch, checkpoint=BEST_FILE)
     except OSError as error:

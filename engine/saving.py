@@ -6,7 +6,6 @@ from datetime import timedelta
 
 from yacs.config import CfgNode
 
-from config import run_folder
 from data.loaders import Loaders
 from engine.state import Progress, checkpoint_state
 from engine.training import Interval, Training
@@ -17,7 +16,7 @@ from utils.checkpoints.writing import CheckpointWriter
 from utils.faults.preemption import Agreement, Decision, Preempted, StopRequest, leave_marker
 
 
-class CheckpointKeeper:
+class Checkpointer:
     """When and what a run saves, apart from the end of an epoch: every so many steps or minutes, and told to stop.
 
     A write that fails does not end the run while older checkpoints are there to continue from: it is logged, and the
@@ -59,7 +58,7 @@ class CheckpointKeeper:
             self.loaders.close()
         self.write(Progress(epoch, self.best, done), interval, last=stop)
         if stop:
-            folder, reason = run_folder(self.config), self.request.signal
+            folder, reason = self.training.plan.folder, self.request.signal
             why = f"told to stop by {reason.name if reason else 'another rank'}"
             where = f"after {epoch} epochs and {done} of {self.training.steps_per_epoch} steps"
             if distributed.rank() == 0:
@@ -97,5 +96,5 @@ class CheckpointKeeper:
         try:
             check()
         except Exception as error:
-            newest = next((path.name for _, path in run_checkpoints(run_folder(self.config))), "nothing yet")
+            newest = next((path.name for _, path in run_checkpoints(self.training.plan.folder)), "nothing yet")
             get_logger().error("%s. The run goes on; it could continue from %s", error, newest)

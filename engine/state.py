@@ -6,18 +6,19 @@ from typing import Any, NamedTuple
 import torch
 from yacs.config import CfgNode
 
-from config import KEYS, value_of
+from config import KEYS, config_from_tree, value_of
 from data.loaders import Loaders
+from data.sources.base import Modality
 from engine.training import Interval, Training
 from logger import get_logger
-from models.files import CheckpointError, differing_function_keys, load_checkpoint, num_classes_of, stored_config
-from models.loading import load_weights
+from models.files import CHECKPOINT_VERSION, CheckpointError, load_checkpoint, num_classes_of, stored_config
+from models.loading import load_pretrained, load_weights
+from models.registry import function_differences
 from optimizer import load_optimizer_state
 from utils import distributed
+from utils.checkpoints.finding import Found, NoneUsableError, newest_checkpoint, set_aside
 from utils.checkpoints.naming import Position
 from utils.randomness import generator_states, restore_generators, seed_everything
-
-CHECKPOINT_VERSION = 2
 
 
 class Progress(NamedTuple):
@@ -53,8 +54,8 @@ def checkpoint_state(
             "done": progress.done,
             "intervals": distributed.gather_objects(interval.state()),
             "skipped": training.skipped,
-            "epoch_steps": config.TRAIN.EVAL_STEPS if config.TRAIN.STEPS is not None else None,
-            "global_batch": training.global_batch,
+            "epoch_steps": training.plan.epoch_steps,
+            "global_batch": training.plan.global_batch,
             "images": loaders.train.num_images if loaders.train else 0,
             "seed": config.SEED,
             "world_size": distributed.world_size(),
@@ -75,7 +76,7 @@ def restore(
     Raises CheckpointError where it belongs to another model, data set, function or optimizer, or was written after a
     part of an epoch that this configuration divides into other steps.
     """
-    if differing := differing_function_keys(checkpoint, config, source):
+    if differing := differing_function(checkpoint, config, loaders.modality, source):
         raise CheckpointError("; ".join(differing))
     check_classes(checkpoint, loaders, source)
     if not isinstance(checkpoint.get("epoch"), int):
@@ -111,15 +112,15 @@ def restore(
 def _check_plan(config: CfgNode, training: Training, continuation: dict[str, Any], source: str) -> None:
     """Refuse a change of the global batch that nobody asked for, or that a part of an epoch does not survive, and
     one of the steps that count as an epoch with TRAIN.STEPS."""
-    per_epoch = config.TRAIN.EVAL_STEPS if config.TRAIN.STEPS is not None else None
+    per_epoch = training.plan.epoch_steps
     if (stored := continuation.get("epoch_steps", per_epoch)) != per_epoch:
         now = "one pass through the data" if per_epoch is None else f"{per_epoch} steps (TRAIN.EVAL_STEPS)"
         then = "one pass through the data" if stored is None else f"{stored} steps"
         raise CheckpointError(
             f"{source} counts epochs of {then}, this configuration of {now}: restore that to continue"
         )
-    stored = continuation.get("global_batch", training.global_batch)
-    if stored == training.global_batch:
+    stored = continuation.get("global_batch", training.plan.global_batch)
+    if stored == training.plan.global_batch:
         if continuation.get("world_size", distributed.world_size()) != distributed.world_size():
             get_logger().warning(
                 "%s was written by %d processes, this run has %d: the global batch stays %d, and so does the schedule",
@@ -132,13 +133,13 @@ def _check_plan(config: CfgNode, training: Training, continuation: dict[str, Any
     if config.TRAIN.GLOBAL_BATCH is None:
         raise CheckpointError(
             f"{source} was trained with {stored} images per step ({continuation['world_size']} processes), this run"
-            f" would use {training.global_batch}: --opts TRAIN.GLOBAL_BATCH {stored} keeps them and the schedule,"
-            f" TRAIN.GLOBAL_BATCH {training.global_batch} changes them on purpose"
+            f" would use {training.plan.global_batch}: --opts TRAIN.GLOBAL_BATCH {stored} keeps them and the schedule,"
+            f" TRAIN.GLOBAL_BATCH {training.plan.global_batch} changes them on purpose"
         )
     if continuation["done"]:
         raise CheckpointError(
             f"{source} lies inside an epoch of {stored} images per step, which does not continue with"
-            f" TRAIN.GLOBAL_BATCH {training.global_batch}; finish the epoch with {stored} first"
+            f" TRAIN.GLOBAL_BATCH {training.plan.global_batch}; finish the epoch with {stored} first"
         )
 
 
@@ -162,7 +163,7 @@ def _log_changed_keys(checkpoint: dict[str, Any], config: CfgNode, source: str) 
             "%s stores no unscaled learning rates: schedule and optimizer follow the configuration", source
         )
         return
-    stored = stored_config(checkpoint, source)
+    stored = configuration_in(checkpoint, source)
     assert stored is not None
     changed = [
         f"{key} {value_of(stored, key)} → {value_of(config, key)}"
@@ -201,3 +202,64 @@ def stored_position(checkpoint: dict[str, Any]) -> Position:
     epoch = checkpoint.get("epoch", 0)
     done = (checkpoint.get("continuation") or {}).get("done", 0)
     return Position(epoch if isinstance(epoch, int) else 0, done)
+
+
+def configuration_in(checkpoint: dict[str, Any], source: str) -> CfgNode | None:
+    """The configuration that a checkpoint was written with, or None; keys without effect are dropped with a log line.
+
+    The learning rates in a released file are already scaled by its batch size; they are never reused.
+    """
+    tree = stored_config(checkpoint)
+    if tree is None:
+        return None
+    config, ignored = config_from_tree(tree, source)
+    if ignored:
+        get_logger().info("%s: ignored %d stored keys without effect: %s", source, len(ignored), ", ".join(ignored))
+    return config
+
+
+def differing_function(checkpoint: dict[str, Any], config: CfgNode, modality: Modality, source: str) -> list[str]:
+    """A line for each key by which the file's configuration computes another function with the same shapes."""
+    return function_differences(configuration_in(checkpoint, source), config, source, modality.function_keys)
+
+
+def resume(config: CfgNode, training: Training, loaders: Loaders) -> tuple[Progress, Interval, Found]:
+    """Continue the run folder's newest verified checkpoint, else --resume, else start from --pretrained or scratch.
+
+    Returns where the run stands, the sums since its last log line, and what was found in the run folder.
+    """
+    logger, folder = get_logger(), training.plan.folder
+    progress, interval = Progress(epoch=config.TRAIN.START_EPOCH), Interval(training.device)
+    found = Found(None)
+    if config.TRAIN.AUTO_RESUME or distributed.restarts():  # what a restart finds is this very run's
+        problem = None
+        if distributed.rank() == 0:
+            try:
+                found = newest_checkpoint(folder, read_position)
+            except NoneUsableError as error:
+                problem = str(error)
+        found, problem = distributed.broadcast_object((found, problem))
+        if problem:
+            raise CheckpointError(problem)
+    source = str(found.path or config.MODEL.RESUME)
+    if source:
+        progress, interval = restore(config, training, loaders, load_checkpoint(source), source)
+        inside = f" and {progress.done} of {training.steps_per_epoch} steps" if progress.done else ""
+        logger.info(
+            "continues from %s: %d epochs%s finished, best top-1 %.3f %%", source, progress.epoch, inside, progress.best
+        )
+    elif config.MODEL.PRETRAINED:
+        source = config.MODEL.PRETRAINED
+        checkpoint = load_checkpoint(source)
+        for line in differing_function(checkpoint, config, loaders.modality, source):
+            logger.warning("%s", line)
+        load_pretrained(training.bare_model, checkpoint, source)
+        if training.ema:
+            training.ema.set(training.bare_model)
+        logger.info("starts from the weights of %s", source)
+    distributed.barrier()  # every rank has read its file
+    if not found.path and distributed.rank() == 0 and (aside := set_aside(folder, Path(config.MODEL.RESUME))):
+        logger.warning("the run folder held checkpoints of an earlier run; they are now in %s", aside)
+    if (steps := progress.epoch * training.steps_per_epoch + progress.done) > 0:
+        training.scheduler.step_update(steps - 1)
+    return progress, interval, found

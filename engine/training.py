@@ -1,4 +1,4 @@
-"""What a training step needs, and what is summed between two log lines."""
+"""What a training step needs and how it is put together, and what is summed between two log lines."""
 
 import time
 from collections.abc import Callable
@@ -9,10 +9,20 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from yacs.config import CfgNode
 
+from config import Plan
+from data.loaders import Loaders
+from data.transforms import mixup_enabled
+from logger import get_logger
+from lr_scheduler import build_scheduler
 from models.classifier import TrainableModel
+from optimizer import build_optimizer
+from utils import distributed
 from utils.faults.preemption import Decision
+from utils.precision import autocast_dtype
 
 
 def _no_beat(step: int, phase: str) -> None:
@@ -32,11 +42,10 @@ class Training:
     optimizer: Optimizer
     scheduler: Scheduler
     criterion: nn.Module
-    prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # data.transforms.TrainBatch or data.tokens.TokenBatch
+    prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # what the modality of the data asks for
     device: torch.device
     steps_per_epoch: int
-    global_batch: int  # images per optimizer step, over all processes
-    accumulation_steps: int = 1
+    plan: Plan
     clip_grad: float | None = None
     clip_value: float | None = None
     amp_dtype: torch.dtype | None = None
@@ -76,7 +85,7 @@ class Interval:
         self.losses.fill_(state["losses"])
 
 
-class Keeper(Protocol):
+class Saver(Protocol):
     """Asked after every optimizer step, and every batch of a validation, whether to save or to stop; collective."""
 
     def decide(self, done: int) -> Decision:
@@ -86,3 +95,69 @@ class Keeper(Protocol):
     def save(self, epoch: int, done: int, interval: Interval, stop: bool) -> None:
         """Save that position. Raises Preempted, after everything is on disk, where the run has to `stop`."""
         ...
+
+
+def build_training(
+    config: CfgNode, plan: Plan, model: TrainableModel, loaders: Loaders, device: torch.device
+) -> Training:
+    """Optimizer, schedule, scaler, average and loss around a bare model that is already on its device."""
+    assert loaders.train is not None
+    steps_per_epoch = len(loaders.train) // plan.accumulation
+    optimizer = build_optimizer(config, model, plan.lr_scale)
+    amp_dtype = autocast_dtype(config.AMP_DTYPE, device) if config.AMP else None
+    get_logger().info(
+        "global batch %d = %d processes × %d passes × %d samples, learning rate %.3e (%g × %.3e), %d steps an epoch,"
+        " %s",
+        plan.global_batch,
+        plan.world_size,
+        plan.accumulation,
+        plan.per_process,
+        config.TRAIN.BASE_LR * plan.lr_scale,
+        plan.lr_scale,
+        config.TRAIN.BASE_LR,
+        steps_per_epoch,
+        str(amp_dtype or torch.float32).removeprefix("torch."),
+    )
+    smoothing = 0.0 if mixup_enabled(config) else config.MODEL.LABEL_SMOOTHING  # mixup's targets are smoothed already
+    return Training(
+        model=model,
+        bare_model=model,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, plan, optimizer, steps_per_epoch, plan.lr_scale),
+        criterion=nn.CrossEntropyLoss(label_smoothing=smoothing),
+        prepare=loaders.modality.train_batch(config, loaders.num_classes, device, next(model.parameters()).dtype),
+        device=device,
+        steps_per_epoch=steps_per_epoch,
+        plan=plan,
+        clip_grad=config.TRAIN.CLIP_GRAD,
+        clip_value=config.TRAIN.CLIP_VALUE,
+        amp_dtype=amp_dtype,
+        scaler=torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None,
+        ema=ModelEmaV3(model, decay=config.EMA.DECAY) if config.EMA.ENABLE else None,
+        max_skipped=config.TRAIN.MAX_SKIPPED if config.TRAIN.NON_FINITE == "skip" else None,
+    )
+
+
+def place(model: TrainableModel, device: torch.device) -> TrainableModel:
+    """Move a model to its device; dense convolutions channels last, as tokens reach and leave them in that order.
+
+    (Their gradients come in that layout too, and DDP's buckets want both alike.)
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    return model.to(device)
+
+
+def wrap(config: CfgNode, training: Training) -> None:
+    """Compile and distribute the model that the loop calls; `bare_model` stays what it is."""
+    if config.COMPILE:
+        training.bare_model.compile()
+    if distributed.world_size() > 1:
+        training.model = DistributedDataParallel(
+            training.bare_model,
+            device_ids=[training.device.index] if training.device.type == "cuda" else None,
+            broadcast_buffers=False,  # masks and indices: every rank derives the same
+            find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS,
+        )
+        training.model._set_ddp_runtime_logging_sample_rate(config.PRINT_FREQ)  # steps between two timed ones

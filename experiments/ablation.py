@@ -29,13 +29,14 @@ import torch
 from scipy.stats import t as student_t
 from yacs.config import CfgNode
 
-from benchmarks.common import environment
-from config import ConfigError, image_size, last_epoch, load_config, run_folder
+from config import ConfigError, image_size, load_config, make_plan
 from data.sources.base import DataError
 from data.sources.bundled import FASHION_MNIST, FashionMnistSource
 from experiments.settings import differences, stored_config
 from logger import read_metrics
 from models import build_model
+from tools.command_line import INTERRUPTED, whole
+from utils.environment import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "experiments"
@@ -77,7 +78,7 @@ class RunFailedError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """One training run: its place in the experiment and the configuration that main.py will have."""
 
     dataset: str
@@ -88,13 +89,15 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return run_folder(self.config)
+        return make_plan(self.config).folder
 
     def __str__(self) -> str:
         return f"{self.dataset} {self.variant} seed {self.seed}"
 
 
-def plan(datasets: Iterable[str], variants: Iterable[str], seeds: int, output: Path, opts: Sequence[str]) -> list[Run]:
+def plan(
+    datasets: Iterable[str], variants: Iterable[str], seeds: int, output: Path, opts: Sequence[str]
+) -> list[TrainingRun]:
     """Every run, seed by seed, so that an experiment that is cut short has the first seeds of everything."""
     runs = []
     variants, datasets = list(variants), list(datasets)
@@ -104,19 +107,21 @@ def plan(datasets: Iterable[str], variants: Iterable[str], seeds: int, output: P
                 file = str(CONFIGS / f"{dataset}.yaml")
                 pairs = ["OUTPUT", str(output), "TAG", f"{variant}-seed{seed}", "SEED", str(seed)]
                 pairs += [*VARIANTS[variant].options, *opts]
-                runs.append(Run(dataset, variant, seed, load_config(file, pairs), ("--cfg", file, "--opts", *pairs)))
+                runs.append(
+                    TrainingRun(dataset, variant, seed, load_config(file, pairs), ("--cfg", file, "--opts", *pairs))
+                )
     return runs
 
 
-def final_top1(run: Run) -> float | None:
+def final_top1(run: TrainingRun) -> float | None:
     """Validation top-1 in percent after the last epoch; None where the run is not finished."""
     metrics = run.folder / "metrics.jsonl"
-    last = last_epoch(run.config) - 1
+    last = make_plan(run.config).last_epoch - 1
     records = read_metrics(metrics) if metrics.exists() else []
     return next((r["top1"] for r in records if r["kind"] == "val" and r["epoch"] == last), None)
 
 
-def check_folder(run: Run) -> None:
+def check_folder(run: TrainingRun) -> None:
     """Raise AblationError where the run's folder holds a run of another configuration."""
     stored = stored_config(run.folder)
     if stored is None:
@@ -128,7 +133,7 @@ def check_folder(run: Run) -> None:
         )
 
 
-def execute(run: Run) -> None:
+def execute(run: TrainingRun) -> None:
     """Train, or continue to train, in a process of its own on one CPU thread, and add up what that takes.
 
     Raises RunFailedError with the run's last words.
@@ -157,13 +162,13 @@ def execute(run: Run) -> None:
     path.write_text(json.dumps(record) + "\n")
 
 
-def execute_all(runs: Sequence[Run], jobs: int) -> None:
+def execute_all(runs: Sequence[TrainingRun], jobs: int) -> None:
     """The runs that are not finished, `jobs` at a time. Raises RunFailedError at the first that fails."""
     waiting = [run for run in runs if final_top1(run) is None]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before", flush=True)
     done = 0
 
-    def one(run: Run) -> None:
+    def one(run: TrainingRun) -> None:
         nonlocal done
         execute(run)
         done += 1
@@ -190,7 +195,7 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean:.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
 
 
-def collect(runs: Iterable[Run]) -> dict[str, dict[str, dict[int, float]]]:
+def collect(runs: Iterable[TrainingRun]) -> dict[str, dict[str, dict[int, float]]]:
     """Final top-1 by data set, variant and seed, of the finished runs."""
     results: dict[str, dict[str, dict[int, float]]] = {}
     for run in runs:
@@ -199,12 +204,12 @@ def collect(runs: Iterable[Run]) -> dict[str, dict[str, dict[int, float]]]:
     return results
 
 
-def parameters(run: Run) -> int:
+def parameters(run: TrainingRun) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in build_model(run.config, CLASSES).parameters())
 
 
-def result_table(runs: Sequence[Run], results: Mapping[str, dict[int, float]], dataset: str) -> str:
+def result_table(runs: Sequence[TrainingRun], results: Mapping[str, dict[int, float]], dataset: str) -> str:
     """Markdown: a row a variant, with its difference to polarity seed by seed."""
     lines = [
         "| attention | parameters | top-1, % | minus polarity, % | seeds | CPU s a run | wall s a run |",
@@ -346,7 +351,7 @@ interrupted ones continued.
 """
 
 
-def write_page(runs: Sequence[Run], docs: Path, jobs: int) -> Path:
+def write_page(runs: Sequence[TrainingRun], docs: Path, jobs: int) -> Path:
     """docs/ablation.md and its picture, from what the runs logged. Raises AblationError where no run is finished."""
     results = collect(runs)
     if not results:
@@ -356,7 +361,7 @@ def write_page(runs: Sequence[Run], docs: Path, jobs: int) -> Path:
     finished = [run for run in runs if final_top1(run) is not None]
     times = [json.loads((run.folder / TIMES).read_text()) for run in finished if (run.folder / TIMES).exists()]
     busy = sum(entry["load"] > jobs + 1 for entry in times)
-    machine = environment(torch.device("cpu"))
+    machine = describe(torch.device("cpu"), 1)
     longest, bar = max((entry["wall_s"] for entry in times), default=0.0), f"{BAR_S:.0f} s"
     over = sum(entry["wall_s"] > BAR_S for entry in times)
     page = PAGE.format(
@@ -377,10 +382,10 @@ def write_page(runs: Sequence[Run], docs: Path, jobs: int) -> Path:
             for name in dict.fromkeys(run.variant for run in runs)
         ),
         setting="\n".join(f"* {_setting(next(r for r in runs if r.dataset == dataset))}" for dataset in results),
-        device=machine["device_name"] or "CPU",
+        device=machine["cpu"] or "CPU",
         torch=machine["torch"],
-        git_revision=machine["git_revision"],
-        date=machine["date"],
+        git_revision=machine["commit"],
+        date=machine["started"][:10],
         jobs=jobs,
         load=f"{busy} of {len(times)} runs shared the machine with other work (a load average above {jobs + 1}):"
         " their seconds are upper bounds."
@@ -396,7 +401,7 @@ def _options(variant: Variant) -> str:
     return f"`{' '.join(variant.options)}`" if variant.options else "(the defaults)"
 
 
-def _setting(run: Run) -> str:
+def _setting(run: TrainingRun) -> str:
     config = run.config
     height, width = image_size(config)
     share, steps = config.DATA.TRAIN_FRACTION, config.TRAIN.STEPS
@@ -414,12 +419,6 @@ def _setting(run: Run) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _positive(word: str) -> int:
-    if not word.isdecimal() or int(word) == 0:
-        raise argparse.ArgumentTypeError(f"{word!r} is no number of at least 1")
-    return int(word)
-
-
 def _parser() -> argparse.ArgumentParser:
     assert __doc__
     parser = argparse.ArgumentParser(
@@ -430,8 +429,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS), help="default: both")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
-    parser.add_argument("--seeds", type=_positive, default=3, help="runs of each variant, seeds 0, 1, … (default 3)")
-    parser.add_argument("--jobs", type=_positive, default=2, help="runs at a time (default 2)")
+    parser.add_argument("--seeds", type=whole(), default=3, help="runs of each variant, seeds 0, 1, … (default 3)")
+    parser.add_argument("--jobs", type=whole(), default=2, help="runs at a time (default 2)")
     parser.add_argument("--output", type=Path, default=Path("output/ablation"), help="run folders: output/ablation")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where ablation.md is written: docs")
     parser.add_argument("--data-path", default="", help=f"Fashion-MNIST's folder, otherwise {FASHION_MNIST}")
@@ -444,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment and write its page; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        runs: list[Run] = []
+        runs: list[TrainingRun] = []
         for dataset in dict.fromkeys(arguments.datasets):
             path = ["DATA.DATA_PATH", arguments.data_path] if dataset == "fashion_mnist" and arguments.data_path else []
             opts = [*path, *arguments.opts]
@@ -470,7 +469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 

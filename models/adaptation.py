@@ -5,9 +5,9 @@ from math import isqrt
 
 from torch import Tensor
 
-from models.classifier import TrainableModel
-from models.files import CheckpointError
-from models.layers import Grid, resize_table
+from .classifier import TrainableModel
+from .files import CheckpointError
+from .layers import Grid, resize_table
 
 
 def _listed(title: str, names: Iterable[str]) -> str:

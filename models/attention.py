@@ -1,147 +1,64 @@
-"""The attention modules: polarity-aware linear attention for windows, maps and sequences, and softmax for `S` stages.
+"""Attention with a kernel, for windows, maps and sequences: project, kernel, local branch, gate, project.
+
+The layouts inherit from the kernel that they are built with (models/kernels), so that what a kernel learns stands in a
+file beside the projections, under the names of the released files: `PolaWindowAttention(64, 2, (7, 7))` is an instance
+of PolaWindowAttention and of PolarityKernel.
 
 Letters: B batch (windows count as batch in Swin), N query tokens, n key tokens, C channels, h heads, d = C/h channels
 per head, r spatial reduction ratio.
 """
 
+from functools import cache
+from typing import Any
+
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import ATTENTIONS
-from models.layers import Grid, resize_table
-from models.ops.linear_attention import KINDS, kernel_attention
-from models.ops.polarity_attention import polarity_attention
-
-# they check their input's values and shapes: torch.fx takes each as one operation
-torch.fx.wrap("polarity_attention")
-torch.fx.wrap("kernel_attention")
-assert ("polarity", *KINDS) == ATTENTIONS, "the values of ATTENTION and the kinds of attention that exist differ"
+from .kernels import Kernel, kernel_of
+from .layers import Grid, resize_table
+from .options import AttentionOptions
+from .softmax_attention import reduce_tokens, reduced_grid
 
 
-class PolarityKernel(nn.Module):
-    """Attention between projected queries and keys by polarity, or for comparison by another kernel.
+class KernelAttention(Kernel):
+    """Base of the layouts: makes an instance of the layout and of the kernel that the options name."""
 
-    PolaFormer, ICLR 2025, arXiv 2501.15061, section 4.1. Parameters: `power` (1, h, 1, d), the raw learnable exponent;
-    `scale` (1, 1, C), softplus of which divides q and k.
+    def __new__(cls, *arguments: Any, **keywords: Any) -> "KernelAttention":
+        given = [a for a in (*arguments, *keywords.values()) if isinstance(a, AttentionOptions)]
+        return _blank(cls, (given[0] if given else AttentionOptions()).attention)
 
-    Args:
-        attention: the kernel between queries and keys: polarity, or for comparison one of models.ops.linear_attention,
-            everything around it staying the same. Those have no exponent, so no `power`.
-        learn_exponent: False fixes the exponent at 1 + α/2, where a learnable one starts, and there is no `power`.
-        learn_scale: False leaves the scale out.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        alpha: float,
-        backend: str,
-        attention: str,
-        learn_exponent: bool,
-        learn_scale: bool = True,
-    ) -> None:
-        super().__init__()
-        if attention not in ATTENTIONS:
-            raise ValueError(f"ATTENTION {attention!r} is unknown, expected one of {', '.join(ATTENTIONS)}")
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.alpha = alpha
-        self.backend = backend
-        self.attention = attention
-        learns = attention == "polarity" and learn_exponent
-        self.power = nn.Parameter(torch.zeros(1, num_heads, 1, self.head_dim)) if learns else None
-        self.scale = nn.Parameter(torch.zeros(1, 1, dim)) if learn_scale else None
-
-    def exponent(self) -> Tensor:
-        """p = 1 + α·sigmoid(power), (h, d); without `power` 1 + α/2, its value at power 0."""
-        if self.power is None:
-            like = next(self.parameters())
-            return torch.full((self.num_heads, self.head_dim), 1 + self.alpha / 2, device=like.device, dtype=like.dtype)
-        return 1 + self.alpha * torch.sigmoid(self.power[0, :, 0])
-
-    def divisor(self) -> Tensor | None:
-        """What queries and keys are divided by, softplus of the scale, (C,); None without a scale."""
-        return None if self.scale is None else F.softplus(self.scale[0, 0])
-
-    def mix(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        position: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        dropout: float = 0.0,
-    ) -> Tensor:
-        """The values (B, n, C) that q (B, N, C) finds by k (B, n, C): (B, N, C). `position` (n, C) is added to k.
-
-        `key_mask` (B, n) is True for a real key; `dropout` is the probability of leaving a weight of softmax out.
-        """
-        heads = (self.num_heads, -1)
-        queries, keys, values = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
-        scale = None if (divisor := self.divisor()) is None else divisor.unflatten(-1, heads)
-        position = None if position is None else position.unflatten(-1, heads)
-        if self.attention == "polarity":
-            out = polarity_attention(
-                queries,
-                keys,
-                values,
-                self.exponent(),
-                scale=scale,
-                position=position,
-                key_mask=key_mask,
-                backend=self.backend,
-            )
-        else:
-            out = kernel_attention(
-                self.attention,
-                queries,
-                keys,
-                values,
-                scale=scale,
-                position=position,
-                key_mask=key_mask,
-                dropout=dropout,
-            )
-        return out.flatten(2)
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # the class is made when it is asked for: a pickle names the layout and the kernel instead
+        return _blank, (type(self).__mro__[1], self.options.attention), self.__dict__
 
 
-class PolaLinearAttention(PolarityKernel):
-    """What both image layouts of polarity-aware linear attention share (section 4 of the paper).
+@cache
+def _with_kernel(layout: Any, name: str) -> type[KernelAttention]:
+    return type(layout.__name__, (layout, kernel_of(name)), {"__module__": __name__, "__doc__": layout.__doc__})
 
-    Subclasses project their tokens to q, k, v and the gate g, then call `attend`. Another parameter is
+
+def _blank(layout: type[KernelAttention], name: str) -> KernelAttention:
+    """An instance that is not initialised."""
+    return object.__new__(_with_kernel(layout, name))  # type: ignore[arg-type]  # a class can be hashed
+
+
+class PolaLinearAttention(KernelAttention):
+    """What both image layouts of polarity-aware linear attention share (PolaFormer, arXiv 2501.15061, section 4).
+
+    Subclasses project their tokens to q, k, v and the gate g, then call `attend`. A parameter beside the kernel's is
     `positional_encoding` (1, n, C), added to k.
-
-    Args:
-        gate: False leaves the gate out, and its part of the projection with it.
     """
 
     proj: nn.Linear
     dwc: nn.Conv2d
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        key_grid: Grid,
-        *,
-        alpha: float,
-        kernel_size: int,
-        backend: str,
-        attention: str,
-        learn_exponent: bool,
-        gate: bool,
-    ) -> None:
-        super().__init__(
-            dim, num_heads, alpha=alpha, backend=backend, attention=attention, learn_exponent=learn_exponent
-        )
-        if kernel_size % 2 == 0:
-            raise ValueError(f"KERNEL_SIZE {kernel_size} of the depthwise convolution is even, expected an odd number")
+    def __init__(self, dim: int, num_heads: int, key_grid: Grid, options: AttentionOptions) -> None:
+        if options.kernel_size % 2 == 0:
+            raise ValueError(f"MODEL.LA.KERNEL_SIZE is {options.kernel_size}, expected an odd number (kernel_size)")
+        super().__init__(dim, num_heads, options)
         self.key_grid = key_grid
-        self.gate = gate
         self.positional_encoding = nn.Parameter(torch.zeros(1, key_grid[0] * key_grid[1], dim))
 
     def position(self, key_grid: Grid) -> Tensor:
@@ -203,37 +120,22 @@ class PolaWindowAttention(PolaLinearAttention):
         dim: int,
         num_heads: int,
         window: Grid,
+        options: AttentionOptions = AttentionOptions(),
         *,
-        alpha: float = 4.0,
-        kernel_size: int = 5,
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
-        backend: str = "auto",
-        attention: str = "polarity",
-        learn_exponent: bool = True,
-        gate: bool = True,
     ) -> None:
-        super().__init__(
-            dim,
-            num_heads,
-            window,
-            alpha=alpha,
-            kernel_size=kernel_size,
-            backend=backend,
-            attention=attention,
-            learn_exponent=learn_exponent,
-            gate=gate,
-        )
-        self.qkvg = nn.Linear(dim, (4 if gate else 3) * dim, bias=qkv_bias)
+        super().__init__(dim, num_heads, window, options)
+        self.qkvg = nn.Linear(dim, (4 if options.gate else 3) * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        self.dwc = _head_convolution(dim, num_heads, kernel_size)
+        self.dwc = _head_convolution(dim, num_heads, options.kernel_size)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None, window: Grid | None = None) -> Tensor:
         """x (windows·B, N, C); key_mask (windows·B, N) bool, False for padding; window None: the one built for."""
         window = window or self.key_grid
         g = None
-        if self.gate:
+        if self.options.gate:
             q, k, v, g = self.qkvg(x).chunk(4, dim=-1)
         else:
             q, k, v = self.qkvg(x).chunk(3, dim=-1)
@@ -248,201 +150,56 @@ class PolaReductionAttention(PolaLinearAttention):
         dim: int,
         num_heads: int,
         grid: Grid,
+        options: AttentionOptions = AttentionOptions(),
         *,
         sr_ratio: int = 1,
-        alpha: float = 4.0,
-        kernel_size: int = 5,
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
-        backend: str = "auto",
-        attention: str = "polarity",
-        learn_exponent: bool = True,
-        gate: bool = True,
     ) -> None:
-        key_grid = reduced_grid(grid, sr_ratio)
-        super().__init__(
-            dim,
-            num_heads,
-            key_grid,
-            alpha=alpha,
-            kernel_size=kernel_size,
-            backend=backend,
-            attention=attention,
-            learn_exponent=learn_exponent,
-            gate=gate,
-        )
-        self.qg = nn.Linear(dim, (2 if gate else 1) * dim, bias=qkv_bias)
+        super().__init__(dim, num_heads, reduced_grid(grid, sr_ratio), options)
+        self.qg = nn.Linear(dim, (2 if options.gate else 1) * dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.reduction = sr_ratio
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
             self.norm = nn.LayerNorm(dim, eps=1e-5)
-        self.dwc = _head_convolution(dim, num_heads, kernel_size)
+        self.dwc = _head_convolution(dim, num_heads, options.kernel_size)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """x (B, H·W, C) with its grid (H, W), which the reduction ratio divides."""
-        q, g = self.qg(x).chunk(2, dim=-1) if self.gate else (self.qg(x), None)
+        q, g = self.qg(x).chunk(2, dim=-1) if self.options.gate else (self.qg(x), None)
         k, v = self.kv(reduce_tokens(self, x, grid)).chunk(2, dim=-1)
         return self.proj_drop(self.attend(q, k, v, g, grid, key_grid=reduced_grid(grid, self.reduction)))
 
 
-def reduced_grid(grid: Grid, ratio: int) -> Grid:
-    """The grid of keys. Raises ValueError unless the spatial reduction ratio divides the map."""
-    if grid[0] % ratio or grid[1] % ratio:
-        raise ValueError(f"a {grid[0]}×{grid[1]} map does not divide by the spatial reduction ratio {ratio}")
-    return grid[0] // ratio, grid[1] // ratio
-
-
-def reduce_tokens(module: "PolaReductionAttention | SpatialReductionAttention", x: Tensor, grid: Grid) -> Tensor:
-    """Tokens (B, H·W, C) to (B, H·W/r², C) by the module's strided convolution `sr` and LayerNorm `norm`."""
-    if module.reduction == 1:
-        return x
-    image = x.unflatten(1, grid).permute(0, 3, 1, 2)
-    return module.norm(module.sr(image).flatten(2).transpose(1, 2))
-
-
-class PolaSequenceAttention(PolarityKernel):
+class PolaSequenceAttention(KernelAttention):
     """Polarity-aware linear attention over a sequence, some of whose tokens are padding (Long Range Arena).
 
     Projections and gate as in the image layouts; positions are the model's affair, so keys get none. The depthwise
-    branch is a convolution along the sequence with a kernel of its own for each channel.
-
-    Args:
-        kernel_size: of the depthwise branch; 0 leaves it out.
-        dropout: of softmax's weights, while training; the linear kernels have none.
+    branch is a convolution along the sequence with a kernel of its own for each channel; KERNEL_SIZE 0 leaves it out.
     """
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
-        *,
-        alpha: float = 4.0,
-        kernel_size: int = 0,
-        dropout: float = 0.0,
-        backend: str = "auto",
-        attention: str = "polarity",
-        learn_exponent: bool = True,
-        learn_scale: bool = True,
-        gate: bool = True,
+        options: AttentionOptions = AttentionOptions(kernel_size=0),
     ) -> None:
-        super().__init__(
-            dim,
-            num_heads,
-            alpha=alpha,
-            backend=backend,
-            attention=attention,
-            learn_exponent=learn_exponent,
-            learn_scale=learn_scale,
-        )
-        if kernel_size and kernel_size % 2 == 0:
-            raise ValueError(f"KERNEL_SIZE {kernel_size} of the depthwise convolution is even, expected an odd number")
-        self.gate = gate
-        self.dropout = dropout
-        self.qkvg = nn.Linear(dim, (4 if gate else 3) * dim)
+        size = options.kernel_size
+        if size and size % 2 == 0:
+            raise ValueError(f"MODEL.LRA.KERNEL_SIZE is {size}, expected 0 or an odd number (kernel_size)")
+        super().__init__(dim, num_heads, options)
+        self.qkvg = nn.Linear(dim, (4 if options.gate else 3) * dim)
         self.proj = nn.Linear(dim, dim)
-        self.dwc = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim) if kernel_size else None
+        self.dwc = nn.Conv1d(dim, dim, size, padding=size // 2, groups=dim) if size else None
 
     def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:
         """x (B, N, C); key_mask (B, N) bool, False for padding, whose tokens influence no other's result."""
-        q, k, v, *g = self.qkvg(x).chunk(4 if self.gate else 3, dim=-1)
-        out = self.mix(q, k, v, key_mask=key_mask, dropout=self.dropout if self.training else 0.0)
+        q, k, v, *g = self.qkvg(x).chunk(4 if self.options.gate else 3, dim=-1)
+        out = self.mix(q, k, v, key_mask=key_mask)
         if self.dwc is not None:
             real = v.masked_fill(~key_mask[:, :, None], 0.0)
             out = out + self.dwc(real.transpose(1, 2)).transpose(1, 2)
         return self.proj(out * g[0] if g else out)
-
-
-class WindowAttention(nn.Module):
-    """Softmax attention inside windows with relative position bias (Swin Transformer, arXiv 2103.14030)."""
-
-    relative_position_index: Tensor
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        window: Grid,
-        *,
-        qkv_bias: bool = True,
-        qk_scale: float | None = None,
-        proj_drop: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.window = window
-        self.qk_scale = qk_scale
-        self.relative_position_bias_table = nn.Parameter(
-            torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads)
-        )
-        self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-
-    def fit(self, window: Grid) -> None:
-        """Index the table for another window; the table is the model's to resize."""
-        self.window = window
-        self.relative_position_index = relative_position_index(window).to(self.relative_position_index.device)
-
-    def relative_bias(self, window: Grid) -> Tensor:
-        """(N, N, h), added to the scores; the table is resized for another window than it was built for."""
-        if window == self.window:
-            return self.relative_position_bias_table[self.relative_position_index]
-        own, other = ((2 * height - 1, 2 * width - 1) for height, width in (self.window, window))
-        table = resize_table(self.relative_position_bias_table, own, other)
-        return table[relative_position_index(window).to(table.device)]
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, window: Grid | None = None) -> Tensor:
-        """x (windows·B, N, C); mask (windows, N, N), added to the scores of each window of an image; window None: the
-        one built for."""
-        B, N, C = x.shape
-        bias = self.relative_bias(window or self.window).permute(2, 0, 1)[None]  # (1, h, N, N)
-        windows = 1
-        if mask is not None:  # windows join the heads, so that the sum of bias and mask has no batch axis
-            windows = mask.shape[0]
-            bias = (bias + mask[:, None].to(bias.dtype)).flatten(0, 1)[None]  # (1, windows·h, N, N)
-        qkv = self.qkv(x).reshape(B // windows, windows, N, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)  # 3 × (B/windows, windows·h, N, d)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=self.qk_scale)
-        out = out.unflatten(1, (windows, self.num_heads)).transpose(2, 3).reshape(B, N, C)
-        return self.proj_drop(self.proj(out))
-
-
-def relative_position_index(window: Grid) -> Tensor:
-    """(N, N) row of the bias table for each pair of positions in a window, by their offset."""
-    height, width = window
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    rows, columns = rows.flatten(), columns.flatten()
-    row_offset = rows[:, None] - rows[None, :] + height - 1
-    column_offset = columns[:, None] - columns[None, :] + width - 1
-    return row_offset * (2 * width - 1) + column_offset
-
-
-class SpatialReductionAttention(nn.Module):
-    """Softmax attention whose keys and values come from a map reduced r times (PVT, arXiv 2102.12122)."""
-
-    def __init__(
-        self, dim: int, num_heads: int, *, sr_ratio: int = 1, qkv_bias: bool = True, proj_drop: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.reduction = sr_ratio
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-        if sr_ratio > 1:
-            self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
-            self.norm = nn.LayerNorm(dim, eps=1e-5)
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """x (B, H·W, C) with its grid (H, W)."""
-        heads = (self.num_heads, -1)
-        q = self.q(x).unflatten(-1, heads).transpose(1, 2)
-        k, v = self.kv(reduce_tokens(self, x, grid)).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

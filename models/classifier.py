@@ -6,14 +6,16 @@ Letters: B batch, C channels, H×W token grid, N = H·W tokens.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from models.layers import Grid, init_weights, resize_table
+from .layers import Grid, init_weights, resize_table
+from .options import image_size
 
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "avg": lambda x: x.mean(dim=1),
@@ -65,12 +67,35 @@ class TrainableModel(nn.Module, ABC):
     unused_released_parameters: tuple[str, ...] = ()
     # Ends of the names of parameters that are not decayed although they have several dimensions.
     undecayed: tuple[str, ...] = ()
+    # Keys that change what the model computes but no shape, beside those of its kernel: compared on loading.
+    function_keys: tuple[str, ...] = ()
 
     num_classes: int
+    classes: list[str] | None = None  # names of the outputs, where the file that it was loaded from knows them
+    config: dict[str, Any] | None = None  # the configuration in that file
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed although they have several dimensions."""
         return {name for name, _ in self.named_parameters() if self.undecayed and name.endswith(self.undecayed)}
+
+    @classmethod
+    @abstractmethod
+    def config_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What a configuration says to the constructor, apart from the number of classes. Raises ValueError."""
+
+    @classmethod
+    def ambiguous_sizes(cls, stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Keys, with both values, of sizes that differ and yet give tables of the same shape."""
+        return {}
+
+    @property
+    @abstractmethod
+    def input_size(self) -> str:
+        """The size of what the model reads, in words."""
+
+    @abstractmethod
+    def example_input(self, batch: int) -> Tensor:
+        """A random batch of what the model reads, on its device."""
 
     @abstractmethod
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -93,6 +118,8 @@ class Classifier(TrainableModel):
 
     # Layout of `forward_features`, in timm's words: batch, tokens, channels.
     output_fmt = "NLC"
+    first_conv: str  # name of the first convolution
+    function_keys: tuple[str, ...] = ("MODEL.LA.ATTENTION", "MODEL.LA.GATE")
 
     img_size: Grid
     dynamic_img_size: bool
@@ -128,9 +155,34 @@ class Classifier(TrainableModel):
     def _fitting(self, img_size: int | Sequence[int]) -> Grid:
         """An image size as a pair. Raises ValueError unless the stages divide it."""
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if height % self.unit or width % self.unit:
-            raise ValueError(f"image size {height}×{width} is not a multiple of {self.unit} in both directions")
+        if min(height, width) < 1 or height % self.unit or width % self.unit:
+            raise ValueError(
+                f"image size {height}×{width} does not fit {type(self).__name__}: expected multiples of {self.unit}"
+                " pixels (DATA.IMG_SIZE, img_size)"
+            )
         return height, width
+
+    # -- configuration
+
+    @classmethod
+    def sizes(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The constructor's arguments that decide the sizes of position tables."""
+        return {"img_size": image_size(config)}
+
+    @classmethod
+    def ambiguous_sizes(cls, stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        theirs, ours = image_size(stored), image_size(config)
+        if theirs != ours and prod(theirs) == prod(ours):  # 64×256 and 128×128 have tables of the same shape
+            return {"DATA.IMG_SIZE": (list(theirs), list(ours))}
+        return {}
+
+    @property
+    def input_size(self) -> str:
+        height, width = self.img_size
+        return f"size {height}" if height == width else f"size {height}×{width}"
+
+    def example_input(self, batch: int) -> Tensor:
+        return torch.randn(batch, self.in_chans, *self.img_size, device=next(self.parameters()).device)
 
     # -- forward
 

@@ -14,7 +14,7 @@ import pickle
 import pickletools
 import re
 import zipfile
-from math import prod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,9 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from yacs.config import CfgNode
 
-from config import config_from_tree, image_size, value_of
-
+CHECKPOINT_VERSION = 2  # of the files that we write
 LOGGER = logging.getLogger("polaformer")
-
-# Keys that change what a model computes, some without changing any shape: a file must have been written with the same.
-FUNCTION_KEYS = (
-    "MODEL.LA.ALPHA",
-    "MODEL.LA.ATTENTION",
-    "MODEL.LA.LEARN_EXPONENT",
-    "MODEL.LA.GATE",
-    "MODEL.SWIN.QK_SCALE",
-    "MODEL.LRA.POOL",
-    "MODEL.LRA.NUM_HEADS",
-    "DATA.LRA.BLACK_IS_PADDING",
-)
 
 # What a file system says when it cannot deliver a file, which says nothing about the file.
 UNREACHABLE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES)
@@ -192,42 +178,19 @@ def verify_by_sidecar(path: Path) -> bool:
     return True
 
 
-def stored_config(checkpoint: dict[str, Any], source: str) -> CfgNode | None:
-    """The configuration a checkpoint was written with, or None. Keys without effect are dropped with one log line.
+def stored_config(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """The configuration that a checkpoint was written with, as a plain nested dictionary; None where it has none.
 
-    The learning rates in a released file are already scaled by its batch size; they are never reused.
+    The learning rates in a released file are already scaled by its batch size.
     """
     stored = checkpoint.get("config")
-    if stored is None:
-        return None
-    tree = yaml.safe_load(stored) if isinstance(stored, str) else _plain(stored)
-    if not isinstance(tree, dict):
-        return None
-    config, ignored = config_from_tree(tree, source)
-    if ignored:
-        LOGGER.info("%s: ignored %d stored keys without effect: %s", source, len(ignored), ", ".join(ignored))
-    return config
+    tree = yaml.safe_load(stored) if isinstance(stored, str) else plain_dictionary(stored)
+    return tree if isinstance(tree, dict) else None
 
 
-def _plain(node: Any) -> Any:
-    return {key: _plain(value) for key, value in node.items()} if isinstance(node, dict) else node
-
-
-def differing_function_keys(checkpoint: dict[str, Any], config: CfgNode, source: str) -> list[str]:
-    """A line for each key by which the file's configuration computes another function with the same shapes."""
-    stored = stored_config(checkpoint, source)
-    if stored is None:
-        return []
-    pairs = {key: (value_of(stored, key), value_of(config, key)) for key in FUNCTION_KEYS}
-    sizes = image_size(stored), image_size(config)
-    if sizes[0] != sizes[1] and prod(sizes[0]) == prod(sizes[1]):  # 64×256 and 128×128 have tables of the same shape
-        pairs["DATA.IMG_SIZE"] = (list(sizes[0]), list(sizes[1]))
-    return [
-        f"{source} was trained with {key} {theirs}, this configuration has {ours}, which gives other results from the"
-        f" same weights; --opts {key} {theirs} restores it"
-        for key, (theirs, ours) in pairs.items()
-        if theirs != ours
-    ]
+def plain_dictionary(node: Any) -> Any:
+    """A nested mapping of any kind as plain dictionaries."""
+    return {key: plain_dictionary(value) for key, value in node.items()} if isinstance(node, Mapping) else node
 
 
 def num_classes_of(checkpoint: dict[str, Any], source: str) -> int:

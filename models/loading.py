@@ -1,36 +1,43 @@
 """Weights into models: strictly, apart from a short named list of allowances, or adapted for fine-tuning."""
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
-from logger import get_logger
-from models import build_classifier, build_model, list_models
-from models.adaptation import adapt_position_tables, released_names, require_fit
-from models.classifier import Classifier, TrainableModel
-from models.files import CheckpointError, load_checkpoint, num_classes_of, stored_config
-from models.layers import Grid
+from .adaptation import adapt_position_tables, released_names, require_fit
+from .classifier import TrainableModel
+from .files import CheckpointError, load_checkpoint, num_classes_of, plain_dictionary, stored_config
+from .layers import Grid
+from .registry import build_model, list_models
+
+LOGGER = logging.getLogger("polaformer")
+WEIGHTS = ("auto", "model", "ema")
 
 
 def load_weights(model: TrainableModel, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict strictly, apart from `released_names`.
+    """Load a state dict strictly, apart from `released_names`, with a log line on what was dropped.
 
     Raises CheckpointError that lists missing, unexpected and mis-shaped entries.
     """
     state, notes = released_names(model, state)
     require_fit(model, state, source)
     model.load_state_dict(state, strict=True)
+    _tell(source, notes)
+
+
+def _tell(source: str, notes: list[str]) -> None:
     for note in notes:
-        get_logger().info("%s: %s", source, note)
+        LOGGER.info("%s: %s", source, note)
 
 
-def _source_grids(checkpoint: dict[str, Any], source: str) -> dict[str, Grid]:
+def _source_grids(checkpoint: dict[str, Any]) -> dict[str, Grid]:
     """The grids of the position tables in a file, from the configuration it carries; empty where it has none."""
-    stored = stored_config(checkpoint, source)
+    stored = stored_config(checkpoint)
     if stored is None:
         return {}
     try:
@@ -47,7 +54,7 @@ def load_pretrained(model: TrainableModel, checkpoint: dict[str, Any], source: s
     Raises CheckpointError for whatever else does not fit.
     """
     state, _ = released_names(model, checkpoint["model"])
-    state, notes = adapt_position_tables(model, state, _source_grids(checkpoint, source), source)
+    state, notes = adapt_position_tables(model, state, _source_grids(checkpoint), source)
     own = model.state_dict()
     head = [name for name in ("head.weight", "head.bias") if name in own]
     if any(name not in state or state[name].shape != own[name].shape for name in head):
@@ -55,11 +62,10 @@ def load_pretrained(model: TrainableModel, checkpoint: dict[str, Any], source: s
         notes.append(f"head: {old} classes in the file, {model.num_classes} here; starts anew")
         state.update({name: own[name] for name in head})
     load_weights(model, state, source)
-    for note in notes:
-        get_logger().info("%s: %s", source, note)
+    _tell(source, notes)
 
 
-def load_resized(model: TrainableModel, state: dict[str, Tensor], built_for: CfgNode, source: str) -> None:
+def load_resized(model: TrainableModel, state: dict[str, Tensor], built_for: Mapping[str, Any], source: str) -> None:
     """Load the weights of the model that the configuration `built_for` describes into one of another image size.
 
     Position tables are resized, with a log line each; all else loads strictly. Raises CheckpointError.
@@ -69,44 +75,45 @@ def load_resized(model: TrainableModel, state: dict[str, Tensor], built_for: Cfg
     state, _ = released_names(model, state)
     state, notes = adapt_position_tables(model, state, grids, source)
     load_weights(model, state, source)
-    for note in notes:
-        get_logger().info("%s: %s", source, note)
+    _tell(source, notes)
 
 
-class LoadedModel(NamedTuple):
-    """A model rebuilt from a checkpoint: in evaluation mode, on the CPU, with the file's configuration (frozen) and the
-    names of its classes where it knows them."""
+def load(path: str | Path, weights: str = "auto", *, config: Mapping[str, Any] | None = None) -> TrainableModel:
+    """The model of a checkpoint of ours or a released one, rebuilt from that file alone: evaluation mode, on the CPU.
 
-    model: Classifier
-    config: CfgNode
-    classes: list[str] | None
-
-
-def load_model(path: str | Path, *, ema: bool = False, config: CfgNode | None = None) -> LoadedModel:
-    """Rebuild the model of a checkpoint of ours or a released one from that file alone.
+    Its attributes `classes` (names in the order of its outputs, or None) and `config` (a plain nested dictionary) are
+    what the file says of it. Nothing that the file contains is executed.
 
     Args:
-        ema: the averaged weights instead of the last ones.
+        weights: model, ema (their average over training), or auto: model.
         config: for a bare state dict, which carries no configuration; otherwise it replaces the stored one.
 
     Raises:
+        ValueError: an unknown word for `weights`.
         CheckpointError: an unusable file, one without a configuration or average where that is needed, or weights that
             do not fit.
     """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r} are unknown, expected one of {', '.join(WEIGHTS)}")
     source = str(path)
     checkpoint = load_checkpoint(path)
-    config = config or stored_config(checkpoint, source)
+    config = stored_config(checkpoint) if config is None else config
     if config is None:
         raise CheckpointError(f"{source} carries no configuration, so it does not say which model it is; name one")
-    weights = checkpoint.get("model_ema") if ema else checkpoint["model"]
-    if weights is None:
+    state = checkpoint.get("model_ema") if weights == "ema" else checkpoint["model"]
+    if state is None:
         raise CheckpointError(f"{source} holds no averaged weights (it was trained without EMA.ENABLE)")
-    if config.MODEL.TYPE == "lra":
-        raise CheckpointError(f"{source} holds a model of sequences (MODEL.TYPE lra), expected one of images")
-    model = build_classifier(config, num_classes_of(checkpoint, source))
-    load_weights(model, weights, source)
+    try:
+        model = build_model(config, num_classes_of(checkpoint, source))
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: its configuration makes no model: {error}") from error
+    load_weights(model, state, source)
     classes = checkpoint.get("classes")
-    return LoadedModel(model.eval(), config, list(classes) if classes else None)
+    model.classes = list(classes) if classes else None
+    model.config = plain_dictionary(config)
+    return model.eval()
 
 
 def create_model(name: str, *, checkpoint: str | Path | None = None, **arguments: Any) -> nn.Module:

@@ -7,18 +7,21 @@ documents. docs/lra.md tells what is known of the protocol.
 Letters: B batch, N tokens, C channels.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from yacs.config import CfgNode
 
-from models.attention import PolaSequenceAttention
-from models.classifier import PREVIOUS, TrainableModel
-from models.layers import Grid, Mlp
+from .attention import PolaSequenceAttention
+from .classifier import PREVIOUS, TrainableModel
+from .layers import Grid, Mlp
+from .options import AttentionOptions, attention_keywords, value_of
+from .registry import TOKENS, register_body
 
 PADDING = 0  # the id of no symbol
+POOLS = ("mean_padded", "mean_valid", "cls")
 
 
 class EncoderBlock(nn.Module):
@@ -38,6 +41,7 @@ class EncoderBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+@register_body(["lra"], reads=TOKENS)
 class SequenceClassifier(TrainableModel):
     """Token ids (B, N), or (B, 2, N) for pairs of documents, to logits (B, classes). Id 0 is padding.
 
@@ -48,11 +52,14 @@ class SequenceClassifier(TrainableModel):
             protocol does, so that it depends on how much padding follows; mean_valid: divided by the number of real
             tokens; cls: the output of a learned token before the first.
         documents: 1, or 2 that one encoder reads; their vectors a, b are classified as (a, b, a·b, a − b).
-        attention: arguments of PolaSequenceAttention.
+        attention: of AttentionOptions, what the blocks' attention is made of; `kernel_size` is 0 by default.
 
     Raises:
-        ValueError: in the forward pass, for ids of another shape or more than `length` tokens.
+        ValueError: a pool, number of documents or heads, or option that does not fit; in the forward pass, ids of
+            another shape or more than `length` tokens.
     """
+
+    function_keys = ("MODEL.LA.ATTENTION", "MODEL.LA.GATE", "MODEL.LRA.POOL", "MODEL.LRA.NUM_HEADS")
 
     undecayed = ("power", "scale", "position", "token.weight", "cls")
 
@@ -72,6 +79,13 @@ class SequenceClassifier(TrainableModel):
         **attention: Any,
     ) -> None:
         super().__init__()
+        options = AttentionOptions.of({"kernel_size": 0, **attention})
+        if pool not in POOLS:
+            raise ValueError(f"MODEL.LRA.POOL (pool) {pool!r} is unknown, expected one of {', '.join(POOLS)}")
+        if documents not in (1, 2):
+            raise ValueError(f"MODEL.LRA.DOCUMENTS (documents) is {documents}, expected 1 or 2")
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"MODEL.LRA.DIM {dim} does not divide by MODEL.LRA.NUM_HEADS {num_heads} (dim, num_heads)")
         self.length, self.vocabulary, self.pool, self.documents = length, vocabulary, pool, documents
         self.num_classes = num_classes
         self.token = nn.Embedding(vocabulary, dim)
@@ -79,8 +93,7 @@ class SequenceClassifier(TrainableModel):
         self.cls = nn.Parameter(torch.empty(1, 1, dim)) if pool == "cls" else None
         self.drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(
-            EncoderBlock(PolaSequenceAttention(dim, num_heads, **attention), dim, mlp_dim, drop_rate)
-            for _ in range(depth)
+            EncoderBlock(PolaSequenceAttention(dim, num_heads, options), dim, mlp_dim, drop_rate) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         pooled = dim if documents == 1 else 4 * dim
@@ -90,6 +103,26 @@ class SequenceClassifier(TrainableModel):
         for table in (self.token.weight, self.position, self.cls):
             if table is not None:
                 nn.init.normal_(table, std=0.02)
+
+    @classmethod
+    def config_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        names = ("length", "vocabulary", "dim", "depth", "num_heads", "mlp_dim", "pool", "documents", "learn_scale")
+        return {
+            **attention_keywords(config),
+            **{name: value_of(config, f"MODEL.LRA.{name.upper()}") for name in names},
+            "kernel_size": value_of(config, "MODEL.LRA.KERNEL_SIZE"),
+            "dropout": value_of(config, "MODEL.LRA.ATTENTION_DROP"),
+            "drop_rate": value_of(config, "MODEL.DROP_RATE"),
+        }
+
+    @property
+    def input_size(self) -> str:
+        return f"{self.length} tokens"
+
+    def example_input(self, batch: int) -> Tensor:
+        documents = () if self.documents == 1 else (self.documents,)
+        shape = (batch, *documents, self.length)
+        return torch.randint(1, self.vocabulary, shape, device=self.position.device)
 
     def forward_features(self, ids: Tensor) -> Tensor:
         """Ids (B, N) to one vector a document (B, C)."""
@@ -136,26 +169,3 @@ class SequenceClassifier(TrainableModel):
     def position_grids(self) -> dict[str, Grid]:
         """None: positions of a sequence are not resized."""
         return {}
-
-
-def sequence_arguments(config: CfgNode) -> dict[str, Any]:
-    """What a configuration says to the constructor of `SequenceClassifier`, apart from the number of classes."""
-    return {
-        "length": config.MODEL.LRA.LENGTH,
-        "vocabulary": config.MODEL.LRA.VOCABULARY,
-        "dim": config.MODEL.LRA.DIM,
-        "depth": config.MODEL.LRA.DEPTH,
-        "num_heads": config.MODEL.LRA.NUM_HEADS,
-        "mlp_dim": config.MODEL.LRA.MLP_DIM,
-        "pool": config.MODEL.LRA.POOL,
-        "documents": config.MODEL.LRA.DOCUMENTS,
-        "drop_rate": config.MODEL.DROP_RATE,
-        "kernel_size": config.MODEL.LRA.KERNEL_SIZE,
-        "dropout": config.MODEL.LRA.ATTENTION_DROP,
-        "learn_scale": config.MODEL.LRA.LEARN_SCALE,
-        "alpha": config.MODEL.LA.ALPHA,
-        "backend": config.MODEL.LA.BACKEND,
-        "attention": config.MODEL.LA.ATTENTION,
-        "learn_exponent": config.MODEL.LA.LEARN_EXPONENT,
-        "gate": config.MODEL.LA.GATE,
-    }

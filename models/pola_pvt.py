@@ -5,19 +5,19 @@ PolaFormer, ICLR 2025, arXiv 2501.15061; Pyramid Vision Transformer, arXiv 2102.
 Letters: B batch, C channels, H×W token grid, N = H·W tokens.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import parse_attention_types
-from models.attention import PolaReductionAttention, SpatialReductionAttention, reduced_grid
-from models.classifier import Classifier
-from models.layers import DropPath, Grid, Mlp, PatchEmbed, drop_path_rates, resize_table
-from models.registry import create_variant, default_cfg
+from .attention import PolaReductionAttention
+from .classifier import Classifier
+from .layers import DropPath, Grid, Mlp, PatchEmbed, drop_path_rates, resize_table
+from .options import AttentionOptions, attention_keywords, image_size, parse_attention_types, value_of
+from .registry import Variant, register_body
+from .softmax_attention import SpatialReductionAttention, reduced_grid
 
 SOFTMAX_SR_RATIOS = (8, 4, 2, 1)  # of the S stages, as in PVT
 
@@ -46,6 +46,34 @@ class PolaPVTBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+# Blocks per stage of each Pola-PVT (the rows of the paper's table; `large` is its B).
+DEPTHS: dict[str, Sequence[int]] = {
+    "pola_pvt_tiny": (2, 2, 2, 2),
+    "pola_pvt_small": (3, 4, 6, 3),
+    "pola_pvt_medium": (3, 4, 18, 3),
+    "pola_pvt_large": (3, 8, 27, 3),
+}
+
+
+def _variant(config: str, name: str, drop_path_rate: float, about: str) -> Variant:
+    return Variant(config, {"depths": DEPTHS[name], "drop_path_rate": drop_path_rate}, about)
+
+
+@register_body(
+    list(DEPTHS),
+    variants={
+        "pola_pvt_tiny": _variant(
+            "pola_pvt_t", "pola_pvt_tiny", 0.1, "Pola-PVT-T: 12.9 M parameters, 78.8 % top-1 reported."
+        ),
+        "pola_pvt_small": _variant(
+            "pola_pvt_s", "pola_pvt_small", 0.1, "Pola-PVT-S: 23.2 M parameters, 81.9 % top-1 reported."
+        ),
+        "pola_pvt_medium": _variant("pola_pvt_m", "pola_pvt_medium", 0.3, "Pola-PVT-M: 40.0 M parameters."),
+        "pola_pvt_large": _variant(
+            "pola_pvt_b", "pola_pvt_large", 0.3, "Pola-PVT-B, the paper's base: 54.4 M parameters."
+        ),
+    },
+)
 class PolaPVT(Classifier):
     """Pola-PVT classifier: four stages of patch embedding, position table and blocks; mean over tokens, linear head.
 
@@ -58,10 +86,15 @@ class PolaPVT(Classifier):
         dynamic_img_size: take images of any multiples of 32, resizing position tables as they are read: what the model
             computes after `set_input_size`. `strict_img_size=False` is timm's other word for it. A model without L
             stages always does, bilinearly as PVT does.
+        attention: of AttentionOptions, what the polarity blocks are made of.
+
+    Raises:
+        ValueError: an image size, spatial reduction, letter or option that does not fit.
 
     Input (B, in_chans, height, width); output (B, num_classes).
     """
 
+    first_conv = "patch_embed1.proj"
     unused_released_parameters = ("norm.weight", "norm.bias")
 
     def __init__(
@@ -77,22 +110,22 @@ class PolaPVT(Classifier):
         mlp_ratios: Sequence[float] = (8, 8, 4, 4),
         attn_type: str = "LLLL",
         sr_ratios: Sequence[int] = (1, 1, 1, 1),
-        alpha: float = 4.0,
-        kernel_size: int = 5,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
         dynamic_img_size: bool = False,
         strict_img_size: bool = True,
-        backend: str = "auto",
-        attention: str = "polarity",
-        learn_exponent: bool = True,
-        gate: bool = True,
+        **attention: Any,
     ) -> None:
         super().__init__()
+        options = AttentionOptions.of(attention)
         letters, _ = parse_attention_types(attn_type, len(depths))
         if "M" in letters:
             raise ValueError(f"ATTN_TYPE {attn_type!r}: Pola-PVT has no M stages, expected L or S")
+        if min(len(sr_ratios), len(embed_dims), len(num_heads), len(mlp_ratios)) < len(depths):
+            raise ValueError(
+                f"expected {len(depths)} (depths) values of sr_ratios, embed_dims, num_heads and mlp_ratios"
+            )
         only_softmax = set(letters) == {"S"}
         unit = 4 * 2 ** (len(depths) - 1)
         self._begin(img_size, unit, in_chans, dynamic_img_size or not strict_img_size or only_softmax)
@@ -107,18 +140,13 @@ class PolaPVT(Classifier):
             for rate in rates:
                 attn: PolaReductionAttention | SpatialReductionAttention
                 if letters[i] == "L":
+                    if grid[0] % sr_ratios[i] or grid[1] % sr_ratios[i]:
+                        raise ValueError(
+                            f"PVT_LA_SR_RATIOS {''.join(map(str, sr_ratios))} (sr_ratios): the {grid[0]}×{grid[1]} map"
+                            f" of stage {i} does not divide by {sr_ratios[i]}"
+                        )
                     attn = PolaReductionAttention(
-                        dim,
-                        num_heads[i],
-                        grid,
-                        sr_ratio=sr_ratios[i],
-                        alpha=alpha,
-                        kernel_size=kernel_size,
-                        proj_drop=proj_drop_rate,
-                        backend=backend,
-                        attention=attention,
-                        learn_exponent=learn_exponent,
-                        gate=gate,
+                        dim, num_heads[i], grid, options, sr_ratio=sr_ratios[i], proj_drop=proj_drop_rate
                     )
                 else:
                     attn = SpatialReductionAttention(
@@ -132,6 +160,19 @@ class PolaPVT(Classifier):
             setattr(self, f"block{i + 1}", nn.ModuleList(blocks))
         modules = [f"block{i + 1}.{depth - 1}" for i, depth in enumerate(depths)]
         self._finish(embed_dims, modules, num_classes, global_pool, drop_rate)
+
+    @classmethod
+    def config_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "depths": DEPTHS[value_of(config, "MODEL.TYPE")],
+            "img_size": image_size(config),
+            "in_chans": value_of(config, "MODEL.SWIN.IN_CHANS"),
+            "attn_type": value_of(config, "MODEL.LA.ATTN_TYPE"),
+            "sr_ratios": parse_sr_ratios(value_of(config, "MODEL.LA.PVT_LA_SR_RATIOS")),
+            "proj_drop_rate": value_of(config, "MODEL.DROP_RATE"),
+            "drop_path_rate": value_of(config, "MODEL.DROP_PATH_RATE"),
+            **attention_keywords(config),
+        }
 
     def forward_stages(
         self, x: Tensor, keep: Collection[int] = (), last: int | None = None
@@ -207,44 +248,9 @@ def _grid(size: Grid, stage: int) -> Grid:
     return size[0] // stride, size[1] // stride
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Variants: the paper's rows, in timm's registry
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Blocks per stage of each Pola-PVT (the rows of the paper's table; `large` is its B).
-PVT_DEPTHS: dict[str, Sequence[int]] = {
-    "pola_pvt_tiny": (2, 2, 2, 2),
-    "pola_pvt_small": (3, 4, 6, 3),
-    "pola_pvt_medium": (3, 4, 18, 3),
-    "pola_pvt_large": (3, 8, 27, 3),
-}
-default_cfgs = generate_default_cfgs({name: default_cfg("patch_embed1.proj") for name in PVT_DEPTHS})
-
-
-def _create(name: str, pretrained: bool, drop_path_rate: float, given: dict[str, Any]) -> nn.Module:
-    row = {"depths": PVT_DEPTHS[name], "drop_path_rate": drop_path_rate}
-    return create_variant(PolaPVT, name, pretrained, row, given)
-
-
-@register_model
-def pola_pvt_tiny(pretrained: bool = False, **given: Any) -> nn.Module:
-    """Pola-PVT-T: 12.9 M parameters, 78.8 % top-1 on ImageNet-1K (reported in the paper)."""
-    return _create("pola_pvt_tiny", pretrained, 0.1, given)
-
-
-@register_model
-def pola_pvt_small(pretrained: bool = False, **given: Any) -> nn.Module:
-    """Pola-PVT-S: 23.2 M parameters, 81.9 % top-1 (reported in the paper)."""
-    return _create("pola_pvt_small", pretrained, 0.1, given)
-
-
-@register_model
-def pola_pvt_medium(pretrained: bool = False, **given: Any) -> nn.Module:
-    """Pola-PVT-M: 40.0 M parameters."""
-    return _create("pola_pvt_medium", pretrained, 0.3, given)
-
-
-@register_model
-def pola_pvt_large(pretrained: bool = False, **given: Any) -> nn.Module:
-    """Pola-PVT-B, the paper's base: 54.4 M parameters."""
-    return _create("pola_pvt_large", pretrained, 0.3, given)
+def parse_sr_ratios(ratios: int | str, num_stages: int = 4) -> tuple[int, ...]:
+    """Split 8421 into (8, 4, 2, 1). Raises ValueError for a wrong number of digits or a zero."""
+    digits = str(ratios)
+    if len(digits) != num_stages or not digits.isdecimal() or "0" in digits:
+        raise ValueError(f"PVT_LA_SR_RATIOS {ratios} is not {num_stages} digits from 1 to 9, such as 1111 or 8421")
+    return tuple(int(digit) for digit in digits)

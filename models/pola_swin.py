@@ -5,19 +5,17 @@ PolaFormer, ICLR 2025, arXiv 2501.15061; Swin Transformer, arXiv 2103.14030.
 Letters: B batch, C channels, H×W token grid, N = H·W tokens.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import parse_attention_types
-from models.attention import PolaWindowAttention, WindowAttention
-from models.classifier import PREVIOUS, Classifier
-from models.layers import (
+from .attention import PolaWindowAttention
+from .classifier import PREVIOUS, Classifier
+from .layers import (
     DropPath,
     Grid,
     Mlp,
@@ -28,7 +26,9 @@ from models.layers import (
     window_partition,
     window_reverse,
 )
-from models.registry import create_variant, default_cfg
+from .options import AttentionOptions, attention_keywords, image_size, parse_attention_types, require_heads, value_of
+from .registry import Variant, register_body
+from .softmax_attention import WindowAttention
 
 MASKED = -100.0  # score offset between tokens that a cyclic shift brought together
 
@@ -101,14 +101,9 @@ class PolaSwinBlock(nn.Module):
         mlp_ratio: float,
         qkv_bias: bool,
         qk_scale: float | None,
-        alpha: float,
-        kernel_size: int,
         drop: float,
         drop_path: float,
-        backend: str,
-        attention: str,
-        learn_exponent: bool,
-        gate: bool,
+        options: AttentionOptions,
     ) -> None:
         super().__init__()
         self.linear, self.shifted = linear, shifted
@@ -118,17 +113,7 @@ class PolaSwinBlock(nn.Module):
         self.attn: PolaWindowAttention | WindowAttention
         if linear:
             self.attn = PolaWindowAttention(
-                dim,
-                num_heads,
-                self.tiling.window,
-                alpha=alpha,
-                kernel_size=kernel_size,
-                qkv_bias=qkv_bias,
-                proj_drop=drop,
-                backend=backend,
-                attention=attention,
-                learn_exponent=learn_exponent,
-                gate=gate,
+                dim, num_heads, self.tiling.window, options, qkv_bias=qkv_bias, proj_drop=drop
             )
         else:
             self.attn = WindowAttention(
@@ -206,6 +191,25 @@ class PolaSwinStage(nn.Module):
         return x if self.downsample is None else self.downsample(x, grid)
 
 
+_T = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.2}
+_S = {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.3}
+_B = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.5}
+
+
+@register_body(
+    ["pola_swin"],
+    variants={
+        "pola_swin_tiny": Variant("pola_swin_t", _T, "Pola-Swin-T: 29.3 M parameters, 82.6 % top-1 reported."),
+        "pola_swin_small": Variant("pola_swin_s", _S, "Pola-Swin-S: 50.6 M parameters, 83.6 % top-1 reported."),
+        "pola_swin_base": Variant("pola_swin_b", _B, "Pola-Swin-B: 89.1 M parameters, 83.8 % top-1 reported."),
+        "pola_swin_base_384": Variant(
+            "pola_swin_b_384",
+            _B | {"window_size": 96},
+            "Pola-Swin-B at 384×384 with windows of 96 (softmax 12): 91.6 M parameters.",
+            {"size": 384, "crop_pct": 1.0},
+        ),
+    },
+)
 class PolaSwin(Classifier):
     """Pola-Swin classifier: patch embedding, stages, LayerNorm, mean over tokens, linear head.
 
@@ -218,10 +222,16 @@ class PolaSwin(Classifier):
         proj_drop_rate: dropout after embeddings and projections and in MLPs (MODEL.DROP_RATE).
         dynamic_img_size: take images of any multiples of that unit, resizing position tables as they are read: what the
             model computes after `set_input_size`. `strict_img_size=False` is timm's other word for it.
+        attention: of AttentionOptions, what the polarity blocks are made of.
 
     Input (B, in_chans, height, width); output (B, num_classes).
+
+    Raises:
+        ValueError: an image size, number of heads, letter or option that does not fit.
     """
 
+    first_conv = "patch_embed.proj"
+    function_keys = (*Classifier.function_keys, "MODEL.SWIN.QK_SCALE")
     derived_entries = ("relative_position_index", "attn_mask")
     undecayed = ("absolute_pos_embed", "relative_position_bias_table")
 
@@ -239,8 +249,6 @@ class PolaSwin(Classifier):
         window_size: int = 56,
         softmax_window_size: int | None = None,
         attn_type: str = "LLSS",
-        alpha: float = 4.0,
-        kernel_size: int = 5,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
@@ -251,18 +259,22 @@ class PolaSwin(Classifier):
         drop_path_rate: float = 0.1,
         dynamic_img_size: bool = False,
         strict_img_size: bool = True,
-        backend: str = "auto",
-        attention: str = "polarity",
-        learn_exponent: bool = True,
-        gate: bool = True,
+        **attention: Any,
     ) -> None:
         super().__init__()
+        options = AttentionOptions.of(attention)
         letters, first_linear = parse_attention_types(attn_type, len(depths))
         unit = patch_size * 2 ** (len(depths) - 1)
         self._begin(img_size, unit, in_chans, dynamic_img_size or not strict_img_size)
         self.patch_size, self.window_size = patch_size, window_size
         self.softmax_window_size = softmax_window_size or (7 if window_size <= 56 else 12)
         dims = [embed_dim * 2**i for i in range(len(depths))]
+        require_heads(dims, num_heads)
+        if min(patch_size, window_size) < 1:
+            raise ValueError(
+                f"MODEL.SWIN.PATCH_SIZE (patch_size) is {patch_size} and MODEL.SWIN.WINDOW_SIZE (window_size)"
+                f" {window_size}, expected integers ≥ 1"
+            )
         grid = self.grid
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, norm=patch_norm)
         if ape:
@@ -272,7 +284,7 @@ class PolaSwin(Classifier):
         self.pos_drop = nn.Dropout(proj_drop_rate)
         stages = []
         for i, rates in enumerate(drop_path_rates(drop_path_rate, list(depths))):
-            linear_blocks = {"L": len(rates), "S": 0, "M": first_linear or 0}[letters[i]]
+            linear_blocks = {"L": len(rates), "S": 0, "M": first_linear}[letters[i]]
             blocks = [
                 PolaSwinBlock(
                     dims[i],
@@ -284,14 +296,9 @@ class PolaSwin(Classifier):
                     mlp_ratio=mlp_ratio,
                     qkv_bias=qkv_bias,
                     qk_scale=qk_scale,
-                    alpha=alpha,
-                    kernel_size=kernel_size,
                     drop=proj_drop_rate,
                     drop_path=rate,
-                    backend=backend,
-                    attention=attention,
-                    learn_exponent=learn_exponent,
-                    gate=gate,
+                    options=options,
                 )
                 for j, rate in enumerate(rates)
             ]
@@ -302,6 +309,23 @@ class PolaSwin(Classifier):
         self.norm: nn.Module = nn.LayerNorm(dims[-1], eps=1e-5)
         modules = [f"layers.{i}.blocks.{depth - 1}" for i, depth in enumerate(depths)]
         self._finish(dims, modules, num_classes, global_pool, drop_rate)
+
+    @classmethod
+    def config_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        names = ["patch_size", "in_chans", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio"]
+        names += ["qkv_bias", "qk_scale", "ape", "patch_norm"]
+        return {
+            "img_size": image_size(config),
+            "attn_type": value_of(config, "MODEL.LA.ATTN_TYPE"),
+            "proj_drop_rate": value_of(config, "MODEL.DROP_RATE"),
+            "drop_path_rate": value_of(config, "MODEL.DROP_PATH_RATE"),
+            **{name: value_of(config, f"MODEL.SWIN.{name.upper()}") for name in names},
+            **attention_keywords(config),
+        }
+
+    @classmethod
+    def sizes(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return super().sizes(config) | {"window_size": value_of(config, "MODEL.SWIN.WINDOW_SIZE")}
 
     @property
     def grid(self) -> Grid:
@@ -395,44 +419,3 @@ class PolaSwin(Classifier):
 
 def _halved(grid: Grid) -> Grid:
     return grid[0] // 2, grid[1] // 2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Variants: the paper's rows, in timm's registry
-# ---------------------------------------------------------------------------------------------------------------------
-
-default_cfgs = generate_default_cfgs(
-    {
-        "pola_swin_tiny": default_cfg("patch_embed.proj"),
-        "pola_swin_small": default_cfg("patch_embed.proj"),
-        "pola_swin_base": default_cfg("patch_embed.proj"),
-        "pola_swin_base_384": default_cfg("patch_embed.proj", 384, crop_pct=1.0),
-    }
-)
-BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.5}
-
-
-@register_model
-def pola_swin_tiny(pretrained: bool = False, **given: Any) -> nn.Module:
-    """Pola-Swin-T: 29.3 M parameters, 82.6 % top-1 on ImageNet-1K (reported in the paper)."""
-    row = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.2}
-    return create_variant(PolaSwin, "pola_swin_tiny", pretrained, row, given)
-
-
-@register_model
-def pola_swin_small(pretrained: bool = False, **given: Any) -> nn.Module:
-    """Pola-Swin-S: 50.6 M parameters, 83.6 % top-1 (reported in the paper)."""
-    row = {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.3}
-    return create_variant(PolaSwin, "pola_swin_small", pretrained, row, given)
-
-
-@register_model
-def pola_swin_base(pretrained: bool = False, **given: Any) -> nn.Module:
-    """Pola-Swin-B: 89.1 M parameters, 83.8 % top-1 (reported in the paper)."""
-    return create_variant(PolaSwin, "pola_swin_base", pretrained, BASE, given)
-
-
-@register_model
-def pola_swin_base_384(pretrained: bool = False, **given: Any) -> nn.Module:
-    """Pola-Swin-B at 384×384 with windows of 96 (softmax 12): 91.6 M parameters."""
-    return create_variant(PolaSwin, "pola_swin_base_384", pretrained, {**BASE, "window_size": 96}, given)

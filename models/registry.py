@@ -1,21 +1,162 @@
-"""What every variant's entry in timm's registry shares: its default configuration, and how it is built and loaded."""
+"""The bodies there are: what each reads, its variants as rows of the tables of the papers, and how timm builds one.
 
+A body is a class with the decorator `register_body`; main.py, timm, torch.hub, tools/export.py and the model table go
+by what stands here. `build_model` makes the model of a configuration.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
+import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
-from config import image_size, value_of
-from models.adaptation import adapt_position_tables, released_names, require_fit
-from models.classifier import Classifier
-from models.files import FUNCTION_KEYS, CheckpointError, load_checkpoint, num_classes_of, stored_config
-from models.layers import Grid
+from .adaptation import adapt_position_tables, released_names, require_fit
+from .classifier import Classifier, TrainableModel
+from .files import CheckpointError, load_checkpoint, num_classes_of, stored_config
+from .kernels import KERNELS, kernel_of
+from .layers import Grid
+from .options import AttentionOptions, value_of
 
 RELEASED_WEIGHTS = "https://huggingface.co/ZachMeng/PolaFormer"
+IMAGES, TOKENS = "images", "tokens"  # what a body reads, and a data source delivers
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of a paper's table.
+
+    `config` is its file in configs/, `row` the constructor's arguments, `about` a line for the model table and timm's
+    docstring, `timm` what differs from the default in timm's description.
+    """
+
+    config: str
+    row: Mapping[str, Any]
+    about: str
+    timm: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Body:
+    """An architecture: its class, the values of MODEL.TYPE that mean it, what it reads, and its variants by name."""
+
+    cls: type[TrainableModel]
+    types: tuple[str, ...]
+    reads: str
+    variants: Mapping[str, Variant]
+
+
+BODIES: dict[str, Body] = {}  # by MODEL.TYPE
+VARIANTS: dict[str, Variant] = {}  # by timm's name
+B = TypeVar("B", bound=type[TrainableModel])
+
+
+def register_body(
+    types: Sequence[str], *, reads: str = IMAGES, variants: Mapping[str, Variant] | None = None
+) -> Callable[[B], B]:
+    """Make a class the body of these MODEL.TYPEs, and its variants known to timm.
+
+    The class has `config_arguments(config)`, what a configuration says to its constructor apart from the number of
+    classes, and `function_keys`, the keys that change what it computes but no shape.
+    """
+
+    def register(cls: B) -> B:
+        body = Body(cls, tuple(types), reads, variants or {})
+        for name in body.types:
+            if name in BODIES:
+                raise ValueError(f"two bodies have MODEL.TYPE {name!r}: {BODIES[name].cls.__name__}, {cls.__name__}")
+            BODIES[name] = body
+        VARIANTS.update(body.variants)
+        for name, variant in body.variants.items():
+            _register_with_timm(cls, name, variant)
+        return cls
+
+    return register
+
+
+def list_models() -> list[str]:
+    """The names that `timm.create_model` accepts for the models of this package."""
+    return list(VARIANTS)
+
+
+def body_of(config: Mapping[str, Any]) -> Body:
+    """The body of a configuration. Raises ValueError for an unknown MODEL.TYPE."""
+    name = value_of(config, "MODEL.TYPE")
+    if name not in BODIES:
+        raise ValueError(f"MODEL.TYPE {name!r} is unknown, expected one of {', '.join(sorted(BODIES))}")
+    return BODIES[name]
+
+
+def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says to the constructor of its model, apart from the number of classes."""
+    return body_of(config).cls.config_arguments(config)
+
+
+def build_model(config: Mapping[str, Any], num_classes: int | None = None) -> TrainableModel:
+    """The freshly initialised model of a configuration, on the CPU.
+
+    Args:
+        config: a nested mapping with the keys of config.py; those that it lacks have their defaults.
+        num_classes: size of the head; None takes MODEL.NUM_CLASSES, 0 leaves the head out.
+
+    Raises:
+        ValueError: an unknown MODEL.TYPE, or values that the model does not accept.
+    """
+    classes = value_of(config, "MODEL.NUM_CLASSES") if num_classes is None else num_classes
+    model = body_of(config).cls(num_classes=classes, **model_arguments(config))
+    model.set_grad_checkpointing(value_of(config, "TRAIN.USE_CHECKPOINT"))
+    return model
+
+
+def function_differences(
+    stored: Mapping[str, Any] | None, config: Mapping[str, Any], source: str, more: Sequence[str] = ()
+) -> list[str]:
+    """A line for each key by which a file's configuration computes another function with the same shapes.
+
+    Args:
+        stored: the configuration in the file `source`; None: it has none, and nothing can be said.
+        more: keys of the data source that change what a model is given.
+    """
+    if stored is None:
+        return []
+    keys = [*body_of(config).cls.function_keys, *more]
+    for name in (value_of(stored, "MODEL.LA.ATTENTION"), value_of(config, "MODEL.LA.ATTENTION")):
+        keys += KERNELS[name].function_keys if name in KERNELS else ()
+    pairs = {key: (value_of(stored, key), value_of(config, key)) for key in dict.fromkeys(keys)}
+    pairs |= body_of(config).cls.ambiguous_sizes(stored, config)
+    return [
+        f"{source} was trained with {key} {theirs}, this configuration has {ours}, which gives other results from the"
+        f" same weights; --opts {key} {theirs} restores it"
+        for key, (theirs, ours) in pairs.items()
+        if theirs != ours
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# timm
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _register_with_timm(cls: type[TrainableModel], name: str, variant: Variant) -> None:
+    """Register one variant, unless another copy of this package in the process has done so already."""
+    if timm.is_model(name):
+        return
+    assert issubclass(cls, Classifier), "timm's models are classifiers of images"
+
+    def create(pretrained: bool = False, **given: Any) -> nn.Module:
+        return create_variant(cls, name, pretrained, dict(variant.row), given)
+
+    create.__name__, create.__qualname__, create.__module__ = name, name, cls.__module__
+    create.__doc__ = variant.about
+    module = sys.modules[cls.__module__]  # where timm looks for the description of the variants
+    described: Any = module.__dict__.setdefault("default_cfgs", {})
+    described.update(generate_default_cfgs({name: default_cfg(cls.first_conv, **variant.timm)}))
+    setattr(module, name, register_model(create))
 
 
 def default_cfg(first_conv: str, size: int = 224, **changed: Any) -> dict[str, Any]:
@@ -58,6 +199,7 @@ def create_variant(
         ValueError: `pretrained` without a file.
         CheckpointError: weights that do not fit, or that were trained for another function than the model computes.
     """
+    accepted = _constructor_defaults(cls)
     arguments = {**row, **given}
     overlay = dict(arguments.pop("pretrained_cfg_overlay", None) or {})
     cfg = resolve_pretrained_cfg(name, arguments.get("pretrained_cfg"), overlay)
@@ -67,7 +209,6 @@ def create_variant(
             f"no weights of {name} can be downloaded through timm: fetch them from {RELEASED_WEIGHTS} and add"
             f' pretrained_cfg_overlay={{"file": "FILE.pth"}}, or pass pretrained=False'
         )
-    defaults = {key: parameter.default for key, parameter in signature(cls).parameters.items()}
     file = str(overlay.get("file") or "")
     if pretrained and file and not file.endswith(".safetensors"):
         # read here, because released files hold a configuration object that timm's reader refuses
@@ -75,13 +216,13 @@ def create_variant(
         overlay["state_dict"] = checkpoint["model"]
         headless = not any(key.endswith("head.bias") for key in checkpoint["model"])
         overlay.setdefault("num_classes", 0 if headless else num_classes_of(checkpoint, file))
-        if config := stored_config(checkpoint, file):
-            source = {"img_size": image_size(config), "window_size": config.MODEL.SWIN.WINDOW_SIZE}
-            _require_function(config, {**defaults, **arguments}, file)
+        if (config := stored_config(checkpoint)) is not None:
+            source = cls.sizes(config)
+            _require_function(cls, config, {**accepted, **arguments}, file)
 
     def adapted(state: dict[str, Tensor], model: Classifier) -> dict[str, Tensor]:
         with torch.device("meta"):
-            twin = cls(**{key: value for key, value in {**arguments, **source}.items() if key in defaults})
+            twin = cls(**{key: value for key, value in {**arguments, **source}.items() if key in accepted})
         state, _ = released_names(model, state)
         grids = {table: grid for table, grid in twin.position_grids().items() if _fits(state, table, grid)}
         state, _ = adapt_position_tables(model, state, grids, name)
@@ -105,9 +246,18 @@ def _fits(state: dict[str, Tensor], table: str, grid: Grid) -> bool:
     return table in state and state[table].shape[-2] == grid[0] * grid[1]
 
 
-def _require_function(config: CfgNode, arguments: dict[str, Any], file: str) -> None:
+def _constructor_defaults(cls: type[Classifier]) -> dict[str, Any]:
+    """What the constructor accepts, with its defaults."""
+    own = {name: each.default for name, each in signature(cls).parameters.items() if each.kind == each.KEYWORD_ONLY}
+    return own | asdict(AttentionOptions())
+
+
+def _require_function(
+    cls: type[Classifier], config: Mapping[str, Any], arguments: Mapping[str, Any], file: str
+) -> None:
     """Raise CheckpointError unless what changes a model's function, but no shape, is as the file was trained with."""
-    own = {key: key.rsplit(".", 1)[1].lower() for key in FUNCTION_KEYS if ".LRA." not in key}
+    keys = [*cls.function_keys, *kernel_of(value_of(config, "MODEL.LA.ATTENTION")).function_keys]
+    own = {key: key.rsplit(".", 1)[1].lower() for key in keys}
     differing = [
         f"{name}={value_of(config, key)!r}, not {arguments[name]!r}"
         for key, name in own.items()

@@ -14,11 +14,14 @@ import time
 
 import torch
 
-import engine.epoch
+import engine.evaluation
 import main
 from config import parse_command_line
 from engine.non_finite import NonFiniteError
-from utils import checkpoint_store, distributed, watchdog
+from models.classifier import TrainableModel
+from utils import distributed
+from utils.checkpoints import writing
+from utils.faults import watchdog
 from utils.faults.preemption import Preempted
 
 torch.set_flush_denormal(True)
@@ -54,20 +57,20 @@ def nan_on_rank_1() -> None:
 
 
 def stop_in_validation() -> None:
-    update, calls = engine.AccuracyCounter.update, []
+    update, calls = engine.evaluation.AccuracyCounter.update, []
 
     def signalled(*arguments):
         calls.append(update(*arguments))
         if len(calls) == 3 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    engine.AccuracyCounter.update = signalled
+    engine.evaluation.AccuracyCounter.update = signalled
 
 
 def slow() -> None:
     watchdog.INTERVAL, watchdog.SILENCE = 0.3, 2.0
-    forward, update = main.TrainableModel.__call__, engine.AccuracyCounter.update
-    save = checkpoint_store.save_checkpoint
+    forward, update = TrainableModel.__call__, engine.evaluation.AccuracyCounter.update
+    save = writing.save_checkpoint
     trained, validated = [], []
 
     def slow_forward(model, images):
@@ -85,8 +88,8 @@ def slow() -> None:
             time.sleep(7)
         save(state, path)
 
-    main.TrainableModel.__call__, engine.AccuracyCounter.update = slow_forward, slow_update
-    checkpoint_store.save_checkpoint = slow_save
+    TrainableModel.__call__, engine.evaluation.AccuracyCounter.update = slow_forward, slow_update
+    writing.save_checkpoint = slow_save
 
 
 MODES = {

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 import main
-from config import load_config, run_folder
+from config import load_config, make_plan
+from engine.state import read_position
 from logger import read_metrics
 from models.files import load_checkpoint
 from utils.checkpoints.finding import newest_checkpoint
@@ -66,7 +67,7 @@ def trained_steps(folder: Path) -> int:
 
 def saved_steps(folder: Path) -> int:
     """Steps of the newest checkpoint; the best accuracy that it counts as reached has its weights in the best file."""
-    found = newest_checkpoint(folder).path
+    found = newest_checkpoint(folder, read_position).path
     if not found:
         return 0
     checkpoint, best = load_checkpoint(found), folder / BEST_FILE
@@ -77,7 +78,7 @@ def saved_steps(folder: Path) -> int:
 def loop(cfg: str, kills: int) -> dict[str, int]:
     whole = load_config(cfg, shlex.split(f"{OPTIONS} TAG whole"))
     config = load_config(cfg, shlex.split(f"{OPTIONS} TAG killed"))
-    folder = run_folder(config)
+    folder = make_plan(config).folder
     pid, began = start(whole), time.monotonic()
     assert os.waitpid(pid, 0)[1] == 0, "the undisturbed run failed"
     duration = time.monotonic() - began
@@ -104,7 +105,7 @@ def loop(cfg: str, kills: int) -> dict[str, int]:
                 path.unlink()
     pid = start(config)
     assert os.waitpid(pid, 0)[1] == 0, "the last start failed"
-    a, b = (load_checkpoint(epoch_file(run_folder(each), EPOCHS))["model"] for each in (whole, config))
+    a, b = (load_checkpoint(epoch_file(make_plan(each).folder, EPOCHS))["model"] for each in (whole, config))
     assert all(torch.equal(a[name], b[name]) for name in a), "the weights differ from those of the undisturbed run"
     return {"kills": done, "inside_a_save": inside, "most_steps_lost": most_lost, "runs": runs}
 

@@ -16,23 +16,23 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from config import last_epoch
+from config import make_plan
+from experiments import ablation
 from experiments.ablation import VARIANTS, AblationError, RunFailedError, check_folder, execute_all, plan, write_page
 from experiments.settings import differences
 from models import build_model
-from tools import ablation
 
 
-def runs_of(folder: Path, seeds: int = 3, opts: tuple[str, ...] = ()) -> list[ablation.Run]:
+def runs_of(folder: Path, seeds: int = 3, opts: tuple[str, ...] = ()) -> list[ablation.TrainingRun]:
     return plan(["digits", "fashion_mnist"], VARIANTS, seeds, folder, opts)
 
 
-def pretend(run: ablation.Run, *top1: float, wall: float = 20.0, load: float = 1.0) -> None:
+def pretend(run: ablation.TrainingRun, *top1: float, wall: float = 20.0, load: float = 1.0) -> None:
     """A run folder as training leaves it: the accuracy after each of the last epochs."""
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.yaml").write_text(run.config.dump())
     records = [
-        {"kind": "val", "epoch": last_epoch(run.config) - len(top1) + i, "step": i, "top1": value}
+        {"kind": "val", "epoch": make_plan(run.config).last_epoch - len(top1) + i, "step": i, "top1": value}
         for i, value in enumerate(top1)
     ]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -172,7 +172,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, mess
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds", "0"], "'0' is no number of at least 1"),
+        (["--seeds", "0"], "'0' is not a whole number from 1 on"),
         (["--variants", "gelu"], "choose from .*softmax.*relu.*polarity_no_gate"),
         (["--datasets", "cifar"], "choose from .*digits.*fashion_mnist"),
     ],

@@ -16,13 +16,12 @@ import torch
 from conftest import ROOT, TINY
 from PIL import Image
 
-from config import load_config
+from config import image_size, load_config
 from data.transforms import Normalise, evaluation_transform
 from models import build_model
-from models.loading import load_model
-from models.maps import record
+from models.attention_maps import record
 from tools import analyze, visualize_attention
-from tools.images import read_image
+from tools.checkpoints import load_model, read_image
 from tools.overlays import ground, key_map, paint
 
 LAYERS = ["layers.0.blocks.0", "layers.1.blocks.0", "layers.2.blocks.0", "layers.3.blocks.0"]
@@ -50,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 
 def _recorded(folder: Path):
     loaded = load_model(folder / "checkpoint.pth")
-    pixels = read_image(folder / "images" / "noise.png", evaluation_transform(loaded.config))
+    pixels = read_image(folder / "images" / "noise.png", evaluation_transform(loaded.config, image_size(loaded.config)))
     return pixels, record(loaded.model, Normalise(torch.device("cpu"))(pixels[None])).layers
 
 
@@ -230,7 +229,7 @@ def test_figures_hold_what_they_are_about(analysis):
 
 def test_no_more_rows_than_asked_for_are_measured_and_images_are_averaged(folder):
     loaded = load_model(folder / "checkpoint.pth")
-    transform = evaluation_transform(loaded.config)
+    transform = evaluation_transform(loaded.config, image_size(loaded.config))
     images = [read_image(path, transform) for path in sorted((folder / "images").rglob("*.png"))]
     both, _ = analyze.analyze(loaded.model, images, LAYERS[:1], ["entropy", "rank"], queries=5)
     apart = [analyze.analyze(loaded.model, [image], LAYERS[:1], ["entropy", "rank"], queries=5)[0] for image in images]

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-import models.attention
 from benchmarks import attention, features, input_pipeline, model_step, training_loop
 from benchmarks.baseline import literal_polarity_attention, patched_model_attention
 from benchmarks.common import WrongResultError, interleaved, ratios, saved_bytes
 from data.sources.base import decode_fast
+from models.kernels import polarity
 from models.ops.polarity_attention import polarity_attention
 
 CPU = torch.device("cpu")
@@ -42,18 +42,18 @@ def test_baseline_refuses_a_key_mask():
 
 
 def test_patch_reaches_the_models_and_is_undone():
-    ours = models.attention.polarity_attention
+    ours = polarity.polarity_attention
     seen = []
 
     def fail_inside():
         with patched_model_attention(literal_polarity_attention):
-            seen.append(models.attention.polarity_attention)
+            seen.append(polarity.polarity_attention)
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail_inside()
     assert seen == [literal_polarity_attention]
-    assert models.attention.polarity_attention is ours
+    assert polarity.polarity_attention is ours
 
 
 # ---------------------------------------------------------------------------------------------------------------------

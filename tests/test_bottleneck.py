@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import folder_of, run, run_main
 
-import data
+import data.loaders
 from engine.bottleneck import Times, verdict
 from logger import read_metrics
 
@@ -20,7 +20,7 @@ def test_what_bounds_a_run_and_what_to_change(monkeypatch):
     slow_data = verdict(Times(step=100.0, data=71.0, communication=3.0, images=160_000), workers=8, processes=4)
     assert slow_data.startswith("data-bound: 71% waiting; 8 workers give 1,600 images/s: more DATA.NUM_WORKERS (")
     assert "DATA.NUM_WORKERS" not in verdict(Times(1.0, 0.9, 0.0, 1), workers=16, processes=1)
-    sequences = verdict(Times(10.0, 9.0, 0.0, 160), workers=16, processes=1, sequences=True)
+    sequences = verdict(Times(10.0, 9.0, 0.0, 160), workers=16, processes=1, noun="samples")
     assert sequences == "data-bound: 90% waiting; 16 workers give 16 samples/s"
     slow_network = verdict(Times(step=100.0, data=5.0, communication=40.0, images=1000), workers=8, processes=4)
     assert slow_network.startswith("communication-bound: 40% waiting for the other 3 processes, 10 images/s")
@@ -29,13 +29,13 @@ def test_what_bounds_a_run_and_what_to_change(monkeypatch):
 
 
 def test_a_slow_loader_is_called_data_bound(tiny, monkeypatch, log):
-    collate = data._collate
+    collate = data.loaders._collate
 
     def slow(samples):
         time.sleep(0.15)
         return collate(samples)
 
-    monkeypatch.setattr(data, "_collate", slow)
+    monkeypatch.setattr(data.loaders, "_collate", slow)
     run(tiny, "TRAIN.EPOCHS 1 DATA.BATCH_SIZE 256")
     share = int(re.search(r"epoch 0 data-bound: (\d+)% waiting; loading in the main process give", log.text)[1])
     record = next(r for r in read_metrics(folder_of(tiny) / "metrics.jsonl") if r["kind"] == "train")

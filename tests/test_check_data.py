@@ -17,16 +17,24 @@ import pytest
 from conftest import config_file, jpeg, run_main
 from lra_caches import write_cache
 
-import data.check
+import data.examination
 import main
 from config import ConfigError, load_config, parse_command_line
-from data.check import Report, check, run_check
+from data.builders import builder_of
+from data.check import run_check
+from data.findings import Report
 from data.loaders import DataError
 from tools.prepare_imagenet import Options, prepare
 from utils.distributed import LaunchError
 
 CLASSES = ("n01440764", "n01443537", "n02119789")
 FORMATS = ("folder", "zip", "shards")
+
+
+def check(config):
+    report = Report()
+    builder_of(config).check(config, report)
+    return report
 
 
 @pytest.fixture
@@ -252,12 +260,12 @@ def test_a_thousand_wordnet_classes_are_expected_to_be_imagenet(tmp_path, counts
 
     def counted(tasks, workers, report):
         assert sum(len(task.names) for task in tasks) == 2000
-        seen = {split: data.check.Counter(range(1000)) for split in expected}
+        seen = {split: data.examination.Counter(range(1000)) for split in expected}
         for split, count in expected.items():
             seen[split][0] += count - 1000
         return seen
 
-    monkeypatch.setattr(data.check, "examine_all", counted)
+    monkeypatch.setattr(data.examination, "examine_all", counted)
     report = examined(tmp_path)
     if counts == (1_281_167, 50_000):
         assert report.is_clean and "1,281,167 images, 1,000 classes" in report.render()

@@ -15,11 +15,14 @@ import torch
 from conftest import REFERENCE, config_file, read_json, recipe_input
 
 from config import load_config
+from data.transforms import Images
+from engine.state import configuration_in, differing_function
 from main import place
 from models import build_model
-from models.files import CheckpointError, differing_function_keys, load_checkpoint, stored_config
-from models.loading import load_model, load_weights
+from models.files import CheckpointError, load_checkpoint
+from models.loading import load_weights
 from optimizer import build_optimizer, load_optimizer_state, parameter_groups
+from tools.checkpoints import load_model
 from utils.files import file_digest
 
 RELEASED = REFERENCE / "checkpoint_official_tiny.pth"
@@ -46,7 +49,7 @@ def test_released_file_loads_without_executing_anything():
 
 def test_stored_configuration_of_a_released_file_drops_dead_keys_with_one_line(caplog):
     with caplog.at_level("INFO", logger="polaformer"):
-        stored = stored_config(load_checkpoint(RELEASED), "file.pth")
+        stored = configuration_in(load_checkpoint(RELEASED), "file.pth")
     assert stored.MODEL.SWIN.EMBED_DIM == 12 and stored.MODEL.NUM_CLASSES == 10
     assert stored.TRAIN.OPTIMIZER.BETAS == (0.9, 0.999)
     assert len(caplog.records) == 1
@@ -212,9 +215,9 @@ def test_only_the_named_allowances_are_dropped(config):
 
 def test_another_alpha_is_named_although_every_shape_fits(config):
     checkpoint = load_checkpoint(RELEASED)
-    assert differing_function_keys(checkpoint, config, "file.pth") == []
+    assert differing_function(checkpoint, config, Images(), "file.pth") == []
     other = load_config(config_file("pola_swin_t"), [*DESCRIBED["opts"], "MODEL.LA.ALPHA", "3"])
-    (line,) = differing_function_keys(checkpoint, other, "file.pth")
+    (line,) = differing_function(checkpoint, other, Images(), "file.pth")
     assert "trained with MODEL.LA.ALPHA 4.0, this configuration has 3.0" in line
     assert "--opts MODEL.LA.ALPHA 4.0" in line
 
@@ -300,10 +303,10 @@ def test_files_of_the_same_shape_but_another_rectangle_are_named():
     options = "DATA.IMG_SIZE [64,256] MODEL.LA.ATTN_TYPE LLLL".split()
     stored = {"config": load_config(config_file("pola_pvt_t"), options).dump()}
     other = load_config(config_file("pola_pvt_t"), ["DATA.IMG_SIZE", "128"])
-    (line,) = differing_function_keys(stored, other, "file.pth")
+    (line,) = differing_function(stored, other, Images(), "file.pth")
     assert "trained with DATA.IMG_SIZE [64, 256], this configuration has [128, 128]" in line
     same = load_config(config_file("pola_pvt_t"), ["DATA.IMG_SIZE", "[128,128]"])
-    assert differing_function_keys({"config": other.dump()}, same, "file.pth") == []
+    assert differing_function({"config": other.dump()}, same, Images(), "file.pth") == []
 
 
 def test_digest_is_sha256(tmp_path):

@@ -18,8 +18,10 @@ import torch
 from conftest import REFERENCE
 from faulty_disk import FULL, READ_ONLY, FaultyDisk
 
+from engine import state
+from engine.state import read_position
 from models.files import CheckpointError, load_checkpoint
-from utils import checkpoint_store as store
+from utils.checkpoints import finding, writing
 from utils.checkpoints.finding import newest_checkpoint, remove_temporary_files
 from utils.checkpoints.naming import Position, epoch_file, position_of, run_checkpoints, run_file, sidecar_of
 from utils.checkpoints.writing import CheckpointWriter, save_checkpoint
@@ -74,7 +76,7 @@ def test_a_failed_write_keeps_the_file_before(failing, tmp_path, monkeypatch):
             raise RuntimeError("[enforce fail] No space left on device")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "torch" if failing == "torch.save" else "os", _Patched(failing, fail))
+    monkeypatch.setattr(writing, "torch" if failing == "torch.save" else "os", _Patched(failing, fail))
     with pytest.raises(OSError, match=r"file\.pth could not be written: .*No space left"):
         save_checkpoint(_state(2), path)
     monkeypatch.undo()
@@ -123,7 +125,7 @@ def test_killed_at_any_step_of_a_write_one_good_file_remains(calls, tmp_path, mo
 def test_a_file_that_does_not_read_back_is_not_put_in_place(tmp_path, monkeypatch):
     path = tmp_path / "file.pth"
     save_checkpoint(_state(1), path)
-    monkeypatch.setattr(store, "file_digest", lambda path: "0" * 64)
+    monkeypatch.setattr(writing, "file_digest", lambda path: "0" * 64)
     with pytest.raises(OSError, match="could not be written: .*does not read back"):
         save_checkpoint(_state(2), path)
     monkeypatch.undo()
@@ -137,13 +139,13 @@ def test_a_file_that_does_not_read_back_is_not_put_in_place(tmp_path, monkeypatc
 
 def test_what_changes_after_save_does_not_reach_the_file(tmp_path, monkeypatch):
     writer, go = CheckpointWriter(tmp_path, keep=3), threading.Event()
-    real = store.save_checkpoint
+    real = writing.save_checkpoint
 
     def late(state, path):
         go.wait()
         real(state, path)
 
-    monkeypatch.setattr(store, "save_checkpoint", late)
+    monkeypatch.setattr(writing, "save_checkpoint", late)
     state = {**_state(1), "nested": [{"list": [torch.ones(3)]}, 5]}
     writer.save(state, Position(1))
     assert not epoch_file(tmp_path, 1).exists()  # save has returned before anything is written
@@ -157,7 +159,7 @@ def test_what_changes_after_save_does_not_reach_the_file(tmp_path, monkeypatch):
 
 def test_only_one_write_is_in_flight(tmp_path, monkeypatch):
     running, most, lock = 0, 0, threading.Lock()
-    real = store.save_checkpoint
+    real = writing.save_checkpoint
 
     def counted(state, path):
         nonlocal running, most
@@ -168,7 +170,7 @@ def test_only_one_write_is_in_flight(tmp_path, monkeypatch):
         with lock:
             running -= 1
 
-    monkeypatch.setattr(store, "save_checkpoint", counted)
+    monkeypatch.setattr(writing, "save_checkpoint", counted)
     writer = CheckpointWriter(tmp_path, keep=9)
     for epoch in range(1, 5):
         writer.save(_state(epoch), Position(epoch))
@@ -185,7 +187,7 @@ def test_an_error_of_the_writer_reaches_the_caller_once_and_nothing_old_is_delet
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "save_checkpoint", full)
+        patched.setattr(writing, "save_checkpoint", full)
         writer.save(_state(2), Position(2), best=True)
         with pytest.raises(OSError, match="No space left"):
             writer.wait()
@@ -199,7 +201,7 @@ def test_an_error_of_the_writer_reaches_the_caller_once_and_nothing_old_is_delet
 
 def test_the_best_weights_are_never_lost_between_two_files(tmp_path, monkeypatch):
     """A checkpoint that counts an accuracy as reached exists only where the best file holds its weights, or itself."""
-    writer, real = CheckpointWriter(tmp_path, keep=1), store.save_checkpoint
+    writer, real = CheckpointWriter(tmp_path, keep=1), writing.save_checkpoint
     writer.save(_state(1), Position(1), best=True)
     writer.wait()
 
@@ -211,12 +213,12 @@ def test_the_best_weights_are_never_lost_between_two_files(tmp_path, monkeypatch
 
         return save
 
-    monkeypatch.setattr(store, "save_checkpoint", refusing("ckpt_epoch_2.pth"))  # as killed after the best file
+    monkeypatch.setattr(writing, "save_checkpoint", refusing("ckpt_epoch_2.pth"))  # as killed after the best file
     writer.save(_state(2), Position(2), best=True)
     with pytest.raises(OSError, match="No space left"):
         writer.wait()
-    assert newest_checkpoint(tmp_path).path == tmp_path / "max_acc.pth"
-    monkeypatch.setattr(store, "save_checkpoint", refusing("max_acc.pth"))
+    assert newest_checkpoint(tmp_path, read_position).path == tmp_path / "max_acc.pth"
+    monkeypatch.setattr(writing, "save_checkpoint", refusing("max_acc.pth"))
     writer.save(_state(3), Position(3), best=True)
     with pytest.raises(OSError, match="No space left"):
         writer.wait()
@@ -264,7 +266,7 @@ def test_a_disk_that_refuses_any_operation_of_a_save_costs_no_checkpoint(error, 
         refused.append(disk.refused[0])
         after = _good(folder)
         assert len(after) >= len(before) and max(after.values()) >= 300, refused
-        assert newest_checkpoint(folder).path
+        assert newest_checkpoint(folder, read_position).path
         assert after["max_acc.pth"] == 200 or 400 in after.values(), refused  # the best weights, old or new
         assert "ckpt_epoch_4.pth" in after or problem, refused  # not written, and nobody told
         assert problem is None or re.search("could not be (written|removed): (No space|Read-only)", problem), problem
@@ -307,7 +309,7 @@ def test_files_that_were_found_damaged_do_not_count_as_kept(tmp_path):
     for epoch in (1, 2, 3):
         save_checkpoint(_state(epoch), epoch_file(tmp_path, epoch))
     os.truncate(epoch_file(tmp_path, 3), 10)
-    found = newest_checkpoint(tmp_path)
+    found = newest_checkpoint(tmp_path, read_position)
     assert found.path == epoch_file(tmp_path, 2)
     writer = CheckpointWriter(tmp_path, 2, found.skipped)
     writer.save(_state(4), Position(4))
@@ -332,18 +334,18 @@ def test_names_and_positions_belong_together(tmp_path):
 
 
 def test_newest_checkpoint_goes_by_position_not_by_time(tmp_path, caplog):
-    assert newest_checkpoint(tmp_path).path is None
+    assert newest_checkpoint(tmp_path, read_position).path is None
     for age, epoch in enumerate((11, 10, 9, 2)):
         save_checkpoint(_state(epoch), epoch_file(tmp_path, epoch))
         os.utime(epoch_file(tmp_path, epoch), (1e9 + age, 1e9 + age))  # a clock that went backwards
-    assert newest_checkpoint(tmp_path).path == epoch_file(tmp_path, 11)
+    assert newest_checkpoint(tmp_path, read_position).path == epoch_file(tmp_path, 11)
     save_checkpoint(_state(11, 7), run_file(tmp_path, Position(11, 7)))
-    assert newest_checkpoint(tmp_path).path == run_file(tmp_path, Position(11, 7))
+    assert newest_checkpoint(tmp_path, read_position).path == run_file(tmp_path, Position(11, 7))
     run_file(tmp_path, Position(11, 7)).unlink()
     epoch_file(tmp_path, 11).write_bytes(b"")
     shutil.copyfile(RELEASED, epoch_file(tmp_path, 10))
     os.truncate(epoch_file(tmp_path, 10), 5000)
-    found = newest_checkpoint(tmp_path)
+    found = newest_checkpoint(tmp_path, read_position)
     assert found.path == epoch_file(tmp_path, 9)
     assert found.skipped == {epoch_file(tmp_path, 11), epoch_file(tmp_path, 10)}
     assert "ckpt_epoch_11.pth is empty" in caplog.text and "ckpt_epoch_10.pth is" in caplog.text
@@ -352,22 +354,22 @@ def test_newest_checkpoint_goes_by_position_not_by_time(tmp_path, caplog):
 def test_a_run_none_of_whose_checkpoints_can_be_used_does_not_begin_anew(tmp_path):
     save_checkpoint(_state(1), epoch_file(tmp_path, 1))
     os.truncate(epoch_file(tmp_path, 1), 10)
-    with pytest.raises(CheckpointError, match="none of the 1 checkpoints in .* can be used"):
-        newest_checkpoint(tmp_path)
+    with pytest.raises(finding.NoneUsableError, match="none of the 1 checkpoints in .* can be used"):
+        newest_checkpoint(tmp_path, read_position)
 
 
 def test_a_file_system_that_fails_for_a_moment_is_no_damage(tmp_path, monkeypatch):
     save_checkpoint(_state(1), epoch_file(tmp_path, 1))
-    real, failures = store.load_checkpoint, iter([OSError(5, "Input/output error")] * 2)
+    real, failures = state.load_checkpoint, iter([OSError(5, "Input/output error")] * 2)
 
     def flaky(path):
         for failure in failures:
             raise failure
         return real(path)
 
-    monkeypatch.setattr(store, "load_checkpoint", flaky)
-    monkeypatch.setattr(store, "PATIENCE", (0.01, 0.01, 0.01))
-    assert newest_checkpoint(tmp_path).path == epoch_file(tmp_path, 1)
+    monkeypatch.setattr(state, "load_checkpoint", flaky)
+    monkeypatch.setattr(finding, "PATIENCE", (0.01, 0.01, 0.01))
+    assert newest_checkpoint(tmp_path, read_position).path == epoch_file(tmp_path, 1)
 
 
 @pytest.mark.parametrize("offset", [0, 500, -1, "every hundredth"])
@@ -400,8 +402,8 @@ def test_the_best_file_counts_by_its_position_too(tmp_path):
     best = tmp_path / "max_acc.pth"
     save_checkpoint(_state(2), best)
     epoch_file(tmp_path, 3).write_bytes(b"")
-    assert newest_checkpoint(tmp_path).path == best
+    assert newest_checkpoint(tmp_path, read_position).path == best
     save_checkpoint(_state(3), epoch_file(tmp_path, 3))
-    assert newest_checkpoint(tmp_path).path == epoch_file(tmp_path, 3)
+    assert newest_checkpoint(tmp_path, read_position).path == epoch_file(tmp_path, 3)
     save_checkpoint(_state(9), best)  # SAVE_FREQ left epoch 9 without a file of its own
-    assert newest_checkpoint(tmp_path).path == best
+    assert newest_checkpoint(tmp_path, read_position).path == best

@@ -25,10 +25,11 @@ from conftest import (
     run_main,
 )
 
-from config import ConfigError, load_config
+from config import load_config
 from data.loaders import DataError
 from models.files import load_checkpoint
 from utils import distributed
+from utils.faults.folder_lock import RunFolderError
 
 
 def test_a_terminal_gets_colours_and_a_progress_bar_with_the_remaining_time(tiny):
@@ -67,7 +68,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(tiny, tmp_path):
 
 def test_an_unwritable_output_folder_is_explained(tiny):
     (tiny.parent / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"the run folder .*file/tiny/default cannot be written .*--output"):
+    with pytest.raises(RunFolderError, match=r"the run folder .*file/tiny/default cannot be written .*--output"):
         run(tiny, f"OUTPUT {tiny.parent / 'file'}")
 
 

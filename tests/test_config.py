@@ -9,19 +9,22 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import OFFICIAL, ROOT, config_file, read_json
 
 import config
 from config import (
     ConfigError,
-    batch_plan,
     default_config,
     is_dead_key,
     load_config,
+    make_plan,
     parse_command_line,
-    run_folder,
     value_of,
 )
+from main import check
+from models import build_model, options
+from models.registry import BODIES
 from tools.config_reference import render
 
 DEFAULTS = read_json("defaults.json")
@@ -57,7 +60,7 @@ def test_official_yaml_merges_to_the_reference(name):
     merged = load_config(config_file(name))
     for key, expected in _leaves(DEFAULTS["merged"][name]):
         if key == "OUTPUT":
-            assert str(run_folder(merged)) == expected
+            assert str(make_plan(merged).folder) == expected
         elif key in config.KEYS:
             assert _plain(value_of(merged, key)) == expected, key
 
@@ -123,14 +126,33 @@ def test_flags_set_their_keys():
 
 def test_every_key_has_a_reader_and_every_read_key_is_declared():
     files = [path for path in ROOT.glob("*.py") if path.name != "config.py"]
-    files += [path for folder in ("models", "data", "utils") for path in (ROOT / folder).rglob("*.py")]
+    files += [path for folder in ("engine", "data") for path in (ROOT / folder).rglob("*.py")]
     # config.py itself reads what it derives values from
     derived = (ROOT / "config.py").read_text().split("# Validation across keys", 1)[1]
     source = "\n".join(path.read_text() for path in files) + derived
-    read = set(re.findall(r"config\.((?:[A-Z][A-Z0-9_]*\.)*[A-Z][A-Z0-9_]*)\b", source)) - {"KEYS", "IMAGE_MODELS"}
+    read = set(re.findall(r"config\.((?:[A-Z][A-Z0-9_]*\.)*[A-Z][A-Z0-9_]*)\b", source)) - {"KEYS"}
+    read |= set(options.DEFAULTS)  # below models/, as the next test shows
     sections = {key.rsplit(".", 1)[0] for key in config.KEYS if "." in key}
     assert read - set(config.KEYS) - sections == set()
     assert set(config.KEYS) - read == {"BASE"}  # consumed while merging
+
+
+def test_models_read_the_keys_of_their_table_and_have_the_defaults_of_config(monkeypatch):
+    read = set()
+
+    class Noting(dict):
+        def __getitem__(self, key):
+            read.add(key)
+            return super().__getitem__(key)
+
+    monkeypatch.setattr(options, "DEFAULTS", Noting(options.DEFAULTS))
+    with torch.device("meta"):
+        for name in BODIES:
+            build_model({"MODEL": {"TYPE": name}})
+    with pytest.raises(ValueError, match="MODEL.TYPE 'swin' is unknown"):
+        build_model({})
+    assert read == set(options.DEFAULTS)
+    assert {key: config.KEYS[key].default for key in read} == dict(options.DEFAULTS)
 
 
 def test_reference_page_is_up_to_date():
@@ -154,7 +176,7 @@ MISTAKES = {
     "AMP yes": "AMP is 'yes' (str), expected True or False",
     "MODEL.DROP_PATH_RATE 1.0": "expected a number ≥ 0 and < 1",
     "MODEL.LA.ALPHA -1": "expected a number ≥ 0",
-    "MODEL.TYPE pola_vit": "MODEL.TYPE 'pola_vit' is unknown, expected one of pola_swin, pola_pvt_tiny",
+    "MODEL.TYPE pola_vit": "MODEL.TYPE 'pola_vit' is unknown, expected one of lra, pola_pvt_large",
     "TRAIN.OPTIMIZER.NAME lamb": "expected one of adamw, sgd",
     "TRAIN.LR_SCHEDULER.NAME poly": "expected one of cosine, linear, step",
     "DATA.DATASET cifar": "expected one of imagenet, digits",
@@ -172,8 +194,12 @@ MISTAKES = {
     "MODEL.LA.ATTN_TYPE MLSS": "has an M stage without a number",
     "MODEL.LA.ATTN_TYPE LLSS4": "has a number but no M stage",
     "MODEL.LA.KERNEL_SIZE 4": "MODEL.LA.KERNEL_SIZE is 4, expected an odd number",
-    "DATA.IMG_SIZE 225": "DATA.IMG_SIZE 225 does not fit pola_swin: expected a multiple of 32",
-    "DATA.IMG_SIZE [224,100]": "expected a multiple of 32",
+    "DATA.IMG_SIZE 225": "image size 225×225 does not fit PolaSwin: expected multiples of 32 pixels (DATA.IMG_SIZE",
+    "TEST.IMG_SIZE 225": "TEST.IMG_SIZE 225: image size 225×225 does not fit PolaSwin: expected multiples of 32",
+    "MODEL.LA.ATTENTION sotfmax": "MODEL.LA.ATTENTION (attention) 'sotfmax' is unknown, expected one of",
+    "MODEL.LA.BACKEND cuda": "MODEL.LA.BACKEND (backend) 'cuda' is no backend of polarity attention, expected auto",
+    "DATA.DATASET lra AUG.MIXUP 0 AUG.CUTMIX 0 AUG.REPROB 0": "MODEL.TYPE pola_swin reads images, and DATA.DATASET lra",
+    "DATA.IMG_SIZE [224,100]": "expected multiples of 32",
     "DATA.IMG_SIZE [224,224,224]": "expected an integer ≥ 1, or a list of 2",
     "MODEL.SWIN.NUM_HEADS [3,6,12]": "has 3 stages, MODEL.SWIN.DEPTHS 4",
     "MODEL.SWIN.NUM_HEADS [5,6,12,24]": "the 96 channels of stage 0 do not divide by 5",
@@ -191,7 +217,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("options", "message"), MISTAKES.items(), ids=MISTAKES.keys())
 def test_mistake_in_opts(options, message):
     with pytest.raises(ConfigError) as caught:
-        load_config(config_file("pola_swin_t"), options.split())
+        check(load_config(config_file("pola_swin_t"), options.split()))
     assert message in str(caught.value)
 
 
@@ -206,7 +232,7 @@ FILES = {
     "BASE: [1.5, [2]]\n": "own.yaml: BASE is [1.5, [2]], expected a list of one or more",
     "BASE: [own.yaml]\n": "BASE files include each other",
     "BASE: [absent.yaml]\n": "absent.yaml does not exist",
-    "MODEL: {NAME: mine}\n": "MODEL.TYPE 'swin' is unknown, expected one of pola_swin",
+    "MODEL: {NAME: mine}\n": "MODEL.TYPE 'swin' is unknown, expected one of lra, pola_pvt_large",
 }
 
 
@@ -215,7 +241,7 @@ def test_mistake_in_a_file(text, message, tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        load_config(str(path))
+        check(load_config(str(path)))
     assert message in str(caught.value)
 
 
@@ -262,14 +288,14 @@ def test_mistake_on_the_command_line_is_one_line_without_heavy_imports(arguments
     ],
 )
 def test_global_batch_decides_what_each_process_takes(options, world, expected):
-    plan = batch_plan(load_config(config_file("pola_swin_t"), options.split()), world)
+    plan = make_plan(load_config(config_file("pola_swin_t"), options.split()), world)
     assert (plan.per_process, plan.accumulation, plan.global_batch) == expected
 
 
 def test_a_global_batch_that_does_not_divide_is_refused():
     config = load_config(config_file("pola_swin_t"), ["TRAIN.GLOBAL_BATCH", "1024"])
     with pytest.raises(ConfigError, match="1024 does not divide by 3 processes; the nearest that does is 1023"):
-        batch_plan(config, 3)
+        make_plan(config, 3)
     with pytest.raises(ConfigError, match="TRAIN.GLOBAL_BATCH decides the accumulation"):
         load_config(config_file("pola_swin_t"), "TRAIN.GLOBAL_BATCH 64 TRAIN.ACCUMULATION_STEPS 2".split())
 

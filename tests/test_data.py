@@ -19,15 +19,14 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from torchvision import transforms
 
-import data
-from config import load_config
+from config import image_size, load_config, make_plan
 from data.datasets import TrainDataset
-from data.loaders import DataError, build_loaders
+from data.loaders import DataError, Loaders, build_loaders
 from data.samplers import Draw, EvalSampler, TrainSampler
 from data.sources.base import UnreadableImage
 from data.sources.bundled import DigitsSource
 from data.sources.zip import ZipSource, warm_page_cache
-from data.transforms import Normalise, TrainBatch, evaluation_transform, training_transform
+from data.transforms import Normalise, TrainBatch, _augment_operations, evaluation_transform, training_transform
 
 
 @pytest.fixture
@@ -42,9 +41,10 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def loaders(root: Path, *options: str, train: bool = True) -> data.Loaders:
+def loaders(root: Path, *options: str, train: bool = True) -> Loaders:
     fixed = f"DATA.DATA_PATH {root} DATA.IMG_SIZE 64 DATA.BATCH_SIZE 4 DATA.NUM_WORKERS 0".split()
-    return build_loaders(load_config(config_file("pola_swin_t"), [*fixed, *options]), train=train)
+    config = load_config(config_file("pola_swin_t"), [*fixed, *options])
+    return build_loaders(config, make_plan(config), train=train)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,8 +117,9 @@ def test_bad_layout_is_explained(folder, spoil, message):
 
 
 def test_settings_that_cannot_work_are_explained(folder):
+    config = load_config(config_file("pola_swin_t"))
     with pytest.raises(DataError, match="--data-path names the folder"):
-        build_loaders(load_config(config_file("pola_swin_t")))
+        build_loaders(config, make_plan(config))
     with pytest.raises(DataError, match=r"24 training images on 1 processes are less than one step of 1 × 32 images"):
         loaders(folder, "DATA.BATCH_SIZE", "32")
     with pytest.raises(DataError, match="deliver 3 channels, MODEL.SWIN.IN_CHANS is 1"):
@@ -332,7 +333,7 @@ def test_digits_split_is_fixed_stratified_and_complete():
 def test_evaluation_transform_is_that_of_the_released_models(size, crop, name):
     golden = np.load(REFERENCE / "eval_transform.npz")
     config = load_config(config_file("pola_swin_t"), ["DATA.IMG_SIZE", str(size), "TEST.CROP", str(crop)])
-    transform = evaluation_transform(config)
+    transform = evaluation_transform(config, image_size(config))
     samples = load_sample_images()
     for file, pixels in zip(samples.filenames, samples.images, strict=True):
         image = f"{Path(file).stem}_{name}"
@@ -347,8 +348,8 @@ def test_evaluation_transform_is_that_of_the_released_models(size, crop, name):
 
 def test_evaluation_can_keep_the_aspect_ratio():
     photograph = Image.fromarray(load_sample_images().images[0])  # 427×640
-    shorter = evaluation_transform(load_config(config_file("pola_swin_t"), ["TEST.RESIZE", "shorter"]))
-    squash = evaluation_transform(load_config(config_file("pola_swin_t")))
+    shorter = evaluation_transform(load_config(config_file("pola_swin_t"), ["TEST.RESIZE", "shorter"]), (224, 224))
+    squash = evaluation_transform(load_config(config_file("pola_swin_t")), (224, 224))
     bicubic = transforms.InterpolationMode.BICUBIC
     expected = transforms.Compose(
         [transforms.Resize(256, bicubic), transforms.CenterCrop(224), transforms.PILToTensor()]
@@ -357,7 +358,7 @@ def test_evaluation_can_keep_the_aspect_ratio():
         assert torch.equal(shorter(image), expected(image))
     assert (squash(photograph).float() - expected(photograph).float()).abs().mean() > 10
     wide = evaluation_transform(
-        load_config(config_file("pola_swin_t"), ["TEST.RESIZE", "shorter", "DATA.IMG_SIZE", "[64,224]"])
+        load_config(config_file("pola_swin_t"), ["TEST.RESIZE", "shorter", "DATA.IMG_SIZE", "[64,224]"]), (64, 224)
     )
     assert wide(photograph).shape == (3, 64, 224)
 
@@ -366,17 +367,23 @@ def test_non_square_and_small_sizes():
     image = Image.fromarray(load_sample_images().images[0])
     for option, shape in (("[64,96]", (3, 64, 96)), ("128", (3, 128, 128))):
         config = load_config(config_file("pola_swin_t"), ["DATA.IMG_SIZE", option])
-        assert evaluation_transform(config)(image).shape == training_transform(config)(image).shape == shape
+        assert (
+            evaluation_transform(config, image_size(config))(image).shape
+            == training_transform(config, image_size(config))(image).shape
+            == shape
+        )
     config = load_config(config_file("pola_swin_t"), ["DATA.IMG_SIZE", "32", "AUG.AUTO_AUGMENT", "none"])
     small = image.resize((32, 32))
-    assert torch.equal(evaluation_transform(config)(small), torch.from_numpy(np.array(small)).permute(2, 0, 1))
-    assert training_transform(config)(small).shape == (3, 32, 32)
+    assert torch.equal(
+        evaluation_transform(config, image_size(config))(small), torch.from_numpy(np.array(small)).permute(2, 0, 1)
+    )
+    assert training_transform(config, image_size(config))(small).shape == (3, 32, 32)
 
 
 def test_policy_survives_20_000_draws():
     """timm's policy asks for posterize with 0 bits now and then, which Pillow 13 refuses."""
     config = load_config(config_file("pola_swin_t"), ["DATA.IMG_SIZE", "32"])
-    policy = training_transform(config).transforms[2]
+    policy = training_transform(config, image_size(config)).transforms[2]
     assert type(policy).__name__ == "RandAugment"
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     random.seed(0), np.random.seed(0)
@@ -390,8 +397,8 @@ def test_policy_survives_20_000_draws():
 )
 def test_every_policy_renders_zero_bits_as_black(policy, posterizing):
     config = load_config(config_file("pola_swin_t"), ["AUG.AUTO_AUGMENT", policy])
-    steps = training_transform(config).transforms
-    found = [op for op in data.transforms._augment_operations(list(steps)) if op.name.startswith("Posterize")]
+    steps = training_transform(config, image_size(config)).transforms
+    found = [op for op in _augment_operations(list(steps)) if op.name.startswith("Posterize")]
     assert len(found) == posterizing
     image = Image.new("RGB", (4, 4), (200, 100, 50))
     for operation in found:
@@ -489,7 +496,9 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(folder):
 
 def test_drawing_in_the_main_process_leaves_its_generators_alone():
     config = load_config(config_file("pola_swin_t"), ["DATA.IMG_SIZE", "32"])
-    dataset = TrainDataset(DigitsSource("val", (32, 32)), training_transform(config), seed=0, max_unreadable=0)
+    dataset = TrainDataset(
+        DigitsSource("val", (32, 32)), training_transform(config, image_size(config)), seed=0, max_unreadable=0
+    )
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     expected = random.random(), np.random.rand(), torch.rand(1)
     random.seed(5), np.random.seed(5), torch.manual_seed(5)

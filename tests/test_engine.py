@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import engine.epoch
-from config import load_config
+from config import load_config, make_plan
 from data.datasets import Sample
 from data.loaders import Batches, _collate, build_loaders
 from data.transforms import Normalise
@@ -22,8 +22,8 @@ from engine.epoch import train_one_epoch
 from engine.evaluation import evaluate
 from engine.non_finite import FiniteGuard, NonFiniteError
 from engine.throughput import throughput
+from engine.training import Interval, build_training
 from logger import MetricsWriter, read_metrics
-from main import build_training
 from models import build_model
 from utils.metrics import AccuracyCounter
 from utils.precision import autocast_dtype, exact_float32
@@ -41,9 +41,9 @@ def start(tmp_path):
     def build(options: str = ""):
         config = load_config(str(path), options.split())
         seed_everything(config.SEED)
-        loaders = build_loaders(config)
+        loaders = build_loaders(config, make_plan(config))
         model = build_model(config, loaders.num_classes)
-        return config, build_training(config, model, loaders, CPU), loaders
+        return config, build_training(config, make_plan(config), model, loaders, CPU), loaders
 
     return build
 
@@ -246,7 +246,7 @@ def test_the_guard_reads_nothing_back_per_step(start, monkeypatch):
     def forbidden(self, *arguments):
         raise AssertionError("a tensor was read by the host during a step")
 
-    stream, guard, interval = iter(batches), FiniteGuard(training), engine.Interval(CPU)
+    stream, guard, interval = iter(batches), FiniteGuard(training), Interval(CPU)
     for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, forbidden)
     # what torch itself does to CPU scalars inside the fused optimizer is not ours to see: only the step around it
@@ -356,16 +356,16 @@ def test_throughput_honours_batch_size_image_size_and_precision(start):
     config, training, _ = start("DATA.BATCH_SIZE 3")
     seen = []
     training.bare_model.register_forward_hook(lambda m, args, out: seen.append((args[0].shape, out.dtype)))
-    result = throughput(config, training.bare_model, CPU, torch.bfloat16, warmup=1, batches=4)
+    result = throughput(config.DATA.BATCH_SIZE, training.bare_model, CPU, torch.bfloat16, warmup=1, batches=4)
     assert seen == [((3, 3, 32, 32), torch.bfloat16)] * 5
     assert result.batches == 4 and 0 < result.low <= result.median <= result.high
 
 
 def test_amp_dtype(start):
     config, _, _ = start()
-    assert autocast_dtype(config, CPU) == torch.bfloat16
+    assert autocast_dtype(config.AMP_DTYPE, CPU) == torch.bfloat16
     config, _, _ = start("AMP_DTYPE float16")
-    assert autocast_dtype(config, CPU) == torch.float16
+    assert autocast_dtype(config.AMP_DTYPE, CPU) == torch.float16
 
 
 def test_generator_states_survive_a_checkpoint(tmp_path):

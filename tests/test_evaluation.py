@@ -23,7 +23,8 @@ from conftest import (
 from PIL import Image
 
 import main
-from config import load_config, run_folder
+from config import load_config, make_plan
+from engine.published import run_evaluation
 from logger import read_metrics
 from models import build_model
 from models.files import CheckpointError, load_checkpoint
@@ -45,8 +46,8 @@ def released_result(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("out"))
     options = [*RELEASED_OPTIONS, "OUTPUT", folder, "EVAL_MODE", "True", "MODEL.RESUME", str(RELEASED)]
     config = load_config(config_file("pola_swin_t"), options)
-    result = main.run_evaluation(config, torch.device("cpu"))
-    return result.images, f"{result.top1:.3f}", f"{result.top5:.3f}", f"{result.loss:.4f}", run_folder(config)
+    result = run_evaluation(config, make_plan(config), torch.device("cpu"))
+    return result.images, f"{result.top1:.3f}", f"{result.top5:.3f}", f"{result.loss:.4f}", make_plan(config).folder
 
 
 @pytest.mark.parametrize("launch", LAUNCHERS.values(), ids=LAUNCHERS.keys())

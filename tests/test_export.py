@@ -21,12 +21,12 @@ from timm.data import create_transform, resolve_data_config
 from torch.hub import HASH_REGEX, load_state_dict_from_url
 
 import tools.export
-from config import load_config
+from config import image_size, load_config
 from data.transforms import Normalise, evaluation_transform
 from models import build_model
 from models.files import load_checkpoint
-from models.loading import load_model
-from tools.export import deviation_from_eager, main, open_source
+from tools.checkpoints import load_model
+from tools.export import deviation_from_eager, main, open_exportable
 from tools.hub_folder import ARCHITECTURES, architecture_of, hub_config
 from utils.checkpoints.writing import save_checkpoint
 from utils.files import file_digest
@@ -149,7 +149,7 @@ def test_averaged_weights_are_exported_by_option(checkpoint, tmp_path):
 )
 def test_other_kinds_of_attention_are_traced_as_they_compute(tmp_path, kind):
     options = f"{SMALL} MODEL.LA.ATTENTION {kind} MODEL.SWIN.DEPTHS [1,1] MODEL.LA.GATE {kind != 'elu'}"
-    source = open_source(write_checkpoint(tmp_path / "model.pth", options))
+    source = open_exportable(write_checkpoint(tmp_path / "model.pth", options))
     assert deviation_from_eager(source, source.program.module()).relative < 1e-5
 
 
@@ -182,7 +182,7 @@ def test_a_hub_folder_names_the_evaluation_transform(options):
     transform = create_transform(**resolve_data_config(described))
     noise = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    expected = Normalise(torch.device("cpu"))(evaluation_transform(config)(image)[None])[0]
+    expected = Normalise(torch.device("cpu"))(evaluation_transform(config, image_size(config))(image)[None])[0]
     assert torch.allclose(transform(image), expected, atol=1e-5)
 
 
@@ -272,7 +272,7 @@ def refusal(capsys, *arguments):
         ),
         (["--format", "onnx", "--opset", "12"], "'12' is not supported: expected 18 to 23"),
         (["--format", "onnx", "--opset", "99"], "'99' is not supported: expected 18 to 23"),
-        (["--format", "onnx", "--tolerance", "much"], "'much': expected a number from 0 to 1"),
+        (["--format", "onnx", "--tolerance", "much"], "'much' is not a number from 0 to below 1"),
         ([], "nothing to write: --format takes onnx, torch-export, safetensors, hub, or add --release"),
         (["--release", "--name", "a-b"], "--name 'a-b': expected letters, digits and underscores"),
         (["--release", "--opts", "MODEL.LA.ALPHA", "3"], "--opts belongs to --cfg"),

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from conftest import config_file
 
-from config import load_config
-from data.check import check
+from config import load_config, make_plan
+from data.builders import builder_of
+from data.findings import Report
 from data.loaders import build_loaders
 from data.sources.base import DataError, FractionSource
 from data.sources.bundled import FASHION_MNIST_FILES, DigitsSource, FashionMnistSource, read_idx
@@ -68,7 +69,7 @@ def test_torchvision_s_layout_without_compression_is_read_too(folder):
 
 
 def test_loaders_deliver_three_channels_of_the_size_and_the_class_names(folder):
-    loaders = build_loaders(config(folder))
+    loaders = build_loaders(config(folder), make_plan(config(folder)))
     assert (loaders.train.num_images, loaders.val.num_images, loaders.num_classes) == (40, 20, 10)
     assert "Sandal" in loaders.classes
     images, labels = next(iter(loaders.val))
@@ -77,8 +78,9 @@ def test_loaders_deliver_three_channels_of_the_size_and_the_class_names(folder):
 
 
 def test_absent_files_are_answered_with_how_to_get_them(tmp_path):
+    absent = config(tmp_path)
     with pytest.raises(DataError) as error:
-        build_loaders(config(tmp_path))
+        build_loaders(absent, make_plan(absent))
     message = str(error.value)
     assert str(tmp_path) in message and "apt install dataset-fashion-mnist" in message and "--data-path" in message
     for pair in FASHION_MNIST_FILES.values():
@@ -106,7 +108,8 @@ def test_a_damaged_file_is_named(folder, content, problem):
     (folder / f"{LABELS}.gz").write_bytes(content)
     with pytest.raises(DataError, match=f"{LABELS}.gz.*{problem}|{problem}.*{LABELS}.gz"):
         FashionMnistSource(folder, "train", SIZE)
-    report = check(config(folder))
+    report = Report()
+    builder_of(config(folder)).check(config(folder), report)
     assert len(report.findings) == 1 and problem in report.findings[0].text
 
 
@@ -131,5 +134,5 @@ def test_a_fraction_is_the_first_images_of_every_class():
 
 
 def test_the_fraction_shortens_training_and_not_validation(folder):
-    loaders = build_loaders(config(folder, "DATA.TRAIN_FRACTION", "0.5"))
+    loaders = build_loaders(half := config(folder, "DATA.TRAIN_FRACTION", "0.5"), make_plan(half))
     assert (loaders.train.num_images, loaders.val.num_images) == (20, 20)

@@ -13,9 +13,11 @@ from conftest import OFFICIAL, REFERENCE, config_file, fill_with_recipe, largest
 
 from config import load_config
 from models import build_model
-from models.attention import PolaReductionAttention, PolaWindowAttention, SpatialReductionAttention, WindowAttention
+from models.attention import PolaReductionAttention, PolaWindowAttention
 from models.files import load_checkpoint
 from models.loading import load_weights
+from models.options import AttentionOptions
+from models.softmax_attention import SpatialReductionAttention, WindowAttention
 
 # Parameters that Pola-PVT's released forward pass never used.
 UNUSED = {"norm.weight", "norm.bias"}
@@ -80,7 +82,10 @@ def _module_of(meta: dict) -> torch.nn.Module:
         if meta["kind"] == "softmax":
             return WindowAttention(meta["dim"], meta["num_heads"], window)
         return PolaWindowAttention(
-            meta["dim"], meta["num_heads"], window, alpha=meta["alpha"], kernel_size=meta["kernel_size"]
+            meta["dim"],
+            meta["num_heads"],
+            window,
+            AttentionOptions(alpha=meta["alpha"], kernel_size=meta["kernel_size"]),
         )
     if meta["kind"] == "softmax":
         return SpatialReductionAttention(meta["dim"], meta["num_heads"], sr_ratio=meta["sr_ratio"])
@@ -88,9 +93,8 @@ def _module_of(meta: dict) -> torch.nn.Module:
         meta["dim"],
         meta["num_heads"],
         (meta["H"], meta["W"]),
+        AttentionOptions(alpha=meta["alpha"], kernel_size=meta["kernel_size"]),
         sr_ratio=meta["sr_ratio"],
-        alpha=meta["alpha"],
-        kernel_size=meta["kernel_size"],
     )
 
 

@@ -15,16 +15,17 @@ from test_resume import EVERYTHING, assert_same_run
 
 import engine.epoch
 import main
-from config import load_config
+from config import load_config, make_plan
 from data.loaders import build_loaders
 from engine.epoch import train_one_epoch
 from engine.evaluation import evaluate
 from engine.non_finite import FiniteGuard, NonFiniteError
+from engine.training import Interval, build_training, place
 from logger import MetricsWriter, read_metrics
-from main import build_training, place
 from models import build_model
 from models.ops.polarity_attention import choose_backend
 from utils.faults.preemption import Preempted
+from utils.precision import exact_float32
 from utils.randomness import seed_everything
 
 pytestmark = [
@@ -36,17 +37,17 @@ pytestmark = [
 def _training(tiny, options: str = ""):
     config = load_config(str(tiny), options.split())
     seed_everything(config.SEED)
-    loaders = build_loaders(config)
+    loaders = build_loaders(config, make_plan(config))
     device = torch.device("cuda", 0)
     model = place(build_model(config, loaders.num_classes), device)
-    return config, build_training(config, model, loaders, device), loaders
+    return config, build_training(config, make_plan(config), model, loaders, device), loaders
 
 
 @pytest.mark.parametrize("name", ["pola_swin_t", "pola_pvt_t"])
 def test_float32_logits_equal_those_of_the_cpu(name):
     model = fill_with_recipe(build_model(load_config(config_file(name)))).eval()
     images = recipe_input(224)
-    with torch.inference_mode(), engine.exact_float32():
+    with torch.inference_mode(), exact_float32():
         expected = model.double()(images.double())
         logits = model.float().cuda()(images.cuda())
     assert (logits.cpu() - expected).abs().max() < 5e-5
@@ -56,7 +57,7 @@ def test_float32_logits_equal_those_of_the_cpu(name):
 def test_a_step_never_waits_for_the_device(tiny, options):
     """CUDA itself raises on any synchronisation between log lines."""
     _, training, loaders = _training(tiny, f"{options} EMA.ENABLE True DATA.PIN_MEMORY True")
-    stream, guard, interval = iter(loaders.train), FiniteGuard(training), engine.Interval(training.device)
+    stream, guard, interval = iter(loaders.train), FiniteGuard(training), Interval(training.device)
     engine.epoch._optimizer_step(training, stream, guard, interval, 0)  # lazy initialisation may wait
     torch.cuda.set_sync_debug_mode("error")
     try:

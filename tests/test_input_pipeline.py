@@ -23,12 +23,12 @@ from sklearn.datasets import load_sample_images
 from timm.data import create_transform
 from torchvision.datasets import ImageFolder
 
-import data
+import data.loaders
 import data.sources.base
 import data.sources.folder
 from benchmarks.input_pipeline import IMAGENET, make_zip
-from config import load_config
-from data.datasets import SampleRandomness, TrainDataset
+from config import image_size, load_config, make_plan
+from data.datasets import Sample, SampleRandomness, TrainDataset
 from data.loaders import DataError, build_loaders
 from data.samplers import Draw
 from data.sources.base import UnreadableImage, decode, decode_fast
@@ -64,9 +64,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def loaders(root: Path, *options: str, train: bool = True) -> data.Loaders:
+def loaders(root: Path, *options: str, train: bool = True) -> data.loaders.Loaders:
     fixed = f"DATA.DATA_PATH {root} DATA.IMG_SIZE 64 DATA.BATCH_SIZE 4 DATA.NUM_WORKERS 0".split()
-    return build_loaders(load_config(config_file("pola_swin_t"), [*fixed, *options]), train=train)
+    config = load_config(config_file("pola_swin_t"), [*fixed, *options])
+    return build_loaders(config, make_plan(config), train=train)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ def test_truncated_image_is_named_and_replaced(folder, workers, caplog):
 
 def both_transforms(*options: str) -> list:
     return [
-        training_transform(load_config(config_file("pola_swin_t"), ["DATA.DECODER", decoder, *options]))
+        training_transform(load_config(config_file("pola_swin_t"), ["DATA.DECODER", decoder, *options]), (224, 224))
         for decoder in ("pillow", "simplejpeg")
     ]
 
@@ -256,10 +257,11 @@ def test_small_images_are_the_same_with_both_decoders(tmp_path):
 
 def test_bundled_digits_work_with_either_decoder():
     exact, fast = (
-        build_loaders(
+        build_loaders(config, make_plan(config)).train
+        for config in (
             load_config(config_file("quickstart"), f"DATA.DECODER {decoder} DATA.NUM_WORKERS 0".split())
-        ).train
-        for decoder in ("pillow", "simplejpeg")
+            for decoder in ("pillow", "simplejpeg")
+        )
     )
     assert torch.equal(next(iter(fast))[0], next(iter(exact))[0])
 
@@ -276,7 +278,7 @@ def test_pillow_pixels_are_those_of_timms_recipe():
         interpolation="bicubic",
     )
     repair_posterize(recipe.transforms)
-    ours = training_transform(config)
+    ours = training_transform(config, image_size(config))
     for position in range(30):
         with SampleRandomness(0, Draw(0, position)):
             expected = torch.as_tensor(recipe(PHOTOGRAPH))
@@ -313,10 +315,10 @@ def test_workers_write_batches_into_shared_memory_once(folder, decoder):
 
 def test_a_worker_collates_into_memory_that_is_shared_already(monkeypatch):
     """Otherwise the batch would be copied there when it is sent."""
-    samples = [data.Sample(pixels(PHOTOGRAPH), 0)] * 2
-    assert not data._collate(samples)[0].is_shared()
+    samples = [Sample(pixels(PHOTOGRAPH), 0)] * 2
+    assert not data.loaders._collate(samples)[0].is_shared()
     monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: object())
-    assert data._collate(samples)[0].is_shared()
+    assert data.loaders._collate(samples)[0].is_shared()
 
 
 def test_loader_keys_reach_the_loaders(folder):
@@ -346,7 +348,9 @@ def test_validation_workers_are_started_once(folder):
 
 def test_a_batch_equals_its_samples_one_by_one_and_keeps_the_generators(folder):
     config = load_config(config_file("pola_swin_t"), ["DATA.IMG_SIZE", "64"])
-    dataset = TrainDataset(FolderSource(folder / "train"), training_transform(config), seed=0, max_unreadable=0)
+    dataset = TrainDataset(
+        FolderSource(folder / "train"), training_transform(config, image_size(config)), seed=0, max_unreadable=0
+    )
     draws = [Draw(1, position) for position in (3, 0, 7)]
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     before = generator_states()

@@ -11,7 +11,7 @@ from conftest import config_file, folder_of, run
 from test_resume import assert_same_run
 from timm.optim import param_groups_layer_decay
 
-from config import load_config
+from config import load_config, make_plan
 from lr_scheduler import build_scheduler
 from models import build_model
 from models.files import CheckpointError, load_checkpoint
@@ -72,7 +72,7 @@ def test_schedule_multiplies_its_rate_by_the_factor_of_each_layer(schedule):
         config = _config("pola_swin_t", f"{options} TRAIN.LAYER_DECAY {decay}")
         model = build_model(config)
         optimizer = build_optimizer(config, model, lr_scale=2.0)
-        scheduler = build_scheduler(config, optimizer, 5, lr_scale=2.0)
+        scheduler = build_scheduler(config, make_plan(config), optimizer, 5, lr_scale=2.0)
         names = _names(model, optimizer)
         seen = []
         for step in range(45):

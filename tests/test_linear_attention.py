@@ -15,11 +15,22 @@ from torch.nn import functional as F
 from config import load_config
 from models import build_model
 from models.attention import PolaReductionAttention, PolaWindowAttention
-from models.inspection import inspect_step
-from models.maps import record
-from models.ops.linear_attention import KINDS, kernel_attention
+from models.attention_maps import record
+from models.diagnostics import inspect_step
+from models.kernels import kernel_of
+from models.ops.linear_attention import linear_attention
+from models.options import AttentionOptions
 
-LINEAR = [kind for kind in KINDS if kind != "softmax"]
+KINDS = ("softmax", "relu", "elu", "focused")
+
+
+def kernel_attention(kind, q, k, v, *, scale=None, position=None, key_mask=None):
+    """A kernel by itself on (B, N, h, d), with this scale in place of a learned one."""
+    h, d = q.shape[2:]
+    kernel = kernel_of(kind)(h * d, h, AttentionOptions(attention=kind, learn_scale=False))
+    kernel.divisor = lambda: None if scale is None else scale.flatten()
+    position = None if position is None else position.flatten(1)
+    return kernel(q.flatten(2), k.flatten(2), v.flatten(2), position=position, key_mask=key_mask).unflatten(-1, (h, d))
 
 
 def _inputs(B=2, N=9, n=7, h=2, d=5, dtype=torch.float64):
@@ -70,8 +81,8 @@ def test_equals_the_explicit_matrix_in_float64(kind, masked):
     inputs = _inputs()
     mask = _mask() if masked else None
     q, k, v, scale, position = inputs
-    out = kernel_attention(kind, q, k, v, scale=scale, position=position, key_mask=mask, eps=1e-3)
-    expected = _explicit(kind, *inputs, mask, 1e-3)
+    out = kernel_attention(kind, q, k, v, scale=scale, position=position, key_mask=mask)
+    expected = _explicit(kind, *inputs, mask, 1e-6)
     assert torch.allclose(out, expected, rtol=1e-12, atol=1e-13)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gradients = torch.autograd.grad(out, inputs, cotangent)
@@ -136,8 +147,18 @@ def test_focusing_keeps_the_norm_and_sharpens_the_direction():
 
 @pytest.mark.parametrize("kind", ["linear", ""])
 def test_an_unknown_kind_is_answered_with_the_valid_ones(kind):
-    with pytest.raises(ValueError, match=f"'{kind}' is no kind of attention, expected one of softmax, relu, elu, foc"):
-        kernel_attention(kind, *_inputs()[:3])
+    with pytest.raises(
+        ValueError, match=f"'{kind}' is unknown, expected one of .*relu, elu, focused, polarity, softmax"
+    ):
+        kernel_of(kind)
+
+
+def test_the_normaliser_s_epsilon_is_added_to_a_mean_over_keys():
+    q, k, v, _, _ = _inputs()
+    features = q.relu(), k.relu(), v
+    weights = torch.einsum("bihf,bjhf->bhij", *features[:2])
+    expected = torch.einsum("bhij,bjhd->bihd", weights / (weights.sum(-1, keepdim=True) + 0.1 * k.shape[1]), v)
+    assert torch.allclose(linear_attention(*features, eps=0.1), expected, rtol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,8 +197,8 @@ def test_every_parameter_of_every_alternative_gets_a_gradient(name, options):
 def test_a_kind_differs_from_polarity_by_the_kernel_alone(kind):
     """The same state dict without `power`, and the output that the explicit matrix gives in the kernel's place."""
     torch.manual_seed(0)
-    module = PolaWindowAttention(8, 2, (3, 3), kernel_size=3, attention=kind).double()
-    polarity = PolaWindowAttention(8, 2, (3, 3), kernel_size=3)
+    module = PolaWindowAttention(8, 2, (3, 3), AttentionOptions(kernel_size=3, attention=kind)).double()
+    polarity = PolaWindowAttention(8, 2, (3, 3), AttentionOptions(kernel_size=3))
     assert [name for name in polarity.state_dict() if name != "power"] == list(module.state_dict())
     with torch.no_grad():
         for parameter in module.parameters():
@@ -192,7 +213,9 @@ def test_a_kind_differs_from_polarity_by_the_kernel_alone(kind):
 
 def test_without_a_gate_the_projection_is_smaller_and_the_output_ungated():
     torch.manual_seed(0)
-    gated, plain = (PolaReductionAttention(8, 2, (4, 4), kernel_size=3, gate=gate) for gate in (True, False))
+    gated, plain = (
+        PolaReductionAttention(8, 2, (4, 4), AttentionOptions(kernel_size=3, gate=gate)) for gate in (True, False)
+    )
     state = gated.state_dict()
     state["qg.weight"], state["qg.bias"] = state["qg.weight"][:8], state["qg.bias"][:8]
     plain.load_state_dict(state)
@@ -238,5 +261,7 @@ def test_the_report_on_a_step_covers_models_with_other_kinds(options):
     before = copy.deepcopy(model.state_dict())
     report = inspect_step(model, lambda: model(torch.randn(1, 3, 32, 32)).sum().backward())
     assert report["first_module_not_finite"] is None and json.dumps(report)
-    assert bool(report["polarity_attention"]) == (options == "MODEL.LA.LEARN_EXPONENT False")
+    (seen, *_) = report["attention"].values()
+    own = {"exponent", "normaliser_same", "normaliser_opposite"} if "EXPONENT" in options else {"normaliser_elu"}
+    assert seen.keys() == {"scale", *own}
     assert model.state_dict().keys() == before.keys()

@@ -18,11 +18,11 @@ if __name__ == "__main__":
 
 from conftest import fill_with_recipe
 
-from config import load_config
+from config import load_config, make_plan
 from data.loaders import build_loaders
 from engine.epoch import train_one_epoch
+from engine.training import build_training
 from logger import MetricsWriter, read_metrics
-from main import build_training
 from models import build_model
 from utils.randomness import seed_everything
 
@@ -34,10 +34,10 @@ STEPS = 30
 def loss_curve(folder: Path) -> list[float]:
     """Losses of the first steps of one process, weights and arithmetic in float64."""
     config = load_config(str(ROOT / "configs" / "quickstart.yaml"), ["PRINT_FREQ", "1"])
-    loaders = build_loaders(config)
+    loaders = build_loaders(config, make_plan(config))
     model = fill_with_recipe(build_model(config, loaders.num_classes)).double()
     seed_everything(config.SEED)
-    training = build_training(config, model, loaders, torch.device("cpu"))
+    training = build_training(config, make_plan(config), model, loaders, torch.device("cpu"))
     training.steps_per_epoch = STEPS
     train_one_epoch(config, training, loaders.train, 0, MetricsWriter(folder))
     return [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]

@@ -18,18 +18,20 @@ from test_resume import assert_same_run
 from torch.nn import functional as F
 
 import engine.epoch
-from config import ConfigError, load_config
+from config import ConfigError, load_config, make_plan
 from data.loaders import build_loaders
 from data.samplers import TrainSampler
 from data.sources.base import DataError
 from data.sources.token_cache import open_cache
 from logger import read_metrics
 from lr_scheduler import build_scheduler
+from main import check
 from models import build_model
 from models.attention import PolaSequenceAttention
+from models.diagnostics import inspect_step
 from models.files import CheckpointError, load_checkpoint
-from models.inspection import inspect_step
-from models.loading import load_model
+from models.options import AttentionOptions
+from tools.checkpoints import load_model
 from utils.checkpoints.naming import epoch_file
 from utils.faults.preemption import Preempted
 
@@ -47,7 +49,9 @@ def lra(task: str) -> Path:
 def attention(**options) -> PolaSequenceAttention:
     """With parameters that are not those of a fresh start, in float64."""
     torch.manual_seed(0)
-    module = PolaSequenceAttention(16, 2, **{"alpha": 3.0, **options}).double().eval()
+    module = (
+        PolaSequenceAttention(16, 2, AttentionOptions(**{"alpha": 3.0, "kernel_size": 0, **options})).double().eval()
+    )
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))
@@ -146,7 +150,7 @@ def test_polarity_attention_equals_its_explicit_matrix(gate, learn_scale):
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_gradients_are_finite_for_exponents_up_to_8_under_float16_autocast(backend):
     torch.manual_seed(0)
-    module = PolaSequenceAttention(32, 2, alpha=7.0, backend=backend).to(DEVICE)
+    module = PolaSequenceAttention(32, 2, AttentionOptions(kernel_size=0, alpha=7.0, backend=backend)).to(DEVICE)
     with torch.no_grad():
         module.power.fill_(8.0)  # p = 7.998
         module.qkvg.weight.mul_(6.0)
@@ -214,7 +218,7 @@ def test_a_step_that_is_not_finite_can_be_inspected():
     ids = torch.randint(1, 16, (2, 20))
     ids[:, 15:] = 0
     seen = inspect_step(model, lambda: model(ids).sum().backward())
-    records = [record for name, record in seen["polarity_attention"].items() if name.endswith("attn")]
+    records = [record for name, record in seen["attention"].items() if name.endswith("attn")]
     assert len(records) == 2 and all(record["exponent"] == [3.0, 3.0] for record in records)
     assert all(record["normaliser_same"][1] > 0 for record in records)
     assert not any("mix" in vars(module) for module in model.modules())
@@ -232,7 +236,7 @@ def test_one_cycle_is_torch_s(total, warmup):
     config = load_config(str(lra("listops")), options)
     parameter = torch.nn.Parameter(torch.zeros(1))
     ours, theirs = (torch.optim.AdamW([parameter], lr=1e-3) for _ in range(2))
-    schedule = build_scheduler(config, ours, total // 5)
+    schedule = build_scheduler(config, make_plan(config), ours, total // 5)
     reference = torch.optim.lr_scheduler.OneCycleLR(
         theirs, 1e-3, total_steps=total, pct_start=warmup / total, anneal_strategy="linear"
     )
@@ -281,7 +285,7 @@ def test_epochs_of_so_many_steps_are_one_sequence_of_whole_passes(world_size):
 
 def loaders_of(task: str, root: Path, options: str = "", **arguments):
     config = load_config(str(lra(task)), [*SMALL.split(), "DATA.DATA_PATH", str(root), *options.split()])
-    return build_loaders(config, **arguments)
+    return build_loaders(config, make_plan(config), **arguments)
 
 
 def test_ids_are_symbols_shifted_and_filled_up(tmp_path):
@@ -362,14 +366,15 @@ def test_a_cache_that_does_not_fit_the_configuration_is_refused(tmp_path, option
 
 
 def test_without_a_data_path_the_error_says_how_to_make_one():
+    config = load_config(str(lra("listops")))
     with pytest.raises(DataError, match=r"`python tools/prepare_lra.py listops --out DIR` wrote"):
-        build_loaders(load_config(str(lra("listops"))))
+        build_loaders(config, make_plan(config))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("DATA.DATASET digits", "MODEL.TYPE lra and DATA.DATASET digits: a model of sequences"),
+        ("DATA.DATASET digits", "MODEL.TYPE lra reads tokens, and DATA.DATASET digits has images"),
         ("TRAIN.STEPS 1100 TRAIN.EVAL_STEPS 500", "TRAIN.EVAL_STEPS 500 does not divide TRAIN.STEPS 1100; 1000 steps"),
         ("MODEL.LRA.NUM_HEADS 3", "MODEL.LRA.DIM 64 does not divide by MODEL.LRA.NUM_HEADS 3"),
         ("MODEL.LRA.KERNEL_SIZE 4", "expected 0 or an odd number"),
@@ -381,7 +386,7 @@ def test_without_a_data_path_the_error_says_how_to_make_one():
 )
 def test_a_mistake_in_the_configuration_is_named(options, message):
     with pytest.raises(ConfigError, match=message):
-        load_config(str(lra("listops")), options.split())
+        check(load_config(str(lra("listops")), options.split()))
 
 
 def test_tools_for_images_refuse_a_model_of_sequences(tmp_path):
@@ -456,7 +461,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
             return result
 
         with monkeypatch.context() as patched:
-            patched.setattr(engine, "_optimizer_step", counted)
+            patched.setattr(engine.epoch, "_optimizer_step", counted)
             with pytest.raises(Preempted):
                 run(lra("listops"), f"{options} TAG parts")
     run(lra("listops"), f"{options} TAG parts")

@@ -116,8 +116,8 @@ def test_how_far_a_run_is_and_that_it_is_the_one_asked_for(tmp_path, capsys):
     assert state() == "untrained" and runs.read_run(folder) is None  # as if it had been stopped before
 
 
-def finished(accuracy: float, **changed) -> runs.Run:
-    run = runs.Run(
+def finished(accuracy: float, **changed) -> runs.FinishedRun:
+    run = runs.FinishedRun(
         task="listops",
         preset="skyformer",
         attention="polarity, α = 3",

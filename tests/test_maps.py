@@ -13,11 +13,11 @@ from benchmarks import attention_maps
 from benchmarks.common import WrongResultError
 from data.transforms import Normalise
 from models.attention import PolaLinearAttention
-from models.maps import LayerRecord, MapError, attention_layers, record
-from models.ops.linear_attention import KINDS
+from models.attention_maps import LayerRecord, MapError, attention_layers, record
+from models.kernels import KERNELS
 from models.pola_pvt import PolaPVT
 from models.pola_swin import PolaSwin
-from tools.overlays import ground, last_polarity_layer, overlay, paint
+from tools.overlays import ground, last_linear_layer, overlay, paint
 
 SWIN = {"patch_size": 4, "embed_dim": 10, "num_heads": (1, 2, 2, 4), "kernel_size": 3, "num_classes": 3}
 PVT = {
@@ -50,7 +50,8 @@ MODELS = {
             sr_ratios=(1, 2, 1, 1),
             **PVT,
         )
-        for kind in KINDS
+        for kind in KERNELS
+        if kind != "polarity"
     },
     "swin, padded windows of focused attention": lambda: PolaSwin(
         img_size=(64, 32), depths=(1, 1, 1, 1), attn_type="LLSS", window_size=5, attention="focused", **SWIN
@@ -99,7 +100,7 @@ def _through_rows(layer: LayerRecord, module: nn.Module) -> Tensor:
     keys = layer.key_grid[0] * layer.key_grid[1]
     values = _unwindowed(layer.v.transpose(2, 3).flatten(3), layer.key_places, keys)
     values = values.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)  # (B, h, n, d)
-    if layer.kernel is None:
+    if layer.convolution is None:
         mixed = layer.rows(queries) @ values
         return module.proj(mixed.transpose(1, 2).flatten(2))
     mixed = torch.empty_like(values[:, :, :1]).repeat(1, 1, len(queries), 1)
@@ -144,7 +145,7 @@ def test_combined_map_with_the_depthwise_branch_is_the_mean_over_channels(name):
     for layer in record(model, _images(model, 1)).layers.values():
         last = layer.grid[0] * layer.grid[1] - 1
         queries = [0, last // 2, last]
-        if layer.kernel is None:
+        if layer.convolution is None:
             with pytest.raises(MapError, match="softmax map has no depthwise branch"):
                 layer.rows(queries, depthwise=True)
             continue
@@ -217,7 +218,7 @@ def test_maps_of_a_low_precision_run_are_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layers = record(model, torch.randn(1, 3, 32, 32)).layers
     for layer in layers.values():
-        rows = layer.rows([0], depthwise=layer.kernel is not None)
+        rows = layer.rows([0], depthwise=layer.convolution is not None)
         assert rows.dtype == torch.float32 and rows.isfinite().all()
 
 
@@ -253,7 +254,7 @@ def test_overlay_of_a_query_shows_the_mean_row_over_heads_of_the_patch_under_the
 @pytest.mark.parametrize("letters, layer", [("LLSS", "block2.0"), ("SSSS", "block4.0"), ("LLLL", "block4.0")])
 def test_overlay_takes_the_deepest_polarity_layer(letters, layer):
     model = PolaPVT(img_size=(64, 64), depths=(1, 1, 1, 1), attn_type=letters, **PVT)
-    assert last_polarity_layer(model) == layer
+    assert last_linear_layer(model) == layer
 
 
 def test_benchmark_times_no_rows_that_give_other_outputs_than_the_op(monkeypatch):

@@ -7,14 +7,16 @@ import pytest
 import torch
 from conftest import config_file, fill_with_recipe
 
-from config import IMAGE_MODELS, load_config
+from config import load_config
 from models import build_model
 from models.attention import PolaReductionAttention, PolaWindowAttention
 from models.files import CheckpointError
 from models.layers import drop_path_rates
 from models.loading import adapt_position_tables, load_pretrained
+from models.options import AttentionOptions
 from models.pola_pvt import PolaPVT
 from models.pola_swin import PolaSwin
+from models.registry import BODIES, IMAGES
 
 SMALL = "MODEL.NUM_CLASSES 7 DATA.IMG_SIZE 64 MODEL.SWIN.EMBED_DIM 12 MODEL.SWIN.NUM_HEADS [1,2,2,4]".split()
 
@@ -23,7 +25,7 @@ def small(type_name: str, *options: str) -> torch.nn.Module:
     return build_model(load_config(config_file("pola_swin_t"), ["MODEL.TYPE", type_name, *SMALL, *options]))
 
 
-@pytest.mark.parametrize("type_name", IMAGE_MODELS)
+@pytest.mark.parametrize("type_name", [name for name, body in BODIES.items() if body.reads == IMAGES])
 def test_every_parameter_receives_a_gradient(type_name):
     model = small(type_name, "MODEL.LA.ATTN_TYPE", "LLSS", "MODEL.DROP_PATH_RATE", "0")
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
@@ -106,22 +108,22 @@ def test_sizes_that_do_not_fit_are_refused_by_name():
         small("pola_swin")(torch.randn(1, 3, 96, 64))
     with pytest.raises(ValueError, match="built for 64×64 pixels and received 96×64"):
         small("pola_pvt_tiny")(torch.randn(1, 3, 96, 64))
-    with pytest.raises(ValueError, match="96×65 is not a multiple of 32"):
+    with pytest.raises(ValueError, match="96×65 does not fit PolaPVT: expected multiples of 32"):
         small("pola_pvt_tiny", "MODEL.LA.ATTN_TYPE", "SSSS")(torch.randn(1, 3, 96, 65))
-    with pytest.raises(ValueError, match="not a multiple of 32"):
+    with pytest.raises(ValueError, match="expected multiples of 32"):
         PolaSwin(img_size=(224, 220))
-    with pytest.raises(ValueError, match="not a multiple of 32"):
+    with pytest.raises(ValueError, match="expected multiples of 32"):
         PolaPVT(depths=(1, 1, 1, 1), img_size=(100, 224))
     with pytest.raises(ValueError, match="no M stages"):
         PolaPVT(depths=(1, 1, 1, 1), attn_type="MLLL2")
-    with pytest.raises(ValueError, match="KERNEL_SIZE 4"):
-        PolaWindowAttention(8, 2, (4, 4), kernel_size=4)
+    with pytest.raises(ValueError, match="MODEL.LA.KERNEL_SIZE is 4, expected an odd number"):
+        PolaWindowAttention(8, 2, (4, 4), AttentionOptions(kernel_size=4))
     with pytest.raises(ValueError, match="does not divide by the spatial reduction ratio 3"):
         PolaReductionAttention(8, 2, (4, 4), sr_ratio=3)
     config = load_config(config_file("pola_swin_t")).clone()
     config.defrost()
     config.MODEL.TYPE = "swin"
-    with pytest.raises(ValueError, match="MODEL.TYPE 'swin' is unknown, expected one of pola_swin"):
+    with pytest.raises(ValueError, match="MODEL.TYPE 'swin' is unknown, expected one of lra, pola_pvt_large"):
         build_model(config)
 
 

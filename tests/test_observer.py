@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from benchmarks.report import write_metrics
 from config import load_config
 from data.sources.bundled import DigitsSource
-from engine.observer import exponents
+from engine.monitoring import exponents
 from logger import get_logger, read_metrics
 from models import build_model
 from tools import report

@@ -15,8 +15,8 @@ from conftest import RELEASED, config_file, fill_with_recipe, run_tool
 from PIL import Image
 from timm.data import ImageNetInfo
 
-import main as training
-from config import load_config
+from config import load_config, make_plan
+from engine.published import run_evaluation
 from models import build_model
 from tools.predict import main
 from utils.checkpoints.writing import save_checkpoint
@@ -81,7 +81,8 @@ def test_predictions_are_those_of_the_evaluation(animals, capsys, tmp_path, opti
     ]
     evaluation = f"{SMALL} {options} EVAL_MODE True MODEL.RESUME {path} DATA.DATA_PATH {animals}"
     evaluation += f" OUTPUT {tmp_path}"
-    expected = training.run_evaluation(load_config(config_file("pola_swin_t"), evaluation.split()), torch.device("cpu"))
+    config = load_config(config_file("pola_swin_t"), evaluation.split())
+    expected = run_evaluation(config, make_plan(config), torch.device("cpu"))
     assert len(rows) == expected.images == 18
     hits = [sum(name in names[:k] for name, names in zip(truth, ranked, strict=True)) for k in (1, 5)]
     assert [100 * count / 18 for count in hits] == pytest.approx([expected.top1, expected.top5])
@@ -208,7 +209,7 @@ def test_unreadable_images_are_named_and_the_rest_goes_on(checkpoint, capsys, tm
     ("arguments", "expected"),
     [
         (["--format", "xml"], "invalid choice: 'xml'"),
-        (["--topk", "0"], "'0': expected an integer ≥ 1"),
+        (["--topk", "0"], "'0' is not a whole number from 1 on"),
         (["--device", "tpu"], "'tpu' cannot be used here: expected cpu"),
         (["--cfg", "nowhere.yaml"], "nowhere.yaml"),
         (["--opts", "TEST.CROP", "False"], "--opts belongs to --cfg"),

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 import engine.state
 import main
 import utils.predictions
-from config import load_config
+from config import load_config, make_plan
 from data.loaders import build_loaders
 from data.transforms import Normalise
 from logger import read_metrics
-from models.loading import load_model
+from tools.checkpoints import load_model
 from utils import distributed
 from utils.metrics import AccuracyCounter
 from utils.predictions import NOTHING, PredictionRecorder
@@ -93,7 +93,8 @@ def test_training_keeps_the_predictions_of_its_best_model(tiny, monkeypatch):
     assert [int(target[int(name.removeprefix("digits/"))]) for name in best["file"]] == best["label"].tolist()
     # the file it names says the same
     loaded = load_model(folder / str(best["checkpoint"]))
-    images, _ = next(iter(build_loaders(load_config(str(tiny)), train=False).val))
+    config = load_config(str(tiny))
+    images, _ = next(iter(build_loaders(config, make_plan(config), train=False).val))
     with torch.no_grad():
         probabilities = loaded.model(Normalise(CPU)(images)).softmax(1)
     values, classes = probabilities.sort(dim=1, descending=True, stable=True)

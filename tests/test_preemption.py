@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from utils import preemption
+from utils.faults import preemption
 from utils.faults.preemption import Agreement, Decision, PeersLostError, StopRequest
 
 SECONDS = timedelta(seconds=30)

@@ -23,7 +23,7 @@ from conftest import ROOT, config_file, jpeg
 from PIL import Image
 
 import tools.prepare_imagenet
-from config import load_config
+from config import load_config, make_plan
 from data.loaders import build_loaders
 from data.sources.base import DataError
 from tools.prepare_imagenet import Options, main, prepare, prepare_image
@@ -53,7 +53,8 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def loaders(root: Path, kind: str = "folder"):
     options = f"DATA.DATA_PATH {root} DATA.IMG_SIZE 32 DATA.BATCH_SIZE 2 DATA.NUM_WORKERS 0 DATA.FORMAT {kind}"
-    return build_loaders(load_config(config_file("pola_swin_t"), options.split()))
+    config = load_config(config_file("pola_swin_t"), options.split())
+    return build_loaders(config, make_plan(config))
 
 
 def started(function: Callable[[], object]) -> int:

@@ -17,8 +17,9 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+import engine.published
 import main
-from config import ConfigError, load_config
+from config import ConfigError, image_size, load_config
 from data.sources.base import DataError
 from data.test_sets import ALEXNET_ERRORS, EXTRA_CORRUPTIONS, PUBLISHED_IMAGES, imagenet_ids, read_real_labels
 from data.transforms import evaluation_transform
@@ -51,7 +52,7 @@ class Oracle(nn.Module):
 @pytest.fixture
 def evaluate(tiny, monkeypatch):
     """Evaluate the oracle through main.py's `--eval`; returns what its JSON file says."""
-    monkeypatch.setattr(main, "build_model", lambda config, num_classes=None: Oracle(num_classes))
+    monkeypatch.setattr(engine.published, "build_model", lambda config, num_classes=None: Oracle(num_classes))
 
     def run_it(benchmark: str, root: Path, *, classes: list[str] | None = None, options: str = "") -> dict:
         path = tiny.parent / "weights.pth"
@@ -156,10 +157,10 @@ def test_settings_that_contradict_a_benchmark_are_refused(tiny):
         "TEST.BENCHMARK imagenet": "'imagenet'.*expected one of val, real, v2, a, r, sketch, c",
         "TEST.BENCHMARK r": "add --eval",
         "TEST.BENCHMARK r EVAL_MODE True MODEL.RESUME x": "expected DATA.DATASET imagenet, received digits",
-        "TEST.IMG_SIZE 50": "TEST.IMG_SIZE|DATA.IMG_SIZE 50",
+        "TEST.IMG_SIZE 50": "TEST.IMG_SIZE 50: image size 50×50 does not fit",
     }.items():
         with pytest.raises(ConfigError, match=message):
-            load_config(str(tiny), options.split())
+            main.check(load_config(str(tiny), options.split()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,9 +275,15 @@ def test_corrupted_images_of_the_models_size_are_taken_as_they_are(tiny):
     config = load_config(str(tiny), ["DATA.IMG_SIZE", "224"])
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    assert np.array_equal(evaluation_transform(config, cropped=True)(image).permute(1, 2, 0), pixels)
-    assert not np.array_equal(evaluation_transform(config)(image).permute(1, 2, 0), pixels)
-    assert evaluation_transform(config, cropped=True)(image.resize((256, 256))).shape == (3, 224, 224)
+    assert np.array_equal(
+        evaluation_transform(config, image_size(config), cropped=True)(image).permute(1, 2, 0), pixels
+    )
+    assert not np.array_equal(evaluation_transform(config, image_size(config))(image).permute(1, 2, 0), pixels)
+    assert evaluation_transform(config, image_size(config), cropped=True)(image.resize((256, 256))).shape == (
+        3,
+        224,
+        224,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,10 +330,13 @@ def test_the_crop_ratio_decides_what_is_cropped(tiny):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
     config = load_config(str(tiny), "DATA.IMG_SIZE 64 TEST.CROP_RATIO 0.8".split())
     expected = np.asarray(image.resize((80, 80), Image.Resampling.BICUBIC))[8:72, 8:72]
-    assert np.array_equal(evaluation_transform(config)(image).permute(1, 2, 0), expected)
+    assert np.array_equal(evaluation_transform(config, image_size(config))(image).permute(1, 2, 0), expected)
     whole = load_config(str(tiny), "DATA.IMG_SIZE 64 TEST.CROP_RATIO 1".split())
     uncropped = load_config(str(tiny), "DATA.IMG_SIZE 64 TEST.CROP False".split())
-    assert torch.equal(evaluation_transform(whole)(image), evaluation_transform(uncropped)(image))
+    assert torch.equal(
+        evaluation_transform(whole, image_size(whole))(image),
+        evaluation_transform(uncropped, image_size(uncropped))(image),
+    )
 
 
 @pytest.mark.parametrize("type_name", ["pola_swin", "pola_pvt_tiny"])

@@ -26,8 +26,10 @@ from conftest import (
 from PIL import Image
 
 import engine.epoch
+import engine.evaluation
 import main
 from config import load_config
+from engine.state import read_position
 from logger import read_metrics
 from models.files import CheckpointError, load_checkpoint
 from utils.checkpoints.finding import newest_checkpoint
@@ -102,7 +104,7 @@ def test_stopped_anywhere_any_number_of_times_equals_uninterrupted(tiny, options
     """SIGTERM inside an epoch, at the last step, in the validation; every part continues from what it saved."""
     options += " TRAIN.EPOCHS 2"
     run(tiny, f"{options} TAG whole")
-    step, forward, count = engine.epoch._optimizer_step, engine.AccuracyCounter.update, 0
+    step, forward, count = engine.epoch._optimizer_step, engine.evaluation.AccuracyCounter.update, 0
 
     def signalled_after(moment, function):
         def counted(*arguments):
@@ -122,12 +124,12 @@ def test_stopped_anywhere_any_number_of_times_equals_uninterrupted(tiny, options
         count = 0
         with monkeypatch.context() as patched:
             if name == "step":
-                patched.setattr(engine, "_optimizer_step", signalled_after(moment, step))
+                patched.setattr(engine.epoch, "_optimizer_step", signalled_after(moment, step))
             else:
-                patched.setattr(engine.AccuracyCounter, "update", signalled_after(moment, forward))
+                patched.setattr(engine.evaluation.AccuracyCounter, "update", signalled_after(moment, forward))
             with pytest.raises(Preempted, match="told to stop by SIGTERM: saved"):
                 run(tiny, f"{options} TAG parts")
-        positions.append(newest_checkpoint(folder_of(tiny).parent / "parts").path.name)
+        positions.append(newest_checkpoint(folder_of(tiny).parent / "parts", read_position).path.name)
     assert positions == [
         f"ckpt_epoch_{epoch}_step_{done}.pth"
         for epoch, done in ((0, 3), (0, 4), (0, steps), (0, steps), (1, 5), (1, 9))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import config_file, read_json
 
-from config import load_config
+from config import load_config, make_plan
 from lr_scheduler import build_scheduler
 from models import build_model
 from optimizer import build_optimizer, parameter_groups
@@ -45,7 +45,7 @@ def test_optimizer_hyperparameters(official):
 def test_cosine_rates(official):
     reference, config, model, lr_scale = official
     optimizer = build_optimizer(config, model, lr_scale)
-    scheduler = build_scheduler(config, optimizer, reference["n_iter_per_epoch"], lr_scale)
+    scheduler = build_scheduler(config, make_plan(config), optimizer, reference["n_iter_per_epoch"], lr_scale)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(reference["lr_before_any_step_update"], rel=1e-12)
     assert len(reference["lr_after_step_update"]) > 60
     for step, rate in reference["lr_after_step_update"]:
@@ -58,7 +58,7 @@ def _rates(steps, **options):
     pairs = [word for key, value in options.items() for word in (f"TRAIN.{key.replace('__', '.')}", str(value))]
     config = load_config(config_file("pola_swin_t"), ["TRAIN.EPOCHS", "10", "TRAIN.WARMUP_EPOCHS", "2", *pairs])
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.TRAIN.BASE_LR * 2)
-    scheduler = build_scheduler(config, optimizer, 5, lr_scale=2.0)
+    scheduler = build_scheduler(config, make_plan(config), optimizer, 5, lr_scale=2.0)
     rates = [optimizer.param_groups[0]["lr"]]
     for step in range(steps):
         scheduler.step_update(step)

@@ -23,7 +23,7 @@ from conftest import TINY, config_file, folder_of, run, run_main
 from PIL import Image
 
 import engine.epoch
-from config import ConfigError, load_config
+from config import ConfigError, load_config, make_plan
 from data.loaders import Batches, DataError, Loaders, build_loaders
 from data.sources.base import UnreadableImage
 from data.sources.shards import Index, Shard, ShardSplit, ShardTrainDataset, shuffled, stream_sizes
@@ -95,11 +95,11 @@ def loaders(
     fixed = f"DATA.DATA_PATH {root} DATA.IMG_SIZE 32 DATA.BATCH_SIZE 4 DATA.NUM_WORKERS 0 DATA.SHUFFLE_BUFFER 8".split()
     config = load_config(config_file("pola_swin_t"), [*fixed, *options])
     if monkeypatch is None:
-        return build_loaders(config, train=train)
+        return build_loaders(config, make_plan(config), train=train)
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "rank", lambda: rank)
         patch.setattr(distributed, "world_size", lambda: world_size)
-        return build_loaders(config, train=train)
+        return build_loaders(config, make_plan(config, world_size), train=train)
 
 
 def flat(batches: list[list[int]]) -> set[int]:
@@ -181,7 +181,7 @@ def test_augmentation_does_not_depend_on_workers_and_leaves_the_generators_alone
 
     def pixels(workers: str, buffer: str, epoch: int = 3) -> dict[int, torch.Tensor]:
         built = loaders(root, "DATA.NUM_WORKERS", workers, "DATA.SHUFFLE_BUFFER", buffer)
-        augment = training_transform(load_config(config_file("pola_swin_t"), ["DATA.IMG_SIZE", "32"]))
+        augment = training_transform(load_config(config_file("pola_swin_t"), ["DATA.IMG_SIZE", "32"]), (32, 32))
         built.train.loader.dataset.transform = lambda image: torch.cat(
             [as_numbers(image.resize((32, 32))), augment(image)], 1
         )

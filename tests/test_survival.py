@@ -31,11 +31,14 @@ from torch.distributed import HashStore, TCPStore
 import engine.epoch
 import main
 from engine.non_finite import NonFiniteError
+from engine.state import read_position
 from models.attention import PolaLinearAttention
 from models.files import CheckpointError, load_checkpoint
-from utils import checkpoint_store, distributed, run_lock
+from utils import distributed
+from utils.checkpoints import writing
 from utils.checkpoints.finding import newest_checkpoint
 from utils.checkpoints.naming import epoch_file, run_checkpoints
+from utils.faults import folder_lock
 from utils.faults.folder_lock import RunFolderBusyError
 from utils.faults.preemption import Preempted
 
@@ -187,7 +190,7 @@ def test_one_rank_told_to_stop_saves_the_whole_run_once(tiny, whole, where):
     marker = (folder / "PREEMPTED").read_text()
     done = re.match(r"told to stop by (?:SIG\w+|another rank), saved after 0 epochs and (\d+) of 11 steps", marker)[1]
     assert (done == "11") == (where == "validation")
-    newest = newest_checkpoint(folder).path
+    newest = newest_checkpoint(folder, read_position).path
     assert newest.name == f"ckpt_epoch_0_step_{done}.pth"
     again = Job(*arguments(tiny, OPTIONS, "parts"))
     assert again.end()[0] == 0, again.output
@@ -217,8 +220,8 @@ def test_a_dead_rank_ends_the_job_and_is_named(tiny):
     assert re.search(rf"rank 1 on host {host}, last seen in .* of step \d+, does not answer any more", job.output)
     assert not job.processes()
     folder = folder_of(tiny).parent / "parts"
-    assert newest_checkpoint(folder).path.name in ("ckpt_epoch_0_step_8.pth", "ckpt_epoch_1.pth")
-    assert not newest_checkpoint(folder).skipped and not list(folder.glob(".*.tmp"))
+    assert newest_checkpoint(folder, read_position).path.name in ("ckpt_epoch_0_step_8.pth", "ckpt_epoch_1.pth")
+    assert not newest_checkpoint(folder, read_position).skipped and not list(folder.glob(".*.tmp"))
     assert not (folder / "PREEMPTED").exists()
 
 
@@ -247,7 +250,7 @@ def test_a_slow_step_a_long_validation_and_a_long_save_are_not_taken_for_a_hang(
     job = Job(*arguments(tiny, options, "parts"), script=("tests/driven_main.py", "slow"))
     assert job.end()[0] == 0, job.output
     assert "no progress" not in job.output
-    assert newest_checkpoint(folder_of(tiny).parent / "parts").path.name == "ckpt_epoch_1.pth"
+    assert newest_checkpoint(folder_of(tiny).parent / "parts", read_position).path.name == "ckpt_epoch_1.pth"
 
 
 def test_an_error_that_would_come_again_is_not_tried_again(tiny):
@@ -259,7 +262,7 @@ def test_an_error_that_would_come_again_is_not_tried_again(tiny):
 
 def test_told_to_stop_while_it_starts_a_run_stops_at_its_first_step(tiny, monkeypatch):
     """Further signals, while it saves, change nothing."""
-    build, save, further = main.build_loaders, checkpoint_store.save_checkpoint, []
+    build, save, further = main.build_loaders, writing.save_checkpoint, []
 
     def saving(state, path):
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
@@ -268,16 +271,18 @@ def test_told_to_stop_while_it_starts_a_run_stops_at_its_first_step(tiny, monkey
             further.append(number)
         save(state, path)
 
-    monkeypatch.setattr(checkpoint_store, "save_checkpoint", saving)
+    monkeypatch.setattr(writing, "save_checkpoint", saving)
 
-    def building(config):
+    def building(config, plan):
         os.kill(os.getpid(), signal.SIGTERM)
-        return build(config)
+        return build(config, plan)
 
     monkeypatch.setattr(main, "build_loaders", building)
     with pytest.raises(Preempted, match="told to stop by SIGTERM: saved after 0 epochs and 1 of 22 steps"):
         run(tiny)
-    assert len(further) == 3 and newest_checkpoint(folder_of(tiny)).path.name == "ckpt_epoch_0_step_1.pth"
+    assert (
+        len(further) == 3 and newest_checkpoint(folder_of(tiny), read_position).path.name == "ckpt_epoch_0_step_1.pth"
+    )
 
 
 def test_a_checkpoint_due_at_the_end_of_an_epoch_is_written_whatever_save_freq_says(tiny):
@@ -322,7 +327,7 @@ def test_a_signal_to_everything_at_once_spares_the_loader_processes(tiny, launch
     assert re.search("told to stop by SIGTERM: saved after 0 epochs", job.output)
     folder = folder_of(tiny).parent / "parts"
     done = re.search(r"and (\d+) of", (folder / "PREEMPTED").read_text())[1]
-    assert newest_checkpoint(folder).path.name == f"ckpt_epoch_0_step_{done}.pth" and not job.processes()
+    assert newest_checkpoint(folder, read_position).path.name == f"ckpt_epoch_0_step_{done}.pth" and not job.processes()
 
 
 def test_another_number_of_processes_keeps_the_global_batch_and_the_schedule(tiny, monkeypatch):
@@ -429,7 +434,7 @@ def test_two_nodes_of_which_one_is_killed_and_started_again(tiny, whole):
         return pretrain(tiny, NODE_RANK=str(rank), SHUTDOWN_TIMEOUT="20", **settings)
 
     first, second = node(0), node(1)
-    wait_until(lambda: (folder_of(tiny).parent / "parts").glob("ckpt_epoch_0_step_8.pth"))
+    wait_until(lambda: (folder_of(tiny).parent / "parts", read_position).glob("ckpt_epoch_0_step_8.pth"))
     second.signal_everything(signal.SIGKILL)
     again = node(1)
     assert first.end()[0] == 0, first.output
@@ -555,28 +560,30 @@ def test_a_disk_that_refuses_for_a_while_does_not_end_the_run(tiny, kind, monkey
     message = rf"ckpt_epoch_0_step_9\.pth could not be written: {reason}\. The run goes on; it could continue from"
     assert re.search(message + r" ckpt_epoch_0_step_6\.pth", log.text)
     assert ("metrics.jsonl could not be written: Read-only" in log.text) == (kind == "read-only")
-    assert newest_checkpoint(folder_of(tiny)).path == epoch_file(folder_of(tiny), 1)
+    assert newest_checkpoint(folder_of(tiny), read_position).path == epoch_file(folder_of(tiny), 1)
 
 
 def test_a_run_folder_removed_under_the_run_comes_back(tiny, monkeypatch, log):
     at_step(monkeypatch, {8: lambda: shutil.rmtree(folder_of(tiny))})
     run(tiny, "TRAIN.EPOCHS 1 CHECKPOINT.EVERY_STEPS 3 PRINT_FREQ 2 TENSORBOARD False")
     assert "metrics.jsonl could not be written: No such file or directory" in log.text
-    assert newest_checkpoint(folder_of(tiny)).path == epoch_file(folder_of(tiny), 1)
+    assert newest_checkpoint(folder_of(tiny), read_position).path == epoch_file(folder_of(tiny), 1)
 
 
 def test_a_last_checkpoint_that_cannot_be_written_ends_in_an_error_and_keeps_the_others(tiny, monkeypatch):
-    real = checkpoint_store.save_checkpoint
+    real = writing.save_checkpoint
 
     def refusing(state, path):
         if path.name == "ckpt_epoch_1.pth":
             raise OSError(f"checkpoint {path} could not be written: No space left on device")
         real(state, path)
 
-    monkeypatch.setattr(checkpoint_store, "save_checkpoint", refusing)
+    monkeypatch.setattr(writing, "save_checkpoint", refusing)
     with pytest.raises(OSError, match=r"ckpt_epoch_1\.pth could not be written: No space left"):
         run(tiny, "TRAIN.EPOCHS 1 CHECKPOINT.EVERY_STEPS 20")
-    assert newest_checkpoint(folder_of(tiny)).path.name == "max_acc.pth"  # of the same epoch, and written before
+    assert (
+        newest_checkpoint(folder_of(tiny), read_position).path.name == "max_acc.pth"
+    )  # of the same epoch, and written before
     assert [path.name for _, path in run_checkpoints(folder_of(tiny))] == ["ckpt_epoch_0_step_20.pth"]
 
 
@@ -600,7 +607,7 @@ def test_two_runs_in_one_folder_by_mistake_the_second_refuses(tiny, monkeypatch)
     job = Job(*arguments(tiny, "TRAIN.EPOCHS 50", "default"), command=[PYTHON, "main.py"])
     job.wait_for(r"epoch 0 \[5/")
     before = {path.name for path in folder_of(tiny).iterdir()}
-    monkeypatch.setattr(run_lock, "PATIENCE", 0.5)
+    monkeypatch.setattr(folder_lock, "PATIENCE", 0.5)
     with pytest.raises(RunFolderBusyError, match=rf"in use by process {job.worker(0)} on \S+, since"):
         run(tiny, "TRAIN.EPOCHS 50")
     assert before <= {path.name for path in folder_of(tiny).iterdir()}
@@ -651,8 +658,8 @@ def test_a_loss_that_is_not_finite_leaves_a_report_aimed_at_the_attention(tiny, 
     assert len(report["samples"]) == 64 and all(name.startswith("digits/") for name in report["samples"])
     first = report["first_module_not_finite"]
     assert first["name"] == "layers.0.blocks.0.attn.proj" and not first["input_finite"]
-    assert report["polarity_attention"]["layers.0.blocks.0.attn"]["exponent"] == ["nan", "nan"]
-    healthy = report["polarity_attention"]["layers.1.blocks.0.attn"]["exponent"]
+    assert report["attention"]["layers.0.blocks.0.attn"]["exponent"] == ["nan", "nan"]
+    healthy = report["attention"]["layers.1.blocks.0.attn"]["exponent"]
     assert 1 < healthy[0] <= healthy[1] < 5
     power = next(p for p in report["parameters"] if p["name"] == "layers.0.blocks.0.attn.power")
     assert not power["finite"]

@@ -11,8 +11,9 @@ import torch
 from conftest import OFFICIAL, config_file, fill_with_recipe, recipe_input
 from literal_models import pola_pvt_logits, pola_swin_logits
 
-from config import image_size, load_config, parse_sr_ratios
-from models import PVT_DEPTHS, build_model
+from config import image_size, load_config
+from models import build_model
+from models.pola_pvt import DEPTHS, parse_sr_ratios
 
 SMALL_SWIN = "MODEL.SWIN.EMBED_DIM 12 MODEL.SWIN.DEPTHS [2,2,2,1] MODEL.SWIN.NUM_HEADS [1,2,2,4] MODEL.NUM_CLASSES 7 "
 SMALL_PVT = "MODEL.NUM_CLASSES 7 "
@@ -71,7 +72,7 @@ def _literal(config):
     return partial(
         pola_pvt_logits,
         img_size=image_size(config),
-        depths=PVT_DEPTHS[config.MODEL.TYPE],
+        depths=DEPTHS[config.MODEL.TYPE],
         num_heads=(1, 2, 5, 8),
         sr_ratios=parse_sr_ratios(config.MODEL.LA.PVT_LA_SR_RATIOS),
         **attention,

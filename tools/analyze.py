@@ -18,19 +18,16 @@ from typing import Any
 if not __package__:  # run as a file: the repository root is not on the path then
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from config import ConfigError, load_config
-from data.sources.base import DataError
+from config import image_size
 from data.transforms import Normalise, evaluation_transform
-from models.attention import PolaLinearAttention
-from models.files import CheckpointError
-from models.loading import load_model
-from models.maps import LayerRecord, MapError, attention_layers, choose_layers, record
-from tools.images import read_image
-from tools.predict import find_images
+from models.attention_maps import Attention, LayerRecord, MapError, attention_layers, choose_layers, kernel_in, record
+from tools.checkpoints import add_checkpoint_arguments, find_images, open_checkpoint, read_image
+from tools.command_line import answer, number, some_of, whole
 
 METRICS = ("entropy", "rank", "exponent", "gate")
 WITH_DEPTHWISE = "combined+depthwise"
@@ -102,7 +99,7 @@ def _entropy(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[
 
 def _rank(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[Measurement]:
     own = layer.own_streams[0]
-    maps = (own, f"{own}+depthwise") if layer.kernel is not None else (own,)
+    maps = (own, f"{own}+depthwise") if layer.convolution is not None else (own,)
     limit = min(len(queries), layer.key_grid[0] * layer.key_grid[1])
     for name in (*maps, *layer.comparisons):
         for head in range(layer.num_heads):  # one by one: a map of all queries and heads could be large
@@ -136,14 +133,14 @@ def exponent_measurements(model: nn.Module, layers: Iterable[str]) -> list[Measu
     """Mean, standard deviation and quartiles of each head's learned exponents."""
     modules, found = attention_layers(model), []
     for name in layers:
-        module = modules[name]
-        if not isinstance(module, PolaLinearAttention) or module.attention != "polarity":
+        kernel = kernel_in(modules[name])
+        if (exponents := kernel.exponent()) is None:
             continue
-        for head, values in enumerate(module.exponent().detach()):
+        for head, values in enumerate(exponents.detach()):
             numbers = {"mean": values.mean().item(), "standard deviation": values.std(correction=0).item()}
             numbers |= {label: values.quantile(q).item() for label, q in QUANTILES.items()}
             found += [
-                Measurement(name, "polarity", head, "exponent", label, value, 1 + module.alpha)
+                Measurement(name, kernel.name, head, "exponent", label, value, 1 + kernel.options.alpha)
                 for label, value in numbers.items()
             ]
     return found
@@ -213,6 +210,7 @@ COLOUR = {
     PAIRED: "#7b2d8b",
     TOKEN_MEANS: "#d9541e",
 }
+SPARE_COLOURS = ("#8c6d31", "#393b79", "#637939", "#843c39", "#5254a3")  # of maps of kernels that are not named here
 LABEL = {
     "combined": "polarity, combined",
     "same": "polarity, same-signed",
@@ -264,7 +262,7 @@ def draw_figures(
     if exponent := by_metric.get("exponent"):
         layers = _layers(exponent)
         modules = attention_layers(model)
-        values = [modules[name].exponent().detach().flatten().numpy() for name in layers]  # type: ignore[operator]
+        values = [_exponents(modules[name]) for name in layers]
         figure, (axes,) = canvas(layers)
         parts = axes.violinplot(values, showmedians=True, widths=0.8)
         for body in parts["bodies"]:
@@ -295,6 +293,16 @@ def draw_figures(
     return paths
 
 
+def _colour(name: str) -> str:
+    return COLOUR.get(name) or SPARE_COLOURS[sum(name.encode()) % len(SPARE_COLOURS)]
+
+
+def _exponents(attention: Attention) -> np.ndarray:
+    exponents = kernel_in(attention).exponent()
+    assert exponents is not None, "only layers with exponents are drawn"
+    return exponents.detach().flatten().numpy()
+
+
 def _layers(measurements: Iterable[Measurement]) -> list[str]:
     return list(dict.fromkeys(measurement.layer for measurement in measurements))
 
@@ -305,15 +313,15 @@ def _dots(
     """A small dot for each head, and a line through the heads' mean of each layer."""
     layers = _layers(measurements)
     maps = list(dict.fromkeys(measurement.map for measurement in measurements))
-    for number, name in enumerate(maps):
-        shift = (number - (len(maps) - 1) / 2) * 0.09
+    for place_of_map, name in enumerate(maps):
+        shift = (place_of_map - (len(maps) - 1) / 2) * 0.09
         means: list[float] = []
         for place, layer in enumerate(layers):
             heights = [height(m) for m in measurements if m.map == name and m.layer == layer]
             means.append(sum(heights) / len(heights) if heights else math.nan)
-            axes.scatter([place + shift] * len(heights), heights, s=11, color=COLOUR[name], alpha=0.45, linewidths=0)
+            axes.scatter([place + shift] * len(heights), heights, s=11, color=_colour(name), alpha=0.45, linewidths=0)
         places = [place + shift for place in range(len(layers))]
-        axes.plot(places, means, "-o", color=COLOUR[name], linewidth=1.1, markersize=5, label=LABEL.get(name, name))
+        axes.plot(places, means, "-o", color=_colour(name), linewidth=1.1, markersize=5, label=LABEL.get(name, name))
     _layer_axis(axes, layers, range(len(layers)))
     if legend:
         axes.legend(fontsize=8, framealpha=0.85)
@@ -333,30 +341,6 @@ def _layer_axis(axes: Any, layers: Sequence[str], places: Sequence[int]) -> None
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _metrics(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in METRICS:
-            raise argparse.ArgumentTypeError(f"there is no metric {name!r}, expected some of {', '.join(METRICS)}")
-    return names
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python tools/analyze.py",
@@ -372,20 +356,26 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         help="files or folders; default: scikit-learn's two photographs",
     )
-    parser.add_argument("--checkpoint", metavar="F", type=Path, required=True, help="of ours, or released")
-    parser.add_argument("--cfg", metavar="YAML", help="configuration of a checkpoint that carries none")
-    parser.add_argument("--ema", action="store_true", help="the averaged weights of the checkpoint")
+    add_checkpoint_arguments(parser)
     parser.add_argument(
         "--layers", metavar="A,B", help="as tools/visualize_attention.py --list names them; default: all"
     )
     parser.add_argument(
-        "--metrics", metavar="A,B", type=_metrics, default=METRICS, help=f"some of {', '.join(METRICS)}; default: all"
+        "--metrics",
+        metavar="A,B",
+        type=some_of(METRICS, "metric"),
+        default=METRICS,
+        help=f"some of {', '.join(METRICS)}; default: all",
     )
     parser.add_argument(
-        "--queries", metavar="N", type=_positive, default=512, help="rows measured of each map (default 512)"
+        "--queries", metavar="N", type=whole(), default=512, help="rows measured of each map (default 512)"
     )
     parser.add_argument(
-        "--tolerance", metavar="T", type=_share, default=1e-3, help="of the numerical rank (default 0.001)"
+        "--tolerance",
+        metavar="T",
+        type=number(0, 1, open_low=True, open_high=True),
+        default=1e-3,
+        help="of the numerical rank (default 0.001)",
     )
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("analysis"), help="default: analysis")
     return parser
@@ -399,11 +389,10 @@ def _sample_images(transform: Callable[[Image.Image], Tensor]) -> list[Tensor]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the table and the figures that the command line asks for."""
-    config = load_config(arguments.cfg) if arguments.cfg else None
-    loaded = load_model(arguments.checkpoint, ema=arguments.ema, config=config)
+    loaded = open_checkpoint(arguments)
     names = arguments.layers.split(",") if arguments.layers else attention_layers(loaded.model)
     layers = choose_layers(loaded.model, names)
-    transform = evaluation_transform(loaded.config)
+    transform = evaluation_transform(loaded.config, image_size(loaded.config))
     if arguments.images:
         images = [read_image(path, transform) for path in find_images(arguments.images)]
     else:
@@ -427,12 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 2 for a mistake, which is answered in one line."""
     arguments = _parser().parse_args(argv)
     torch.set_flush_denormal(True)  # small powers are denormals, which a CPU handles many times slower
-    try:
-        run(arguments)
-    except (CheckpointError, ConfigError, DataError, MapError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return answer(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,7 @@
 
 from collections.abc import Sequence
 
-from timm.data import ImageNetInfo
-
-from tools.imagenet_labels import WORDNET_ID
-
-IMAGENET_CLASSES = 1000
+from data.imagenet import are_wordnet_ids, class_words, imagenet_ids
 
 
 def readable_names(classes: Sequence[str] | None, num_classes: int) -> list[str]:
@@ -15,11 +11,10 @@ def readable_names(classes: Sequence[str] | None, num_classes: int) -> list[str]
     1,000 classes without names are ImageNet's, in the order of their WordNet ids; other ones are numbered.
     """
     if classes is None:
-        if num_classes != IMAGENET_CLASSES:
+        if num_classes != len(imagenet_ids()):
             return [f"class {label}" for label in range(num_classes)]
-        classes = ImageNetInfo().label_names()
-    if not all(WORDNET_ID.fullmatch(name) for name in classes):
+        classes = imagenet_ids()
+    if not are_wordnet_ids(classes):
         return list(classes)
-    imagenet = ImageNetInfo()
-    words = dict(zip(imagenet.label_names(), imagenet.label_descriptions(), strict=True))
+    words = class_words()
     return [words.get(name, name) for name in classes]

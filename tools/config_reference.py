@@ -1,9 +1,21 @@
 """Print the configuration reference (docs/configuration.md) from config.py: `make reference`."""
 
 import sys
+from collections.abc import Iterable
 
 from config import KEYS, SWITCHES, VALUE_FLAGS
+from models.kernels import KERNELS
+from models.lra import POOLS
+from models.ops.polarity_attention import BACKENDS
+from models.registry import BODIES
 
+# Keys whose values the models answer for.
+NAMES: dict[str, Iterable[str]] = {
+    "MODEL.TYPE": BODIES,
+    "MODEL.LA.ATTENTION": KERNELS,
+    "MODEL.LA.BACKEND": ("auto", *BACKENDS),
+    "MODEL.LRA.POOL": POOLS,
+}
 HEADER = """# Configuration reference
 
 Generated from `config.py` by `make reference`. Precedence: defaults < BASE files < the YAML < flags the user gave <
@@ -22,7 +34,7 @@ def render() -> str:
         flag = f" (`{flags[key]}`)" if key in flags else ""
         meaning = declared.help.replace(f" ({flags[key]})", "") if key in flags else declared.help
         default = "null" if declared.default is None else declared.default if declared.default != "" else '""'
-        accepts = declared.kind.accepts.replace("|", "\\|")
+        accepts = f"one of {', '.join(NAMES[key])}" if key in NAMES else declared.kind.accepts.replace("|", "\\|")
         rows.append(f"| `{key}` | `{default}` | {accepts} | {meaning}{flag} |\n")
     return HEADER + "".join(rows)
 

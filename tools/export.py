@@ -38,10 +38,11 @@ from torch.overrides import TorchFunctionMode
 from yacs.config import CfgNode
 
 from config import image_size, load_config
-from engine.state import CHECKPOINT_VERSION
 from models import build_model
 from models.classifier import Classifier
-from models.loading import load_model
+from models.files import CHECKPOINT_VERSION
+from tools.checkpoints import add_checkpoint_arguments, load_model
+from tools.command_line import answer, number
 from tools.hub_folder import architecture_of, hub_config, model_card
 from utils.files import file_digest
 from utils.precision import exact_float32
@@ -65,7 +66,7 @@ class ExportError(ValueError):
 
 
 @dataclass
-class Source:
+class Exportable:
     """The checkpoint to export, rebuilt."""
 
     path: Path
@@ -137,10 +138,12 @@ def _softmax_attention(
     return scores.softmax(dim=-1) @ v
 
 
-def open_source(path: Path, *, ema: bool = False, config: CfgNode | None = None, name: str | None = None) -> Source:
+def open_exportable(
+    path: Path, *, ema: bool = False, config: CfgNode | None = None, name: str | None = None
+) -> Exportable:
     """The checkpoint `path`; its configuration without the paths of the machine it was trained on.
 
-    Raises CheckpointError (models.loading.load_model says when), ExportError for a `name` that is no file name.
+    Raises CheckpointError (models.load says when), ExportError for a `name` that is no file name.
     """
     loaded = load_model(path, ema=ema, config=config)
     own = loaded.config.clone()
@@ -154,7 +157,7 @@ def open_source(path: Path, *, ema: bool = False, config: CfgNode | None = None,
         name = architecture if not arguments else re.sub(r"\W+", "_", own.MODEL.NAME)
     elif not re.fullmatch(r"\w+", name):  # torch.hub takes what follows a hyphen for the digits of the hash
         raise ExportError(f"--name {name!r}: expected letters, digits and underscores, as in pola_swin_tiny_run3")
-    return Source(path, loaded.model, own, loaded.classes, ema, name)
+    return Exportable(path, loaded.model, own, loaded.classes, ema, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +165,7 @@ def open_source(path: Path, *, ema: bool = False, config: CfgNode | None = None,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_onnx(source: Source, path: Path, opset: int) -> None:
+def write_onnx(source: Exportable, path: Path, opset: int) -> None:
     """One file, input `images` (batch, channels, height, width) and output `logits` (batch, classes)."""
     import onnx
 
@@ -201,7 +204,7 @@ def read_onnx(path: Path) -> Logits:
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def write_torch_export(source: Source, path: Path) -> None:
+def write_torch_export(source: Exportable, path: Path) -> None:
     """A .pt2 file for torch.export.load; `metadata.json` is its extra file."""
     torch.export.save(source.program, path, extra_files={"metadata.json": json.dumps(source.metadata)})
 
@@ -212,13 +215,13 @@ def read_torch_export(path: Path) -> Logits:
         return torch.export.load(path).module()
 
 
-def write_safetensors(source: Source, path: Path) -> None:
-    """Weights, with the metadata that models.loading.load_model rebuilds the model from."""
+def write_safetensors(source: Exportable, path: Path) -> None:
+    """Weights, with the metadata that models.load rebuilds the model from."""
     weights = {name: value.contiguous() for name, value in source.model.state_dict().items()}
     path.write_bytes(safetensors.torch.save(weights, source.metadata))  # save_file would leave it to its owner alone
 
 
-def write_release(source: Source, path: Path) -> None:
+def write_release(source: Exportable, path: Path) -> None:
     """Weights, class names and configuration; the same bytes from the same weights."""
     content = {
         "model": source.model.state_dict(),
@@ -234,7 +237,7 @@ def read_checkpoint(path: Path) -> Logits:
     return load_model(path).model
 
 
-def write_hub(source: Source, path: Path) -> None:
+def write_hub(source: Exportable, path: Path) -> None:
     """A folder of the Hugging Face Hub that timm loads."""
     path.mkdir()
     write_safetensors(source, path / "model.safetensors")
@@ -251,7 +254,7 @@ def read_hub(path: Path) -> Logits:
 
 class Format(NamedTuple):
     suffix: str
-    write: Callable[[Source, Path], None]
+    write: Callable[[Exportable, Path], None]
     read: Callable[[Path], Logits]
     exact: bool  # the same weights in the same code give the same logits
 
@@ -280,7 +283,7 @@ class Deviation(NamedTuple):
 
 
 @torch.inference_mode()
-def deviation_from_eager(source: Source, logits: Logits) -> Deviation:
+def deviation_from_eager(source: Exportable, logits: Logits) -> Deviation:
     """Over random images in CHECKED_BATCHES; NaN where any logit is."""
     differences, largest = [], []
     with exact_float32():
@@ -303,7 +306,7 @@ class Exported(NamedTuple):
         return self.deviation.relative <= self.allowed
 
 
-def export(source: Source, name: str, made: Format, folder: Path, tolerance: float) -> Exported:
+def export(source: Exportable, name: str, made: Format, folder: Path, tolerance: float) -> Exported:
     """Write one format into `folder`, read it back and compare. Only what is right gets its final name."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{source.name}.{name}.tmp{made.suffix}"
@@ -352,16 +355,6 @@ def _opset(text: str) -> int:
     return int(text)
 
 
-def _tolerance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to 1, for example 1e-4")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tools/export.py",
@@ -370,7 +363,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: python tools/export.py --checkpoint output/quickstart/default/max_acc.pth --format onnx hub",
     )
     names = [name for name in formats() if name != "release"]
-    parser.add_argument("--checkpoint", metavar="FILE", type=Path, required=True, help=".pth or .safetensors file")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--format", nargs="+", choices=names, default=[], help="what to write; several are allowed")
     parser.add_argument(
         "--release",
@@ -379,8 +372,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", metavar="FOLDER", type=Path, default=Path("export"), help="default: export")
     parser.add_argument("--name", help="of the outputs; default: timm's name of the model, else MODEL.NAME")
-    parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the last ones")
-    parser.add_argument("--cfg", metavar="FILE", help="YAML configuration, for a file that carries none")
     parser.add_argument(
         "--opts", nargs="+", default=[], metavar="KEY VALUE", help="overrides of --cfg, for example DATA.IMG_SIZE 384"
     )
@@ -393,7 +384,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tolerance",
-        type=_tolerance,
+        type=number(0, 1, open_high=True),
         default=1e-4,
         metavar="X",
         help="largest deviation of an ONNX or torch.export logit, over the largest logit; default 1e-4. The other"
@@ -421,19 +412,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"nothing to write: --format takes {', '.join(formats())[: -len(', release')]}, or add --release")
     if arguments.opts and not arguments.cfg:
         parser.error("--opts belongs to --cfg")
-    try:
-        require_packages(names)
-        config = load_config(arguments.cfg, arguments.opts) if arguments.cfg else None
-        source = open_source(arguments.checkpoint, ema=arguments.ema, config=config, name=arguments.name)
-        available = formats(arguments.opset)
-        wrong = 0
-        for name in names:
-            result = export(source, name, available[name], arguments.output, arguments.tolerance)
-            wrong += not result.right
-            print(_line(f"onnx (opset {arguments.opset})" if name == "onnx" else name, result))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return answer(lambda: run(arguments, names))
+
+
+def run(arguments: argparse.Namespace, names: Sequence[str]) -> int:
+    """Write and check every format in `names`; 1 where one deviates."""
+    require_packages(names)
+    config = load_config(arguments.cfg, arguments.opts) if arguments.cfg else None
+    source = open_exportable(arguments.checkpoint, ema=arguments.ema, config=config, name=arguments.name)
+    available = formats(arguments.opset)
+    wrong = 0
+    for name in names:
+        result = export(source, name, available[name], arguments.output, arguments.tolerance)
+        wrong += not result.right
+        print(_line(f"onnx (opset {arguments.opset})" if name == "onnx" else name, result))
     return 1 if wrong else 0
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from data.sources.base import DataError
 
-WORDNET_ID = re.compile(r"n\d{8}")
 NUMBERED = re.compile(r"_(\d+)\.\w+$")  # ILSVRC2012_val_00000293.JPEG
 
 

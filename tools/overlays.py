@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.transforms import Normalise
+from models.attention_maps import LayerRecord, MapError, attention_layers, kernel_in, record
 from models.layers import Grid
-from models.maps import LayerRecord, MapError, attention_layers, kind_of, record
 
 # −1 to 1: negative weights blue, none dark, positive from violet over orange to light yellow.
 COLOURS = LinearSegmentedColormap.from_list(
@@ -61,11 +61,11 @@ def token_at(point: tuple[float, float], size: tuple[int, int], grid: Grid) -> i
     return int(y * grid[0] / height) * grid[1] + int(x * grid[1] / width)
 
 
-def last_polarity_layer(model: nn.Module) -> str:
-    """The deepest polarity attention layer, or the deepest of all where there is none."""
+def last_linear_layer(model: nn.Module) -> str:
+    """The deepest layer whose kernel has streams, as polarity's has, or the deepest of all where there is none."""
     layers = attention_layers(model)
-    polarity = [name for name, module in layers.items() if kind_of(module) == "polarity"]
-    return polarity[-1] if polarity else list(layers)[-1]
+    linear = [name for name, module in layers.items() if kernel_in(module).streams]
+    return linear[-1] if linear else list(layers)[-1]
 
 
 def overlay(
@@ -83,7 +83,7 @@ def overlay(
     Args:
         model: as it is; put it into evaluation mode.
         pixels: uint8 (3, H, W), the size that the model was built for (what `data.evaluation_transform` gives).
-        layer: a name from `attention_layers`; None: `last_polarity_layer`.
+        layer: a name from `attention_layers`; None: `last_linear_layer`.
         query: pixel (x, y) whose row of the combined map is shown; None: the attention that every place receives,
             averaged over all queries.
         size: (width, height) of the result; None: the image's.
@@ -91,7 +91,7 @@ def overlay(
     Raises:
         MapError: an unknown layer, or a point outside of the image.
     """
-    name = layer or last_polarity_layer(model)
+    name = layer or last_linear_layer(model)
     device = next(model.parameters()).device
     seen = record(model, Normalise(device)(pixels[None].to(device)), [name]).layers[name]
     if query is None:

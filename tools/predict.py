@@ -21,20 +21,22 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from config import evaluation_config, image_size, load_config
+from config import evaluation_config, image_size
 from data.sources.base import DataError, Picture, UnreadableImage, decode
 from data.transforms import Normalise, evaluation_transform
-from models import build_classifier
-from models.loading import LoadedModel, load_model, load_resized
+from models import build_model
+from models.classifier import Classifier
+from models.loading import load_resized
+from tools.checkpoints import LoadedModel, add_checkpoint_arguments, find_images, open_checkpoint
 from tools.class_names import readable_names
+from tools.command_line import answer, whole
 from utils.files import file_digest
 from utils.precision import autocast, autocast_dtype, exact_float32
 
@@ -52,29 +54,6 @@ class Prediction(NamedTuple):
 class Unreadable(NamedTuple):
     file: str
     reason: str
-
-
-def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Files as they are named, and of folders every image below them, sorted; hidden folders are left out.
-
-    Raises DataError for a folder without images.
-    """
-    found: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            found.append(path)
-            continue
-        images = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in IMG_EXTENSIONS
-            and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
-        if not images:
-            raise DataError(f"{path} holds no images ({', '.join(IMG_EXTENSIONS)})")
-        found += images
-    return found
 
 
 class _Images(Dataset[Tensor | Unreadable]):
@@ -105,7 +84,8 @@ def at_evaluation_size(loaded: LoadedModel, source: str) -> LoadedModel:
     sized = evaluation_config(loaded.config)
     if image_size(sized) == image_size(loaded.config):
         return loaded
-    model = build_classifier(sized, loaded.model.num_classes)
+    model = build_model(sized, loaded.model.num_classes)
+    assert isinstance(model, Classifier)
     load_resized(model, loaded.model.state_dict(), loaded.config, source)
     return LoadedModel(model.eval(), sized, loaded.classes)
 
@@ -117,9 +97,9 @@ def predict(
     """A result for each path, in their order; `topk` classes, or all where there are fewer."""
     model = loaded.model.to(device)
     normalise = Normalise(device)
-    amp_dtype = autocast_dtype(loaded.config, device) if loaded.config.TEST.AMP else None
+    amp_dtype = autocast_dtype(loaded.config.AMP_DTYPE, device) if loaded.config.TEST.AMP else None
     loader = DataLoader(
-        _Images(paths, evaluation_transform(loaded.config)),
+        _Images(paths, evaluation_transform(loaded.config, image_size(loaded.config))),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_as_list,
@@ -194,12 +174,6 @@ def as_json(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer ≥ 1")
-    return int(text)
-
-
 def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
@@ -218,20 +192,18 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: python tools/predict.py --checkpoint output/quickstart/default/max_acc.pth image.png folder/",
     )
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files, and folders of them")
-    parser.add_argument("--checkpoint", metavar="FILE", type=Path, required=True, help=".pth or .safetensors file")
-    parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the last ones")
-    parser.add_argument("--cfg", metavar="FILE", help="YAML configuration, for a file that carries none")
+    add_checkpoint_arguments(parser)
     parser.add_argument(
         "--opts", nargs="+", default=[], metavar="KEY VALUE", help="overrides of --cfg, for example TEST.CROP False"
     )
-    parser.add_argument("--topk", metavar="K", type=_positive, default=5, help="classes an image; default 5")
+    parser.add_argument("--topk", metavar="K", type=whole(), default=5, help="classes an image; default 5")
     parser.add_argument("--format", choices=FORMATS, help="default: by the ending of --output, else table")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write there instead of standard output")
-    parser.add_argument("--batch-size", metavar="N", type=_positive, default=32, help="default 32")
+    parser.add_argument("--batch-size", metavar="N", type=whole(), default=32, help="default 32")
     parser.add_argument(
         "--workers",
         metavar="N",
-        type=_positive,
+        type=whole(),
         default=min(4, os.cpu_count() or 1),
         help="processes that decode images where there is more than a batch of them; default 4, or the number of cores",
     )
@@ -250,43 +222,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.opts and not arguments.cfg:
         parser.error("--opts belongs to --cfg")
+    return answer(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Classify what the command line names; 1 where some files are no images."""
     ending = arguments.output.suffix.removeprefix(".").lower() if arguments.output else ""
     form = arguments.format or (ending if ending in FORMATS else "table")
-    try:
-        paths = find_images(arguments.images)
-        config = load_config(arguments.cfg, arguments.opts) if arguments.cfg else None
-        loaded = load_model(arguments.checkpoint, ema=arguments.ema, config=config)
-        if loaded.config.MODEL.SWIN.IN_CHANS != 3:
-            raise DataError(f"{arguments.checkpoint} takes {loaded.config.MODEL.SWIN.IN_CHANS} channels, images give 3")
-        results = list(
-            predict(
-                at_evaluation_size(loaded, str(arguments.checkpoint)),
-                paths,
-                topk=arguments.topk,
-                batch_size=arguments.batch_size,
-                device=arguments.device,
-                workers=min(arguments.workers, len(paths) // arguments.batch_size),
-            )
+    paths = find_images(arguments.images)
+    loaded = open_checkpoint(arguments, arguments.opts)
+    if loaded.config.MODEL.SWIN.IN_CHANS != 3:
+        raise DataError(f"{arguments.checkpoint} takes {loaded.config.MODEL.SWIN.IN_CHANS} channels, images give 3")
+    results = list(
+        predict(
+            at_evaluation_size(loaded, str(arguments.checkpoint)),
+            paths,
+            topk=arguments.topk,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            workers=min(arguments.workers, len(paths) // arguments.batch_size),
         )
-        predictions = [result for result in results if isinstance(result, Prediction)]
-        unreadable = [result for result in results if isinstance(result, Unreadable)]
-        names = readable_names(loaded.classes, loaded.model.num_classes)
-        if form == "json":
-            about = {
-                "checkpoint": str(arguments.checkpoint),
-                "sha256": file_digest(arguments.checkpoint),
-                "weights": "model_ema" if arguments.ema else "model",
-            }
-            text = as_json(predictions, names, unreadable, about)
-        else:
-            text = (as_csv if form == "csv" else as_table)(predictions, names)
-        if arguments.output:
-            arguments.output.write_text(text, encoding="utf-8")
-        else:
-            sys.stdout.write(text)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    )
+    predictions = [result for result in results if isinstance(result, Prediction)]
+    unreadable = [result for result in results if isinstance(result, Unreadable)]
+    names = readable_names(loaded.classes, loaded.model.num_classes)
+    if form == "json":
+        about = {
+            "checkpoint": str(arguments.checkpoint),
+            "sha256": file_digest(arguments.checkpoint),
+            "weights": "model_ema" if arguments.ema else "model",
+        }
+        text = as_json(predictions, names, unreadable, about)
+    else:
+        text = (as_csv if form == "csv" else as_table)(predictions, names)
+    if arguments.output:
+        arguments.output.write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
     for entry in unreadable:
         print(f"unreadable: {entry.file}: {entry.reason}", file=sys.stderr)
     if unreadable:

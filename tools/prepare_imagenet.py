@@ -20,7 +20,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ from tqdm import tqdm
 from data.sources.base import DataError, UnreadableImage, decode, require_folder
 from data.sources.folder import FolderSource
 from data.sources.shards import INDEX_FILE, Index, Shard
+from tools.command_line import answer, whole
 from tools.imagenet_labels import read_ground_truth
 from tools.prepared_folder import STATE, owned, require_same_settings
 from utils.files import file_digest
@@ -453,16 +454,6 @@ def _remove_parts(output: Path, split: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _whole(low: int, high: float = float("inf")) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            bound = f"from {low} to {high:g}" if high != float("inf") else f"from {low} on"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bound}")
-        return int(text)
-
-    return parse
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.prepare_imagenet",
@@ -474,20 +465,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("input", metavar="INPUT", type=Path, help="folder that holds train/ and val/")
     parser.add_argument("output", metavar="OUTPUT", type=Path, nargs="?", help="new folder for the prepared data set")
     parser.add_argument("--format", choices=("folder", "zip", "shards"), default="folder")
-    parser.add_argument("--short-side", metavar="PIXELS", type=_whole(1), help="resize larger training images to this")
+    parser.add_argument("--short-side", metavar="PIXELS", type=whole(1), help="resize larger training images to this")
     parser.add_argument("--resize-val", action="store_true", help="resize validation images too (accuracy changes)")
     parser.add_argument(
-        "--quality", metavar="1-95", type=_whole(1, 95), default=90, help="of resized JPEGs (default 90)"
+        "--quality", metavar="1-95", type=whole(1, 95), default=90, help="of resized JPEGs (default 90)"
     )
     parser.add_argument(
         "--shard-images",
         metavar="N",
-        type=_whole(1),
+        type=whole(1),
         default=1000,
         help="images per shard, or per part that an interrupted run keeps (default 1000)",
     )
-    parser.add_argument("--seed", metavar="N", type=_whole(0), default=0, help="of the order of training shards")
-    parser.add_argument("--workers", metavar="N", type=_whole(1), default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--seed", metavar="N", type=whole(0), default=0, help="of the order of training shards")
+    parser.add_argument("--workers", metavar="N", type=whole(1), default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out and exit with 0")
     parser.add_argument(
         "--val-ground-truth",
@@ -522,26 +513,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("OUTPUT is required, or --val-ground-truth FILE to place the images of a flat val/")
     if arguments.class_ids and not arguments.val_ground_truth:
         parser.error("--class-ids belongs to --val-ground-truth")
-    try:
-        if arguments.output is None:
-            moved, placed = place_val(arguments.input, arguments.val_ground_truth, arguments.class_ids)
-            print(f"{arguments.input / 'val'}: {moved:,} images moved into class folders, {placed:,} were in place")
-            return 0
-        totals = prepare(
-            arguments.input,
-            arguments.output,
-            Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__}),
-            workers=arguments.workers,
-            skip_unreadable=arguments.skip_unreadable,
-            ground_truth=arguments.val_ground_truth,
-            class_ids=arguments.class_ids,
-        )
-    except (DataError, OSError, WorkerLost) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from here", file=sys.stderr)
-        return 130
+    return answer(lambda: run(arguments), mistakes=(DataError, OSError, WorkerLost))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Place the validation images, or prepare the data set; 1 where images are unreadable and none may be."""
+    if arguments.output is None:
+        moved, placed = place_val(arguments.input, arguments.val_ground_truth, arguments.class_ids)
+        print(f"{arguments.input / 'val'}: {moved:,} images moved into class folders, {placed:,} were in place")
+        return 0
+    totals = prepare(
+        arguments.input,
+        arguments.output,
+        Options(**{name: getattr(arguments, name) for name in Options.__dataclass_fields__}),
+        workers=arguments.workers,
+        skip_unreadable=arguments.skip_unreadable,
+        ground_truth=arguments.val_ground_truth,
+        class_ids=arguments.class_ids,
+    )
     print(summary(totals), end="")
     unreadable = [name for total in totals.values() for name, _ in total.unreadable]
     if not unreadable:

@@ -28,6 +28,7 @@ if not __package__:  # run as tools/prepare_lra.py: what it imports lies beside 
 from data.sources.base import DataError
 from data.sources.bundled import FASHION_MNIST
 from data.sources.token_cache import MANIFEST, TASKS, Manifest, open_cache, read_manifest
+from tools.command_line import answer, number, whole
 from tools.lra import listops, pathfinder
 from tools.lra.cache import Content, publish, write_arrays
 from tools.lra.files import ADVICE
@@ -203,26 +204,6 @@ def _refuse_with_source(options: argparse.Namespace, *names: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= (int(text) if high is None else high):
-            bound = f"from {low} on" if high is None else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bound}")
-        return int(text)
-
-    return parse
-
-
-def _contrast(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number over 0 and up to 1")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python tools/prepare_lra.py",
@@ -259,11 +240,11 @@ Exit codes: 0 finished, 2 a mistake, damaged or absent data, or a full disk, 130
         task.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder for the cache")
         task.add_argument("--source", metavar="PATH", type=Path, help=source)
         if seed:
-            task.add_argument("--seed", metavar="N", type=_whole(0), help=f"{seed} (default 0)")
+            task.add_argument("--seed", metavar="N", type=whole(0), help=f"{seed} (default 0)")
         if workers:
             count = os.cpu_count() or 1
             task.add_argument(
-                "--workers", metavar="N", type=_whole(1), default=count, help=f"processes (default {count})"
+                "--workers", metavar="N", type=whole(1), default=count, help=f"processes (default {count})"
             )
         return task
 
@@ -279,14 +260,14 @@ Exit codes: 0 finished, 2 a mistake, damaged or absent data, or a full disk, 130
         "--samples",
         metavar=("TRAIN", "VAL", "TEST"),
         nargs=3,
-        type=_whole(1),
+        type=whole(1),
         help="how many (default 96000 2000 2000)",
     )
-    task.add_argument("--min-length", metavar="N", type=_whole(0), help="samples are longer than this (default 500)")
-    task.add_argument("--max-length", metavar="N", type=_whole(2), help="samples are shorter than this (default 2000)")
-    task.add_argument("--max-depth", metavar="N", type=_whole(2, 100), help="of a tree, digits included (default 10)")
+    task.add_argument("--min-length", metavar="N", type=whole(0), help="samples are longer than this (default 500)")
+    task.add_argument("--max-length", metavar="N", type=whole(2), help="samples are shorter than this (default 2000)")
+    task.add_argument("--max-depth", metavar="N", type=whole(2, 100), help="of a tree, digits included (default 10)")
     task.add_argument(
-        "--max-args", metavar="N", type=_whole(2, listops.MOST_ARGS), help="of an operator, at least 2 (default 10)"
+        "--max-args", metavar="N", type=whole(2, listops.MOST_ARGS), help="of an operator, at least 2 (default 10)"
     )
 
     task = add(
@@ -297,7 +278,7 @@ Exit codes: 0 finished, 2 a mistake, damaged or absent data, or a full disk, 130
         seed="of the images, and of the split",
         workers=True,
     )
-    task.add_argument("--images", metavar="N", type=_whole(10), help="how many, 80/10/10 (default 200000)")
+    task.add_argument("--images", metavar="N", type=whole(10), help="how many, 80/10/10 (default 200000)")
     task.add_argument(
         "--contour-length",
         metavar="N",
@@ -308,7 +289,7 @@ Exit codes: 0 finished, 2 a mistake, damaged or absent data, or a full disk, 130
     task.add_argument(
         "--target-contrast",
         metavar="SHARE",
-        type=_contrast,
+        type=number(0, 1, open_low=True),
         help="brightness of the targets, of the distractors' (default 0.75, as in Long Range Arena; 1: alike)",
     )
     add("text", _text_job, "sentiment of IMDb reviews, by bytes", source="aclImdb_v1.tar.gz or aclImdb",
@@ -341,16 +322,12 @@ def summary(out: Path, manifest: Manifest) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code."""
     options = _parser().parse_args(argv)
-    try:
-        manifest = prepare(options.out, options.job(options))
-    except (DataError, OSError, WorkerLost) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from here", file=sys.stderr)
-        return 130
-    print(summary(options.out, manifest))
-    return 0
+    return answer(lambda: run(options), mistakes=(DataError, OSError, WorkerLost))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prepare the task that the command line names."""
+    print(summary(options.out, prepare(options.out, options.job(options))))
 
 
 if __name__ == "__main__":

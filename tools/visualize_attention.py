@@ -23,18 +23,17 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from config import ConfigError, load_config
-from data.sources.base import DataError
+from config import image_size
 from data.transforms import Normalise, evaluation_transform
-from models.files import CheckpointError
-from models.loading import LoadedModel, load_model
-from models.maps import POLARITY_STREAMS, LayerRecord, MapError, attention_layers, choose_layers, kind_of, record
-from tools.images import read_image
+from models.attention_maps import COMBINED, LayerRecord, attention_layers, choose_layers, kernel_in, record
+from models.kernels import KERNELS
+from tools.checkpoints import LoadedModel, add_checkpoint_arguments, find_images, open_checkpoint, read_image
+from tools.command_line import answer, some_of, whole
 from tools.overlays import COLOURS, ground, key_map, paint, token_at
-from tools.predict import find_images
 
 DEPTHWISE = "+depthwise"
-MAPS = (*POLARITY_STREAMS, *(stream + DEPTHWISE for stream in POLARITY_STREAMS))
+STREAMS = dict.fromkeys(name for kernel in KERNELS.values() if kernel.streams for name in (COMBINED, *kernel.streams))
+MAPS = (*STREAMS, *(stream + DEPTHWISE for stream in STREAMS))
 DEFAULT_MAPS = ("combined", "same", "opposite", "combined+depthwise")
 DEFAULT_POINTS = ((0.5, 0.5), (0.25, 0.25), (0.75, 0.75))  # fractions of width and height
 SIZE = 192  # longer side of one map in the pictures, in pixels
@@ -109,10 +108,8 @@ def describe(model: nn.Module) -> str:
     lines = []
     shown = last_of_each_stage(model)
     for name, module in attention_layers(model).items():
-        heads = module.num_heads
-        lines.append(
-            f"{name:<20} {kind_of(module):<9} heads 0 to {heads - 1:<3}{' (default)' if name in shown else ''}".rstrip()
-        )
+        remark = " (default)" if name in shown else ""
+        lines.append(f"{name:<20} {kernel_in(module).name:<9} heads 0 to {module.num_heads - 1:<3}{remark}".rstrip())
     return "\n".join(lines)
 
 
@@ -151,10 +148,10 @@ def _layer_rows(
     queries = [token_at(point, size, layer.grid) for point in points]
     chosen = range(layer.num_heads) if heads == "all" else heads
     rows = []
-    if layer.kind == "polarity":
-        names = list(maps)
+    if layer.kernel.streams:
+        names = [name for name in maps if name.removesuffix(DEPTHWISE) in layer.own_streams]
     else:  # one map, with and without the depthwise branch where that is asked for and there is one
-        with_branch = layer.kernel is not None and any(name.endswith(DEPTHWISE) for name in maps)
+        with_branch = layer.convolution is not None and any(name.endswith(DEPTHWISE) for name in maps)
         names = [layer.kind] + [layer.kind + DEPTHWISE] * with_branch
     for name in names:
         stream, depthwise = name.removesuffix(DEPTHWISE), name.endswith(DEPTHWISE)
@@ -373,20 +370,6 @@ def _heads(text: str) -> list[int] | str | None:
     return [int(part) for part in text.split(",")]
 
 
-def _size(text: str) -> int:
-    if not text.isdecimal() or int(text) < SMALLEST_SIZE:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {SMALLEST_SIZE} on")
-    return int(text)
-
-
-def _maps(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in MAPS:
-            raise argparse.ArgumentTypeError(f"there is no map {name!r}, expected some of {', '.join(MAPS)}")
-    return names
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python tools/visualize_attention.py",
@@ -395,9 +378,7 @@ def _parser() -> argparse.ArgumentParser:
         " --checkpoint output/quickstart/default/max_acc.pth",
     )
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="*", help="image files, or folders of them")
-    parser.add_argument("--checkpoint", metavar="F", type=Path, required=True, help="of ours, or released")
-    parser.add_argument("--cfg", metavar="YAML", help="configuration of a checkpoint that carries none")
-    parser.add_argument("--ema", action="store_true", help="the averaged weights of the checkpoint")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--list", action="store_true", help="print the model's layers and heads, and stop")
     parser.add_argument(
         "--layers",
@@ -415,10 +396,18 @@ def _parser() -> argparse.ArgumentParser:
         " the middle of two quarters",
     )
     parser.add_argument(
-        "--streams", metavar="A,B", type=_maps, default=DEFAULT_MAPS, help=f"maps of polarity layers: {', '.join(MAPS)}"
+        "--streams",
+        metavar="A,B",
+        type=some_of(MAPS, "map"),
+        default=DEFAULT_MAPS,
+        help=f"maps of polarity layers: {', '.join(MAPS)}",
     )
     parser.add_argument(
-        "--size", metavar="PIXELS", type=_size, default=SIZE, help=f"longer side of each map (default {SIZE})"
+        "--size",
+        metavar="PIXELS",
+        type=whole(SMALLEST_SIZE),
+        default=SIZE,
+        help=f"longer side of each map (default {SIZE})",
     )
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("attention"), help="default: attention")
     return parser
@@ -426,8 +415,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the pictures and the page that the command line asks for."""
-    config = load_config(arguments.cfg) if arguments.cfg else None
-    loaded = load_model(arguments.checkpoint, ema=arguments.ema, config=config)
+    loaded = open_checkpoint(arguments)
     if arguments.list:
         print(describe(loaded.model))
         return
@@ -435,7 +423,7 @@ def run(arguments: argparse.Namespace) -> None:
         layers = list(attention_layers(loaded.model)) if arguments.layers else last_of_each_stage(loaded.model)
     else:
         layers = choose_layers(loaded.model, arguments.layers.split(","))
-    transform = evaluation_transform(loaded.config)
+    transform = evaluation_transform(loaded.config, image_size(loaded.config))
     images = [(path, read_image(path, transform)) for path in find_images(arguments.images)]
     pages: list[Page] = []
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -469,12 +457,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.images and not arguments.list:
         parser.error("name at least one IMAGE, or --list to see the model's layers")
     torch.set_flush_denormal(True)  # small powers are denormals, which a CPU handles many times slower
-    try:
-        run(arguments)
-    except (CheckpointError, ConfigError, DataError, MapError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return answer(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.files import write_atomically
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,13 +33,13 @@ def describe(device: "torch.device", processes: int) -> dict[str, Any]:
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
-        "commit": _commit(),
+        "commit": commit(),
         "processes": processes,
         "device": torch.cuda.get_device_name(device)
         if cuda
         else f"CPU, threads per process: {torch.get_num_threads()}",
         "device_memory_gib": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1) if cuda else None,
-        "cpu": _cpu(),
+        "cpu": cpu_field("model name") or platform.processor() or platform.machine(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
@@ -56,13 +58,11 @@ def record_environment(folder: Path, device: "torch.device", processes: int) -> 
     except (FileNotFoundError, ValueError):
         starts = []
     starts = [*(starts if isinstance(starts, list) else []), describe(device, processes)][-KEPT:]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(starts, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, (json.dumps(starts, indent=1) + "\n").encode())
 
 
 @cache
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checked-out commit, with `+` where tracked files were changed; None outside a repository or without git."""
     git = ["git", "-C", str(ROOT)]
     try:
@@ -79,11 +79,10 @@ def _commit() -> str | None:
     return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
-def _cpu() -> str:
-    """The processor's name as the system tells it."""
+def cpu_field(name: str) -> str:
+    """What Linux says of the first processor under a name such as `model name` or `flags`; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")

@@ -4,13 +4,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from yacs.config import CfgNode
 
 
-def autocast_dtype(config: CfgNode, device: torch.device) -> torch.dtype:
-    """AMP_DTYPE; auto is bfloat16 where the device computes in it, else float16."""
-    if config.AMP_DTYPE != "auto":
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16}[config.AMP_DTYPE]
+def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type called bfloat16 or float16; auto is bfloat16 where the device computes in it, else float16."""
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16

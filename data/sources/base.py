@@ -5,15 +5,19 @@ A source knows its samples' names and labels and decodes one image at a time.
 
 import io
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.functional import pil_to_tensor
+from yacs.config import CfgNode
+
+from data.findings import Report
 
 
 class DataError(ValueError):
@@ -45,6 +49,58 @@ class Source(Protocol):
     def load(self, index: int) -> Picture:
         """RGB image; raises UnreadableImage."""
         ...
+
+
+class Modality(Protocol):
+    """What the samples of a data set are, images or sequences, and all that follows from it on their way to a model."""
+
+    reads: str  # models.registry's word for a body that takes them
+    noun: str  # what samples are called in messages
+    function_keys: tuple[
+        str, ...
+    ]  # keys that change what a model is given but no shape: compared when a file is loaded
+
+    def training_transform(self, config: CfgNode, size: tuple[int, int]) -> Callable[[Any], torch.Tensor]:
+        """From what a source loads to a sample of a training batch, on the CPU."""
+        ...
+
+    def evaluation_transform(
+        self, config: CfgNode, size: tuple[int, int], *, cropped: bool = False
+    ) -> Callable[[Any], torch.Tensor]:
+        """The same for evaluation; `cropped`: of images that are centre crops already."""
+        ...
+
+    def train_batch(
+        self, config: CfgNode, num_classes: int, device: torch.device, dtype: torch.dtype
+    ) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """From a training batch and its labels to the model's input and target, on the device."""
+        ...
+
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+        """From an evaluation batch to the model's input, on the device."""
+        ...
+
+    def require(self, config: CfgNode) -> None:
+        """Raise DataError where the configuration asks for what these samples cannot have."""
+        ...
+
+
+class DatasetBuilder(ABC):
+    """What a value of DATA.DATASET names."""
+
+    modality: Modality
+    evaluation_split = "val"  # what --eval evaluates on
+
+    @abstractmethod
+    def open(self, config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> Any:
+        """The samples of train, val or test: a Source, or a ShardSplit. `classes`: of the training split.
+
+        Raises DataError for a data set that is absent, empty or badly laid out.
+        """
+
+    @abstractmethod
+    def check(self, config: CfgNode, report: Report) -> None:
+        """Examine what is on the disk. Raises DataError where the configuration names no data set."""
 
 
 def require_folder(path: Path) -> None:

@@ -8,8 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torchvision.datasets import FashionMNIST
+from yacs.config import CfgNode
 
-from data.sources.base import DataError
+from config import image_size
+from data.findings import Report
+from data.sources.base import DataError, DatasetBuilder
+from data.transforms import Images
 
 
 class DigitsSource:
@@ -109,3 +113,32 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
     if len(shape) < axes or len(data) != 4 + 4 * axes + math.prod(shape):
         raise DataError(f"{path} is damaged: {len(data)} bytes, which do not hold what its header says, {shape}")
     return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+class Digits(DatasetBuilder):
+    """DATA.DATASET digits."""
+
+    modality = Images()
+
+    def open(self, config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> DigitsSource:
+        return DigitsSource(split, image_size(config))
+
+    def check(self, config: CfgNode, report: Report) -> None:
+        report.facts.append("the digits ship with scikit-learn: there are no files to check")
+
+
+class FashionMnist(DatasetBuilder):
+    """DATA.DATASET fashion_mnist."""
+
+    modality = Images()
+
+    def open(self, config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> FashionMnistSource:
+        return FashionMnistSource(Path(config.DATA.DATA_PATH or FASHION_MNIST), split, image_size(config))
+
+    def check(self, config: CfgNode, report: Report) -> None:
+        for split in ("train", "val"):
+            try:
+                source = self.open(config, split)
+                report.facts.append(f"{split}: {len(source.labels):,} images of {source.num_classes} classes")
+            except DataError as error:
+                report.error(str(error))

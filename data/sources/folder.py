@@ -2,12 +2,14 @@
 
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from data.findings import Layout, Report, chunks
 from data.sources.base import DataError, Decoder, Picture, UnreadableImage, decode, require_folder
 from data.sources.zip_index import PackedNames
 
@@ -65,3 +67,49 @@ class FolderSource:
         except OSError as error:
             raise UnreadableImage(f"{name}: {error.strerror}") from error
         return self._decoder(data, name)
+
+
+PLACE_VAL = "`python -m tools.prepare_imagenet DATA_PATH --val-ground-truth FILE` moves them into class folders"
+
+
+def check_folder(root: Path, split: str, report: Report) -> Layout | None:
+    """Class folders of one split; loose images, empty folders and other files are findings."""
+    folder = root / split
+    if not folder.is_dir():
+        report.error(f"{folder} {'is no folder' if folder.exists() else 'does not exist'}")
+        return None
+    classes: list[str] = []
+    samples: list[tuple[str, int]] = []
+    loose: list[str] = []
+    empty: list[str] = []
+    other: list[str] = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):  # a tool's, as the loader sees it
+            continue
+        if not entry.is_dir():
+            (loose if entry.name.lower().endswith(IMG_EXTENSIONS) else other).append(entry.path)
+            continue
+        before = len(samples)
+        for parent, _, files in sorted(os.walk(entry.path, followlinks=True)):
+            for name in sorted(files):
+                path = os.path.join(parent, name)
+                if name.lower().endswith(IMG_EXTENSIONS):
+                    samples.append((path, len(classes)))
+                else:
+                    other.append(path)
+        if len(samples) == before:
+            empty.append(entry.path)
+        classes.append(entry.name)
+    if loose and not classes:
+        fix = PLACE_VAL if split == "val" else "move every image into a folder named after its class"
+        report.error(f"{folder} is flat: {len(loose):,} images and no class folders; {fix}", loose)
+    elif loose:
+        fix = f"; {PLACE_VAL}" if split == "val" else ""
+        report.error(f"{folder}: {len(loose):,} images lie outside the class folders and are not used{fix}", loose)
+    elif not classes:
+        report.error(f"{folder} is empty, expected {folder}/<class>/<image>")
+    if empty:
+        report.error(f"{folder}: {len(empty)} class folders hold no image; fill or remove them", empty)
+    if other:
+        report.warn(f"{folder}: {len(other):,} files are no images by their extension and are not used", other)
+    return Layout(tuple(classes), Counter(label for _, label in samples), chunks(split, None, samples))

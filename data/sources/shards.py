@@ -10,7 +10,7 @@ import itertools
 import json
 import random
 import tarfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.datasets import Sample, SampleRandomness, too_many_unreadable
+from data.findings import Layout, Report, Task
 from data.samplers import Draw
 from data.sources.base import DataError, Decoder, Picture, UnreadableImage, decode
 
@@ -378,3 +379,19 @@ class ShardTrainDataset(ShardDataset):
                 sample = Sample(self.transform(image), encoded.label, tuple(unreadable))
             ahead.popleft()
             yield sample
+
+
+def check_shards(root: Path, split: str, index: Index, report: Report) -> Layout | None:
+    """The shards of one split against the index."""
+    shards = index.splits.get(split, [])
+    if not shards:
+        report.error(f"{root / INDEX_FILE} lists no {split} shards")
+        return None
+    if problems := [problem for shard in shards if (problem := file_problem(root, shard))]:
+        report.error(f"{len(problems)} of {len(shards)} {split} shards are missing or of another size", problems)
+    if unlisted := sorted({path.name for path in root.glob(f"{split}-*.tar")} - {shard.name for shard in shards}):
+        report.warn(f"{len(unlisted)} {split} shards are not in {INDEX_FILE} and are not used", unlisted)
+    if twice := [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]:
+        report.error(f"{INDEX_FILE} lists {len(twice)} {split} shards more than once", twice)
+    tasks = [Task(split, root / s.name, images=s.images) for s in shards if (root / s.name).is_file()]
+    return Layout(index.classes, Counter(), tasks)

@@ -1,5 +1,6 @@
 """Sequences of the Long Range Arena: token ids of fixed length from the cache that tools/prepare_lra.py wrote."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from data.sources.base import DataError
+from data.findings import Report
+from data.sources.base import DataError, DatasetBuilder
 from data.sources.token_cache import TokenCache, open_cache
 from logger import get_logger
 
@@ -65,21 +67,41 @@ class TokenSource:
         return torch.from_numpy(ids[0] if self._documents == 1 else ids)
 
 
-class TokenIds:
-    """What a batch of a token source becomes on the device: ids as the embedding takes them."""
+class Tokens:
+    """The modality of token sequences: ids int16 (B, N), or (B, 2, N) for pairs of documents, int32 on the device."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        """The arguments are those of data.transforms.Normalise; ids need neither."""
+    reads, noun = "tokens", "samples"
+    function_keys: tuple[str, ...] = ("DATA.LRA.BLACK_IS_PADDING",)
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        return ids.int()
+    def training_transform(self, config: CfgNode, size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+        return torch.as_tensor
 
+    def evaluation_transform(
+        self, config: CfgNode, size: tuple[int, int], *, cropped: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        return torch.as_tensor
 
-class TokenBatch:
-    """ids and labels to the model's input and target."""
+    def train_batch(
+        self, config: CfgNode, num_classes: int, device: torch.device, dtype: torch.dtype
+    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return lambda ids, labels: (ids.int(), labels)
 
-    def __call__(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return ids.int(), labels
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        return Tensor.int
+
+    def require(self, config: CfgNode) -> None:
+        images_only = {
+            "AUG.MIXUP": config.AUG.MIXUP > 0,
+            "AUG.CUTMIX": config.AUG.CUTMIX > 0,
+            "AUG.REPROB": config.AUG.REPROB > 0,
+            "AUG.CUTMIX_MINMAX": config.AUG.CUTMIX_MINMAX is not None,
+            "TEST.FLIP": config.TEST.FLIP,
+            "TEST.IMG_SIZE": config.TEST.IMG_SIZE is not None,
+        }
+        if given := [key for key, is_set in images_only.items() if is_set]:
+            raise DataError(
+                f"{given[0]} is for images; with DATA.DATASET {config.DATA.DATASET} set it to 0, null or False"
+            )
 
 
 def open_tokens(config: CfgNode) -> TokenCache:
@@ -130,3 +152,41 @@ def token_source(config: CfgNode, split: str) -> TokenSource:
         shift=shift,
         chosen=chosen,
     )
+
+
+def check_tokens(config: CfgNode, report: Report) -> None:
+    """A token cache: whether it is whole, and what the model is configured for."""
+    try:
+        cache = open_tokens(config)
+        manifest = cache.manifest
+        report.facts.append(f"{cache.path}: token cache, {manifest.title}")
+        for split, arrays in cache.splits.items():
+            sizes = np.bincount(arrays.labels, minlength=len(manifest.classes))
+            report.facts.append(
+                f"{split}: {len(arrays.labels):,} samples, {len(sizes):,} classes, {sizes.min():,} to {sizes.max():,}"
+                " samples a class"
+            )
+        report.facts.append(f"longest document: {manifest.longest:,} symbols")
+        cache.verify()
+        token_source(config, "train")  # raises where documents are too long for the model, or symbols too many
+    except DataError as error:
+        report.error(str(error))
+
+
+class LongRangeArena(DatasetBuilder):
+    """DATA.DATASET lra: the folder of a task, as tools/prepare_lra.py wrote it; --eval is on the test split."""
+
+    modality = Tokens()
+    evaluation_split = "test"
+
+    def open(self, config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> TokenSource:
+        return token_source(config, split)
+
+    def check(self, config: CfgNode, report: Report) -> None:
+        if not config.DATA.DATA_PATH:
+            raise DataError("no data set: --data-path names the folder that tools/prepare_lra.py wrote")
+        root = Path(config.DATA.DATA_PATH)
+        if not root.is_dir():
+            report.error(f"data set folder {root} {'is no folder' if root.exists() else 'does not exist'}")
+            return
+        check_tokens(config, report)

@@ -1,13 +1,17 @@
 """Images in a zip file, with a map file of their labels."""
 
 import os
+import zipfile
 import zlib
 from array import array
+from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from data.findings import Layout, Report, chunks
 from data.sources.base import DataError, Decoder, Picture, UnreadableImage, decode
 from data.sources.zip_index import ZipError, ZipIndex
 
@@ -87,3 +91,59 @@ def warm_page_cache(path: Path, *, share: int = 0, shares: int = 1) -> None:
         file.seek(start)
         while start < end and (block := file.read(min(1 << 24, end - start))):
             start += len(block)
+
+
+def check_zip(root: Path, split: str, report: Report) -> Layout | None:
+    """A zip and its map against each other."""
+    path, map_path = root / f"{split}.zip", root / f"{split}_map.txt"
+    if absent := [str(file) for file in (path, map_path) if not file.is_file()]:
+        report.error(f"{' and '.join(absent)} do{'es' if len(absent) == 1 else ''} not exist")
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = Counter(info.filename for info in archive.infolist() if not info.is_dir())
+        lines = map_path.read_text(encoding="utf-8").splitlines()
+    except (zipfile.BadZipFile, OSError, UnicodeDecodeError) as error:
+        report.error(f"{path} and {map_path.name} cannot be read: {error}")
+        return None
+    samples: dict[str, int] = {}
+    malformed, absent, repeated = [], [], []
+    for number, line in enumerate(lines, start=1):
+        name, tab, label = line.rpartition("\t")
+        if not line.strip():
+            continue
+        if not tab or not label.strip().isdecimal():
+            malformed.append(f"line {number}: {line!r}")
+        elif name not in members:
+            absent.append(f"line {number}: {name}")
+        elif name in samples:
+            repeated.append(f"line {number}: {name}")
+        else:
+            samples[name] = int(label)
+    if malformed:
+        report.error(f"{map_path}: {len(malformed):,} lines are not `path<TAB>label`", malformed)
+    if absent:
+        report.error(f"{map_path} names {len(absent):,} files that {path.name} does not contain", absent)
+    if repeated:
+        report.error(f"{map_path} names {len(repeated):,} files again", repeated)
+    if unnamed := [name for name in members if name not in samples and name.lower().endswith(IMG_EXTENSIONS)]:
+        report.error(f"{path} contains {len(unnamed):,} images without a (valid) line in {map_path.name}", unnamed)
+    if twice := [name for name, count in members.items() if count > 1]:
+        report.error(f"{path} contains {len(twice):,} names more than once", twice)
+    if not samples:
+        report.error(f"{map_path} names no image of {path.name}")
+        return None
+    counts = Counter(samples.values())
+    if gaps := [str(label) for label in range(max(counts)) if label not in counts]:
+        # a class that only one split lacks is found where splits are compared
+        (report.error if split == "train" else report.warn)(f"{map_path}: {len(gaps)} labels have no image", gaps)
+    folders: dict[int, set[str]] = {}
+    for name, number in samples.items():
+        folders.setdefault(number, set()).add(os.path.dirname(name))
+    mixed = [f"label {label}: {', '.join(sorted(names)[:5])}" for label, names in folders.items() if len(names) > 1]
+    by_label = [next(iter(folders.get(label, {""}))) for label in range(max(counts) + 1)]
+    named = not mixed and all(by_label) and len(set(by_label)) == len(by_label)
+    if mixed and any(name for names in folders.values() for name in names):
+        report.warn(f"{map_path}: {len(mixed)} labels have images of several folders, so classes have no names", mixed)
+    classes = tuple(os.path.basename(name) for name in by_label) if named else None
+    return Layout(classes, counts, chunks(split, path, list(samples.items())))

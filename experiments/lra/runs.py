@@ -13,8 +13,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from benchmarks.common import ROOT
-from config import load_config, parse_command_line, run_folder, value_of
+from config import load_config, make_plan, parse_command_line, value_of
 from experiments.settings import differences, stored_config
 from logger import read_metrics
 from utils.checkpoints.naming import BEST_FILE
@@ -49,7 +48,7 @@ QUIRKS = ("MODEL.LRA.POOL", "DATA.LRA.BLACK_IS_PADDING", "DATA.LRA.HELD_OUT")  #
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """One finished run: `accuracy` is the test split's in percent, `changed` the keys that its preset's file lacks."""
 
     task: str
@@ -106,14 +105,14 @@ def test_result(folder: Path, config: CfgNode, best_step: int) -> dict[str, Any]
 
 def preset_of(config: CfgNode) -> tuple[str, CfgNode]:
     """The preset whose tables a run belongs to, and the preset's configuration of its task."""
-    folder, task = ROOT / "configs" / "lra", config.DATA.LRA.TASK
+    folder, task = Path(__file__).resolve().parents[2] / "configs" / "lra", config.DATA.LRA.TASK
     published = load_config(str(folder / f"{task}.yaml"))
     if all(value_of(config, key) == value_of(published, key) for key in QUIRKS):
         return "skyformer", published
     return "clean", load_config(str(folder / f"{task}_clean.yaml"))
 
 
-def read_run(folder: Path) -> Run | None:
+def read_run(folder: Path) -> FinishedRun | None:
     """The run in a folder; None where it is not finished."""
     config = stored_config(folder)
     if config is None or config.DATA.DATASET != "lra" or config.TRAIN.STEPS is None:
@@ -125,7 +124,7 @@ def read_run(folder: Path) -> Run | None:
     preset, base = preset_of(config)
     starts = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
     devices = dict.fromkeys(f"{start['processes']} × {start['device']}" for start in starts)
-    return Run(
+    return FinishedRun(
         task=config.DATA.LRA.TASK,
         preset=preset,
         attention=attention_of(config),
@@ -144,7 +143,7 @@ def read_run(folder: Path) -> Run | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print how far the run is that main.py would make with these arguments."""
     config = parse_command_line(arguments)
-    folder = run_folder(config)
+    folder = make_plan(config).folder
     stored = stored_config(folder)
     if stored and (other := differences(stored, config, HARMLESS)):
         held = ", ".join(f"{key} {value}" for key, (value, _) in other.items())

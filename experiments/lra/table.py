@@ -10,9 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.common import ROOT
 from config import LRA_TASKS
-from experiments.lra.runs import Run, read_run
+from experiments.lra.runs import FinishedRun, read_run
+
+ROOT = Path(__file__).resolve().parents[2]
 
 TITLES = {"listops": "ListOps", "text": "Text", "retrieval": "Retrieval", "pathfinder": "Pathfinder", "image": "Image"}
 # Test accuracies in percent. PolaFormer's rows: README of its repository. Skyformer's: Table 1 of arXiv 2111.00035, one
@@ -38,7 +39,7 @@ GENERATED = ("listops", "pathfinder")  # the others need downloads
 STAND_IN = "Fashion-MNIST"  # begins the title of data that stand in for CIFAR-10
 
 
-def cell_text(runs: Sequence[Run]) -> str:
+def cell_text(runs: Sequence[FinishedRun]) -> str:
     """`mean ± standard deviation (number)` of the seeds' accuracies."""
     accuracies = [run.accuracy for run in runs]
     spread = f" ± {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
@@ -50,9 +51,9 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def own_table(runs: Sequence[Run]) -> str:
+def own_table(runs: Sequence[FinishedRun]) -> str:
     """One row a task, data and attention, with everything that a number depends on."""
-    cells: dict[tuple, list[Run]] = defaultdict(list)
+    cells: dict[tuple, list[FinishedRun]] = defaultdict(list)
     for run in runs:
         cells[run.cell].append(run)
     rows = []
@@ -78,7 +79,7 @@ def own_table(runs: Sequence[Run]) -> str:
     return markdown((*header, "precision", "changed keys", "device"), rows)
 
 
-def reference_table(runs: Sequence[Run]) -> str:
+def reference_table(runs: Sequence[FinishedRun]) -> str:
     """What answers without a model score on the data of these runs; empty where no data say."""
     found = {(run.task, run.data): run.reference for run in runs if run.reference}
     rows = [
@@ -100,7 +101,7 @@ def published_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     )
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[FinishedRun]) -> str:
     """The whole of docs/lra.md."""
     text = (Path(__file__).with_name("page.md")).read_text(encoding="utf-8")
     parts = {}

@@ -59,7 +59,8 @@ class _Unreachable(Exception):
 
 def _load(run: Run, rows: list[int], data_path: str | None) -> "list[Tensor]":
     """The images as the model saw them, uint8 (3, H, W) each."""
-    from data.loaders import build_source
+    from config import image_size
+    from data.builders import builder_of
     from data.sources.base import Picture, decode
     from data.sources.shards import ShardSplit
     from data.transforms import evaluation_transform
@@ -74,7 +75,7 @@ def _load(run: Run, rows: list[int], data_path: str | None) -> "list[Tensor]":
         config.defrost()
         config.DATA.DATA_PATH = data_path
         config.freeze()
-    source, transform = build_source(config, "val"), evaluation_transform(config)
+    source, transform = builder_of(config).open(config, "val"), evaluation_transform(config, image_size(config))
     loaded = []
     image: Picture
     for row in rows:
@@ -108,15 +109,15 @@ def _picture(pixels: "Tensor") -> Image.Image:
 
 def _overlays(run: Run, images: "list[Tensor]", size: tuple[int, int]) -> tuple[str, list[Image.Image]]:
     """The layer's name, and each image with the attention laid over it that its places receive there."""
-    from models.loading import load_model
-    from tools.overlays import last_polarity_layer, overlay
+    from tools.checkpoints import load_model
+    from tools.overlays import last_linear_layer, overlay
 
     path = checkpoint_of(run)
     if path is None:
         assert run.predictions is not None
         raise _Unreachable(f"there is no checkpoint {run.predictions.checkpoint} in the run folder to compute it from")
     model = load_model(path).model
-    layer = last_polarity_layer(model)
+    layer = last_linear_layer(model)
     return layer, [overlay(model, pixels, layer, size=size) for pixels in images]
 
 

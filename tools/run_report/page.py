@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from config import KEYS, last_epoch, value_of
+from config import KEYS, make_plan, value_of
 from tools.run_report.charts import POINTS, Line, line_chart, matrix_picture, number, swatch
 from tools.run_report.classes import ByClass, by_class, error_blocks
 from tools.run_report.examples import Gallery, gallery
@@ -175,7 +175,7 @@ def _duration(seconds: float) -> str:
 
 
 def _state(run: Run) -> str:
-    planned = last_epoch(run.config) if run.config else None
+    planned = make_plan(run.config).last_epoch if run.config else None
     if planned and (steps := run.eval_steps):
         done = f"{run.epochs * steps:,} of {planned * steps:,} steps, {steps:,} an epoch"
     else:

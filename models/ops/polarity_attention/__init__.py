@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models.ops.polarity_attention.eager import polarity_attention_eager
-from models.ops.polarity_attention.reference import polarity_attention_reference
+from .eager import polarity_attention_eager
+from .reference import polarity_attention_reference
 
 BACKENDS = ("eager", "triton", "reference")
 ENVIRONMENT_VARIABLE = "POLARITY_ATTENTION_BACKEND"
@@ -39,14 +39,14 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype = torc
 def _reason_against_triton(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    from models.ops.polarity_attention.triton_op import reason_against  # not every platform has Triton
+    from .triton_op import reason_against  # not every platform has Triton
 
     return reason_against(device, dtype, channels)
 
 
 def _implementation(backend: str) -> Callable[..., Tensor]:
     if backend == "triton":
-        from models.ops.polarity_attention.triton_op import polarity_attention_triton
+        from .triton_op import polarity_attention_triton
 
         return polarity_attention_triton
     return {"eager": polarity_attention_eager, "reference": polarity_attention_reference}[backend]

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from models.ops.polarity_attention.triton import (
+from .triton import (
     key_backward_kernel,
     output_kernel,
     query_backward_kernel,

@@ -18,23 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.attention import (
-    PolaLinearAttention,
-    PolaReductionAttention,
-    PolaWindowAttention,
-    SpatialReductionAttention,
-    WindowAttention,
-    reduce_tokens,
-)
-from models.classifier import Classifier
-from models.layers import Grid, window_partition
-from models.ops.linear_attention import feature_map
-from models.pola_swin import PolaSwinBlock, Tiling
+from .attention import PolaLinearAttention, PolaReductionAttention, PolaWindowAttention
+from .classifier import Classifier
+from .kernels import Kernel, LinearKernel, kernel_of
+from .layers import Grid, window_partition
+from .options import AttentionOptions
+from .pola_swin import PolaSwinBlock, Tiling
+from .softmax_attention import SpatialReductionAttention, WindowAttention, reduce_tokens
 
 Attention = PolaLinearAttention | WindowAttention | SpatialReductionAttention
-POLARITY_STREAMS = ("combined", "same", "opposite")
+COMBINED = "combined"  # the mean of a kernel's streams over the value channels that read them
 COMPARISONS = ("softmax", "relu")  # over the queries and keys of a layer of another kind
-EPS = 1e-6  # of the normalisers, as in models.ops.polarity_attention
+EPS = 1e-6  # of the normalisers, as in models/ops
 QUERY_BLOCK = 256  # rows that are held at once where all of them are averaged
 
 
@@ -52,7 +47,7 @@ class LayerRecord:
     """
 
     name: str
-    kind: str  # polarity, or one of models.ops.linear_attention.KINDS
+    kernel: Kernel
     grid: Grid
     key_grid: Grid
     q: Tensor  # (B, W, h, N, d); outside of S blocks shifted and scaled, as features are made of them
@@ -61,10 +56,9 @@ class LayerRecord:
     g: Tensor | None  # (B, W, h, N, d), the gate
     query_places: Tensor  # (W, N): where each query of a window is in the map, -1 for padding
     key_places: Tensor  # (W, n)
-    exponent: Tensor | None = None  # (h, d)
-    kernel: Tensor | None = None  # (d, K, K) of the depthwise branch
+    convolution: Tensor | None = None  # (d, K, K) of the depthwise branch
     window: Grid | None = None  # the grid which that convolution sees
-    softmax_scale: float | None = None  # factor of the scores; None: 1/√d
+    factor: float | None = None  # of softmax's scores; None: 1/√d
     bias: Tensor | None = None  # (W or 1, h, N, n) added to the scores
 
     @property
@@ -72,9 +66,14 @@ class LayerRecord:
         return self.q.shape[2]
 
     @property
+    def kind(self) -> str:
+        """The kernel's name."""
+        return self.kernel.name
+
+    @property
     def own_streams(self) -> tuple[str, ...]:
         """The maps that the layer applied to its values; the first is the default of `rows`."""
-        return POLARITY_STREAMS if self.kind == "polarity" else (self.kind,)
+        return own_streams(self.kernel)
 
     @property
     def comparisons(self) -> tuple[str, ...]:
@@ -99,8 +98,8 @@ class LayerRecord:
 
         Args:
             head: one head only (h is then 1).
-            stream: one of `streams`. `same` and `opposite` are the maps of the two streams, each applied to its half of
-                the head's value channels; `combined` is their mean over these channels.
+            stream: one of `streams`. Those of a kernel (polarity has `same` and `opposite`) are each applied to their
+                own of a head's value channels; `combined` is their mean over these channels.
             depthwise: add what the depthwise branch applies to the values, averaged over the channels of the stream.
                 Its weights may be negative, and a row does not sum to 1 then.
 
@@ -109,7 +108,7 @@ class LayerRecord:
         """
         stream, heads = self._stream(stream), self._heads(head)
         index = self._queries(queries)
-        if depthwise and (self.kernel is None or stream not in self.own_streams):
+        if depthwise and (self.convolution is None or stream not in self.own_streams):
             raise MapError(f"{self.name}: the {stream} map has no depthwise branch")
         keys = self.key_grid[0] * self.key_grid[1]
         out = self.q.new_zeros(len(self.q), heads.stop - heads.start, len(index), keys)
@@ -132,7 +131,7 @@ class LayerRecord:
         out = self.q.new_zeros(len(self.q), heads.stop - heads.start, rows * columns)
         for window, places in enumerate(self.query_places):
             positions, real = (places >= 0).nonzero()[:, 0], self.key_places[window] >= 0
-            if stream == "softmax":
+            if not isinstance(self._kernel(stream), LinearKernel):
                 blocks = positions.split(QUERY_BLOCK)
                 total = sum(self._window_rows(stream, window, block, heads).sum(dim=2) for block in blocks)
             else:
@@ -149,10 +148,11 @@ class LayerRecord:
 
         The kernel differs from channel to channel of a head: the rows are the mean over `channels` (None: all).
         """
-        if self.kernel is None or self.window is None:
+        if self.convolution is None or self.window is None:
             raise MapError(f"{self.name}: its {self.kind} attention has no depthwise branch")
         index = self._queries(queries)
-        kernel = (self.kernel if channels is None else self.kernel[list(channels)]).mean(dim=0)
+        chosen_channels = slice(None) if channels is None else list(channels)
+        kernel = self.convolution[chosen_channels].mean(dim=0)
         H, W = self.window
         n = self.k.shape[3]
         reach = torch.arange(len(kernel), device=index.device) - len(kernel) // 2
@@ -173,7 +173,7 @@ class LayerRecord:
     def channels(self, stream: str) -> range:
         """The value channels of a head that a stream is applied to."""
         d = self.v.shape[-1]
-        return {"same": range((d + 1) // 2), "opposite": range((d + 1) // 2, d)}.get(stream, range(d))
+        return self.kernel.channels(stream, d) if stream in self.kernel.streams else range(d)
 
     # -----------------------------------------------------------------------------------------------------------------
     # One window
@@ -181,32 +181,37 @@ class LayerRecord:
 
     def _window_rows(self, stream: str, window: int, positions: Tensor, heads: slice) -> Tensor:
         """(B, h, Q, n) of the queries at `positions` in a window."""
-        if stream != "softmax":
+        kernel = self._kernel(stream)
+        if isinstance(kernel, LinearKernel):
             left, right = self._factors(stream, window, positions, heads)
             return left @ right.transpose(-2, -1)
-        q, k = self.q[:, window, heads, positions], self.k[:, window, heads]
-        scores = q @ k.transpose(-2, -1) * (self.softmax_scale or q.shape[-1] ** -0.5)
+        q, k = self.q[:, window, :, positions], self.k[:, window]
+        try:
+            scores = kernel.scores(q.transpose(1, 2), k.transpose(1, 2), self.factor)[:, heads]
+        except NotImplementedError:
+            raise MapError(f"{self.name}: the kernel {kernel.name!r} gives neither features nor scores") from None
         if self.bias is not None:
             scores = scores + self.bias[window % len(self.bias), heads][:, positions]
         return scores.masked_fill(self.key_places[window] < 0, -torch.inf).softmax(dim=-1)
 
+    def _kernel(self, stream: str) -> Kernel:
+        """The layer's own kernel, or that of a comparison, which learns nothing."""
+        if stream in self.own_streams:
+            return self.kernel
+        heads, channels = self.num_heads, self.q.shape[-1]
+        options = AttentionOptions(attention=stream, learn_scale=False)
+        return kernel_of(stream)(heads * channels, heads, options)
+
     def _factors(self, stream: str, window: int, positions: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
         """left (B, h, Q, f) and right (B, h, n, f) with rows = left rightᵀ: linear attention with its normaliser."""
-        if stream not in POLARITY_STREAMS:
-            padding = (self.key_places[window] < 0)[:, None]
-            right = feature_map(stream, self.k[:, window, heads]).masked_fill(padding, 0.0)
-            return self._normalised(feature_map(stream, self.q[:, window, heads, positions]), right, window), right
-        right = self._key_features[:, window, heads]
-        features = self._query_features[:, window, heads, positions]
-        sides = []
-        if stream != "opposite":
-            sides.append(self._normalised(features, right, window))
-        if stream != "same":  # the halves of its query features change places
-            sides.append(self._normalised(features.roll(features.shape[-1] // 2, dims=-1), right, window))
-        if len(sides) == 1:
-            return sides[0], right
-        share = len(self.channels("same")) / self.v.shape[-1]
-        return share * sides[0] + (1 - share) * sides[1], right
+        own = stream in self.own_streams
+        queries, keys = self._features if own else _features_of(self._kernel(stream), self.q, self.k, self.key_places)
+        right = keys[:, window, heads]
+        left = {name: self._normalised(q[:, window, heads, positions], right, window) for name, q in queries.items()}
+        if stream in left:
+            return left[stream], right
+        shares = {name: len(self.channels(name)) / self.v.shape[-1] for name in left}
+        return torch.stack([shares[name] * side for name, side in left.items()]).sum(dim=0), right
 
     def _normalised(self, query_features: Tensor, key_features: Tensor, window: int) -> Tensor:
         count = max(1, int((self.key_places[window] >= 0).sum()))
@@ -214,19 +219,8 @@ class LayerRecord:
         return query_features / ((query_features @ mean.transpose(-2, -1) + EPS) * count)
 
     @cached_property
-    def _query_features(self) -> Tensor:
-        """[φ₊(q), φ₋(q)], (B, W, h, N, 2d)."""
-        return self._features(self.q)
-
-    @cached_property
-    def _key_features(self) -> Tensor:
-        """[φ₊(k), φ₋(k)], (B, W, h, n, 2d), 0 for padding."""
-        return self._features(self.k).masked_fill_((self.key_places < 0)[:, None, :, None], 0.0)
-
-    def _features(self, u: Tensor) -> Tensor:
-        assert self.exponent is not None
-        size = u.abs().pow_(self.exponent[:, None])
-        return torch.cat([size.where(u > 0, 0.0), size.where(u < 0, 0.0)], dim=-1)
+    def _features(self) -> tuple[dict[str, Tensor], Tensor]:
+        return _features_of(self.kernel, self.q, self.k, self.key_places)
 
     def _by_window(self, index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """For every window with one of the queries: its number, which queries they are, and their positions in it."""
@@ -264,6 +258,19 @@ class LayerRecord:
         return index
 
 
+def own_streams(kernel: Kernel) -> tuple[str, ...]:
+    """The maps that a kernel applies to its values: its streams after their mean, or the one that it has."""
+    return (COMBINED, *kernel.streams) if kernel.streams else (kernel.name,)
+
+
+def _features_of(kernel: Kernel, q: Tensor, k: Tensor, key_places: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Query features (B, W, h, N, f) of each stream, and key features (B, W, h, n, f), 0 for padding."""
+    assert isinstance(kernel, LinearKernel)
+    queries = {name: t.transpose(2, 3) for name, t in kernel.query_features(q.transpose(2, 3)).items()}
+    keys = kernel.features(k.transpose(2, 3)).transpose(2, 3)
+    return queries, keys.masked_fill((key_places < 0)[:, None, :, None], 0.0)
+
+
 def _interpolation(places: Tensor, size: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of n tokens interpolated linearly to `size` (align_corners=False): the two that each of `places` lies between,
     and its distance from the first, 0 to 1."""
@@ -291,9 +298,12 @@ def attention_layers(model: nn.Module) -> dict[str, Attention]:
     }
 
 
-def kind_of(attention: Attention) -> str:
-    """The kind of a module of `attention_layers`: polarity, or one of models.ops.linear_attention.KINDS."""
-    return attention.attention if isinstance(attention, PolaLinearAttention) else "softmax"
+def kernel_in(attention: Attention) -> Kernel:
+    """The kernel of a module of `attention_layers`; an S block has that of softmax, which learns nothing."""
+    if isinstance(attention, Kernel):
+        return attention
+    dim, heads = attention.proj.in_features, attention.num_heads
+    return kernel_of("softmax")(dim, heads, AttentionOptions(attention="softmax", learn_scale=False))
 
 
 def choose_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -337,7 +347,7 @@ def _watched(model: nn.Module, names: Sequence[str], records: dict[str, LayerRec
         attend = module.attend
 
         def recorded(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, grid: Grid, *rest: Any, **named: Any) -> Tensor:
-            records[name] = _polarity_record(model, name, module, (q, k, v), g, grid)
+            records[name] = _kernel_record(model, name, module, (q, k, v), g, grid)
             return attend(q, k, v, g, grid, *rest, **named)
 
         module.attend = recorded  # type: ignore[method-assign]
@@ -362,7 +372,7 @@ def _watched(model: nn.Module, names: Sequence[str], records: dict[str, LayerRec
             del module.attend
 
 
-def _polarity_record(
+def _kernel_record(
     model: nn.Module,
     name: str,
     module: PolaLinearAttention,
@@ -373,9 +383,7 @@ def _polarity_record(
     h = module.num_heads
     dtype = torch.promote_types(tokens[0].dtype, torch.float32)
     q, k, v = (token.detach().to(dtype) for token in tokens)
-    divisor = module.divisor()
-    assert divisor is not None, "the image layouts learn a scale"
-    q, k = q / divisor.to(dtype), (k + module.positional_encoding.to(dtype)) / divisor.to(dtype)
+    q, k = (prepared.flatten(-2) for prepared in module.prepare(q, k, module.positional_encoding[0]))
     if isinstance(module, PolaWindowAttention):
         block = model.get_submodule(name)
         assert isinstance(block, PolaSwinBlock)
@@ -389,7 +397,7 @@ def _polarity_record(
     padding = (key_places < 0)[:, None, :, None]
     return LayerRecord(
         name=name,
-        kind=module.attention,
+        kernel=module,
         grid=full,
         key_grid=keys,
         q=_split(q, windows, h),
@@ -398,8 +406,7 @@ def _polarity_record(
         g=None if g is None else _split(g.detach().to(dtype), windows, h),
         query_places=places,
         key_places=key_places,
-        exponent=module.exponent().to(dtype) if module.attention == "polarity" else None,
-        kernel=module.dwc.weight[:, 0].to(dtype),
+        convolution=module.dwc.weight[:, 0].to(dtype),
         window=grid,
     )
 
@@ -418,7 +425,7 @@ def _window_softmax_record(
     padding = (places < 0)[:, None, :, None]
     return LayerRecord(
         name=name,
-        kind="softmax",
+        kernel=kernel_in(module),
         grid=block.tiling.grid,
         key_grid=block.tiling.grid,
         q=_split(q, len(places), module.num_heads),
@@ -427,7 +434,7 @@ def _window_softmax_record(
         g=None,
         query_places=places,
         key_places=places,
-        softmax_scale=module.qk_scale,
+        factor=module.qk_scale,
         bias=bias,
     )
 
@@ -441,7 +448,7 @@ def _reduction_softmax_record(
     keys = (grid[0] // module.reduction, grid[1] // module.reduction)
     return LayerRecord(
         name=name,
-        kind="softmax",
+        kernel=kernel_in(module),
         grid=grid,
         key_grid=keys,
         q=_split(q, 1, module.num_heads),

@@ -4,13 +4,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from data.transforms import Normalise
+from engine.state import Progress
 from engine.training import Training
 from logger import MetricsWriter
-from models.attention import PolarityKernel
 from models.classifier import Classifier
+from models.kernels import Kernel
+from utils import distributed
 from utils.curves import CurvesInBackground
+from utils.environment import record_environment
 
 PICTURES = 8  # inputs that are shown
 
@@ -41,14 +45,14 @@ class InputWatch:
 
 
 def exponents(model: nn.Module) -> dict[str, Tensor]:
-    """The learned exponents p of every polarity attention layer by its block's name, (h·d) each.
+    """The exponents of every attention layer whose kernel learns them, by its block's name, (h·d) each.
 
     Empty where none are learned; waits for the device once.
     """
     found = {
-        name.removesuffix(".attn"): module.exponent().detach().flatten()
+        name.removesuffix(".attn"): exponent.detach().flatten()
         for name, module in model.named_modules()
-        if isinstance(module, PolarityKernel) and module.power is not None
+        if isinstance(module, Kernel) and (exponent := module.exponent()) is not None and exponent.requires_grad
     }
     if not found:
         return {}
@@ -56,7 +60,7 @@ def exponents(model: nn.Module) -> dict[str, Tensor]:
     return dict(zip(found, values.split([len(each) for each in found.values()]), strict=True))
 
 
-class Observer:
+class Monitor:
     """Told after every epoch; neither a full disk nor a failed drawing ends the run."""
 
     def __init__(self, training: Training, folder: Path, metrics: MetricsWriter) -> None:
@@ -85,3 +89,34 @@ class Observer:
     def close(self) -> None:
         """End what is being drawn."""
         self.curves.close()
+
+
+class RunRecord:
+    """What a run leaves in its folder beside log and checkpoints: configuration, environment, metrics and curves.
+
+    Rank 0 writes it; on the others everything here does nothing.
+    """
+
+    def __init__(self, config: CfgNode, training: Training, progress: Progress) -> None:
+        folder, is_main = training.plan.folder, distributed.rank() == 0
+        self.metrics = MetricsWriter(
+            folder if is_main else None,
+            config.TENSORBOARD,
+            epoch=progress.epoch,
+            step=progress.epoch * training.steps_per_epoch + progress.done,
+        )
+        self.monitor = None
+        if is_main:
+            (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
+            record_environment(folder, training.device, training.plan.world_size)
+            self.monitor = Monitor(training, folder, self.metrics)
+
+    def epoch_ended(self, epochs: int) -> None:
+        """`epochs` are finished."""
+        if self.monitor:
+            self.monitor.epoch_ended(epochs)
+
+    def close(self) -> None:
+        """The run ends, in whatever way."""
+        if self.monitor:
+            self.monitor.close()

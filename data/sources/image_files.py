@@ -1,0 +1,98 @@
+"""Images on the disk with any classes, as ImageNet has them: an image folder, zip with map files, or tar shards."""
+
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from data.examination import examine_layouts
+from data.findings import Layout, Report
+from data.sources.base import DataError, DatasetBuilder, Decoder, Source, decode, require_folder, training_decoder
+from data.sources.folder import FolderSource, check_folder
+from data.sources.shards import INDEX_FILE, ShardSplit, check_shards, read_index
+from data.sources.zip import ZipSource, check_zip, warm_page_cache
+from data.transforms import Images
+from utils import distributed
+
+
+def data_format(config: CfgNode, root: Path) -> str:
+    """folder, zip or shards: what DATA.FORMAT says, or for auto what DATA.ZIP_MODE and the data set's folder say.
+
+    Raises DataError where they contradict each other.
+    """
+    indexed = (root / INDEX_FILE).is_file()
+    if config.DATA.FORMAT == "auto":
+        if indexed and config.DATA.ZIP_MODE:
+            raise DataError(
+                f"{root} holds {INDEX_FILE}, and DATA.ZIP_MODE (--zip) asks for zip files; DATA.FORMAT zip or shards"
+                " decides"
+            )
+        return "shards" if indexed else "zip" if config.DATA.ZIP_MODE else "folder"
+    return config.DATA.FORMAT
+
+
+def open_source(
+    config: CfgNode,
+    root: Path,
+    folder: Path,
+    split: str = "val",
+    classes: tuple[str, ...] | None = None,
+    decoder: Decoder = decode,
+) -> Source | ShardSplit:
+    """The images of a split in the format that `data_format` finds in `root`: class folders in `folder`, or zip and
+    map file or shards of the split in `root`. Raises DataError."""
+    format = data_format(config, root)
+    if format == "shards":
+        return ShardSplit(root, split)
+    if format == "folder":
+        return FolderSource(folder, classes, decoder)
+    source = ZipSource(root / f"{split}.zip", root / f"{split}_map.txt", decoder)
+    local_rank, local_size = distributed.local_rank(), distributed.local_world_size()
+    if config.DATA.CACHE_MODE == "full" and local_rank == 0:
+        warm_page_cache(source.path)
+    elif config.DATA.CACHE_MODE == "part":
+        warm_page_cache(source.path, share=local_rank, shares=local_size)
+    return source
+
+
+class ImageFiles(DatasetBuilder):
+    """DATA.DATASET imagenet: train/ and val/ in DATA_PATH, in the format that DATA.FORMAT names or that is found."""
+
+    modality = Images()
+
+    def open(self, config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> Source | ShardSplit:
+        if not config.DATA.DATA_PATH:
+            raise DataError("no data set: --data-path names the folder that holds train/ and val/")
+        root = Path(config.DATA.DATA_PATH)
+        require_folder(root)
+        decoder = training_decoder(config.DATA.DECODER) if split == "train" else decode  # evaluation is exact
+        return open_source(config, root, root / split, split, classes, decoder)
+
+    def check(self, config: CfgNode, report: Report) -> None:
+        if not config.DATA.DATA_PATH:
+            raise DataError("no data set: --data-path names the folder that holds train/ and val/")
+        root = Path(config.DATA.DATA_PATH)
+        if not root.is_dir():
+            report.error(f"data set folder {root} {'is no folder' if root.exists() else 'does not exist'}")
+            return
+        kind = data_format(config, root)
+        report.facts.append(f"{root}: {'image folder' if kind == 'folder' else kind}")
+        index = None
+        if kind == "shards":
+            try:
+                index = read_index(root)
+            except DataError as error:
+                report.error(str(error))
+                return
+        layouts: dict[str, Layout] = {}
+        for split in ("train", "val"):
+            if index is not None:
+                layout = check_shards(root, split, index, report)
+            else:
+                layout = (check_folder if kind == "folder" else check_zip)(root, split, report)
+            if layout:
+                layouts[split] = layout
+        counts = examine_layouts(layouts, config.DATA.NUM_WORKERS, report)
+        if index is not None:
+            for split, seen in counts.items():
+                if strange := sorted(label for label in seen if label >= len(index.classes)):
+                    report.error(f"{split}: labels beyond the {len(index.classes)} classes", map(str, strange))

@@ -1,0 +1,152 @@
+"""What every kernel is: how queries find values by keys, what of it is learned, and how it is looked at.
+
+A kernel is one file of this folder. `LinearKernel` is the base of those with a feature map φ, whose weight of a query
+and a key is φ(q)·φ(k): a new one gives `features` and is done (docs/new_kernel.md). The attention layouts of
+models/attention.py inherit from the kernel they are built with, so that its parameters stand in a file beside theirs.
+
+Letters: B batch, N queries, n keys, C channels, h heads, d = C/h channels per head, f features.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.linear_attention import linear_attention
+from ..options import AttentionOptions
+
+# it asks for the dtypes of its input: torch.fx takes it as one operation
+torch.fx.wrap("linear_attention")
+
+KERNELS: dict[str, type["Kernel"]] = {}
+K = TypeVar("K", bound=type["Kernel"])
+
+
+def register_kernel(name: str) -> Callable[[K], K]:
+    """Give a kernel the name that MODEL.LA.ATTENTION calls it by."""
+
+    def register(cls: K) -> K:
+        if name in KERNELS:
+            raise ValueError(f"two kernels are called {name!r}: {KERNELS[name].__module__} and {cls.__module__}")
+        KERNELS[name] = cls
+        cls.name = name
+        return cls
+
+    return register
+
+
+def kernel_of(name: str) -> type["Kernel"]:
+    """The kernel of a name. Raises ValueError that lists the names there are."""
+    if name not in KERNELS:
+        raise ValueError(f"MODEL.LA.ATTENTION (attention) {name!r} is unknown, expected one of {', '.join(KERNELS)}")
+    return KERNELS[name]
+
+
+@torch.fx.wrap
+def shifted_and_scaled(
+    q: Tensor, k: Tensor, position: Tensor | None, divisor: Tensor | None, num_heads: int
+) -> tuple[Tensor, Tensor]:
+    """q / divisor and (k + position) / divisor with their channels by heads, in float32 or more under any autocast."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k = q.to(dtype), k.to(dtype)
+    if position is not None:
+        k = k + position.to(dtype)
+    if divisor is not None:
+        q, k = q / divisor.to(dtype), k / divisor.to(dtype)
+    return q.unflatten(-1, (num_heads, -1)), k.unflatten(-1, (num_heads, -1))
+
+
+class Kernel(nn.Module):
+    """Attention between projected queries and keys, (B, N, C) and (B, n, C) to (B, N, C).
+
+    Parameter: `scale` (1, 1, C), softplus of which divides q and k; subclasses add theirs in `add_parameters`.
+    """
+
+    name: ClassVar[str]
+    # Keys that change what the kernel computes but no shape: compared when a file is loaded.
+    function_keys: ClassVar[tuple[str, ...]] = ()
+    # The matrices that it applies to the values, by name; empty: one, called like the kernel.
+    streams: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, dim: int, num_heads: int, options: AttentionOptions) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"{dim} channels do not divide by {num_heads} heads")
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.options = options
+        self.add_parameters(options)
+        self.scale = nn.Parameter(torch.zeros(1, 1, dim)) if options.learn_scale else None
+
+    def add_parameters(self, options: AttentionOptions) -> None:
+        """Create what the kernel learns beside the scale, under the names that it has in a file."""
+
+    @classmethod
+    def announce(cls, options: AttentionOptions, device: torch.device) -> str:
+        """One phrase for the log: what computes. Raises ValueError where it cannot run on the device."""
+        return f"{cls.name} attention"
+
+    # -- computing
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, *, position: Tensor | None = None, key_mask: Tensor | None = None
+    ) -> Tensor:
+        """The values v (B, n, C) that q (B, N, C) finds by k (B, n, C): (B, N, C).
+
+        `position` (n, C) is added to k; `key_mask` (B, n) is True for a real key, and the others contribute nothing.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how queries find values")
+
+    def forward(self, *tensors: Any, **named: Any) -> Tensor:
+        """`mix`, for a kernel that is used by itself; a layout has a forward pass of its own."""
+        return self.mix(*tensors, **named)
+
+    def divisor(self) -> Tensor | None:
+        """What queries and keys are divided by, softplus of the scale, (C,); None without a scale."""
+        return None if self.scale is None else F.softplus(self.scale[0, 0])
+
+    def prepare(self, q: Tensor, k: Tensor, position: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Queries and keys as they are compared, shifted and scaled: (…, N, h, d) and (…, n, h, d), float32 or more."""
+        return shifted_and_scaled(q, k, position, self.divisor(), self.num_heads)
+
+    # -- looking
+
+    def exponent(self) -> Tensor | None:
+        """The exponent of each head and channel (h, d), of kernels that have one."""
+        return None
+
+    def scores(self, queries: Tensor, keys: Tensor, factor: float | None = None) -> Tensor:
+        """Unnormalised weights before anything that depends on all keys: (…, h, N, n) of prepared (…, N, h, d).
+
+        For kernels without a feature map; `factor` replaces the default factor of the products.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no scores")
+
+    @classmethod
+    def channels(cls, stream: str, head_dim: int) -> range:
+        """The value channels of a head that a stream is applied to."""
+        return range(head_dim)
+
+
+class LinearKernel(Kernel):
+    """A kernel with a feature map: the weight of a query and a key is φ(q)·φ(k) ≥ 0, over its sum over the keys."""
+
+    def features(self, u: Tensor) -> Tensor:
+        """φ(u) ≥ 0, (…, h, f), of prepared queries or keys (…, h, d)."""
+        raise NotImplementedError(f"{type(self).__name__} gives no feature map")
+
+    def query_features(self, u: Tensor) -> Mapping[str, Tensor]:
+        """The query features of each stream; the features of keys are the same for all of them."""
+        return {self.name: self.features(u)}
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, *, position: Tensor | None = None, key_mask: Tensor | None = None
+    ) -> Tensor:
+        """As `Kernel.mix`, by autograd, in O(N·f·d); for a kernel whose queries have one stream."""
+        if key_mask is not None:  # whatever stands there, so that not even NaN comes out of it
+            k = k.masked_fill(~key_mask[:, :, None], 0.0)
+        queries, keys = self.prepare(q, k, position)
+        values = v.unflatten(-1, (self.num_heads, -1))
+        return linear_attention(self.features(queries), self.features(keys), values, key_mask).flatten(-2)

@@ -1,0 +1,77 @@
+"""A checkpoint of an image model, and image files, as the tools that look at them take them from the command line."""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from yacs.config import CfgNode
+
+from config import config_from_tree, load_config
+from data.sources.base import DataError, Picture, UnreadableImage, decode
+from models import CheckpointError, load
+from models.classifier import Classifier
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint, --ema and --cfg: a model and its weights, for `open_checkpoint`."""
+    parser.add_argument("--checkpoint", metavar="FILE", type=Path, required=True, help=".pth or .safetensors file")
+    parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the last ones")
+    parser.add_argument("--cfg", metavar="FILE", help="YAML configuration, for a file that carries none")
+
+
+class LoadedModel(NamedTuple):
+    """A model of images in evaluation mode on the CPU, with the file's configuration (frozen) and class names."""
+
+    model: Classifier
+    config: CfgNode
+    classes: list[str] | None
+
+
+def load_model(path: Path, *, ema: bool = False, config: CfgNode | None = None) -> LoadedModel:
+    """The image model of a checkpoint, as `models.load` rebuilds it. Raises CheckpointError for one of sequences."""
+    model = load(path, "ema" if ema else "model", config=config)
+    if not isinstance(model, Classifier):
+        raise CheckpointError(f"{path} holds a model of sequences ({type(model).__name__}), expected one of images")
+    assert model.config is not None
+    return LoadedModel(model, config or config_from_tree(model.config, str(path))[0], model.classes)
+
+
+def open_checkpoint(arguments: argparse.Namespace, opts: Sequence[str] = ()) -> LoadedModel:
+    """What `add_checkpoint_arguments` asked for."""
+    config = load_config(arguments.cfg, opts) if arguments.cfg else None
+    return load_model(arguments.checkpoint, ema=arguments.ema, config=config)
+
+
+def read_image(path: Path, transform: Callable[[Picture], Tensor]) -> Tensor:
+    """uint8 (3, H, W) of an image file after a transform. Raises UnreadableImage for what is none or cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnreadableImage(f"{path}: {error.strerror}; name an image file or a folder of images") from error
+    return transform(decode(data, str(path)))
+
+
+def find_images(paths: Iterable[Path]) -> list[Path]:
+    """Files as they are named, and of folders every image below them, sorted; hidden folders are left out.
+
+    Raises DataError for a folder without images.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        images = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in IMG_EXTENSIONS
+            and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
+        if not images:
+            raise DataError(f"{path} holds no images ({', '.join(IMG_EXTENSIONS)})")
+        found += images
+    return found
