@@ -15,8 +15,9 @@ from pathlib import Path
 if not __package__:  # run as tools/report.py: what it imports lies beside tools/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.run_report.page import CURVES, DEFAULT_CURVES, render
+from tools.run_report.page import DEFAULT_CURVES, render
 from tools.run_report.runs import ReportError, find_runs, names_of, read_run
+from utils.curves import METRICS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="METRIC",
         nargs="+",
         default=list(DEFAULT_CURVES),
-        help=f"what to draw, of {', '.join(CURVES)} (default: {' '.join(DEFAULT_CURVES)})",
+        help=f"what to draw, of {', '.join(METRICS)} (default: {' '.join(DEFAULT_CURVES)})",
     )
     parser.add_argument(
         "--images", metavar="N", type=int, default=8, help="hardest validation images per run (default 8; 0: none)"
