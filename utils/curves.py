@@ -38,7 +38,7 @@ SPIKES = ("grad_norm", "data_time", "communication_time")  # whose outliers woul
 LOG_RANGE = 50  # spikes over more than this get a logarithmic axis
 KINDS = {"train": ("training", "faint"), "val": ("validation", "solid"), "ema": ("validation, EMA", "dashed")}
 PICTURE = ("loss", "top1", "top5", "lr")  # what curves.png shows
-POINTS = 400  # of a line at most, so that a long run's picture costs what a short one's does
+POINTS = 200  # of a line at most, so that a long run's picture costs what a short one's does
 PAUSE = 120.0  # seconds at least between two drawings of a running run
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,35 +80,27 @@ class Panel(NamedTuple):
         return ", ".join(f"{label}: {count}" for label, count in gaps.items() if count)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From records to lines
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def series(records: Records, kind: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """(epochs since the start, values) of the records that have the value; what was not finite is NaN.
 
-    A training line after only a few steps, as the one at the end of an epoch may be, joins the line before it.
+    An epoch's steps are those of the validations; of a run without one, the most seen in an epoch. A training line
+    after only a few steps, as the one at the end of an epoch may be, joins the line before it.
     """
     chosen = [record for record in records if record["kind"] == kind and metric in record]
     steps = np.array([record["step"] for record in chosen], dtype=float)
     numbers = [record[metric] if isinstance(record[metric], int | float) else np.nan for record in chosen]
     values = np.array(numbers, dtype=float)
     values[~np.isfinite(values)] = np.nan
-    if kind == "train" and len(steps):
+    if kind == "train" and len(steps) > 1:
         widths = np.diff(steps, prepend=0.0)
         short = widths < 0.5 * np.median(widths)
         short[0] = False
         starts = np.flatnonzero(~short)
         values = np.add.reduceat(values * widths, starts) / np.add.reduceat(widths, starts)
         steps = steps[np.append(starts[1:], len(steps)) - 1]
-    return steps / _steps_per_epoch(records), values
-
-
-def _steps_per_epoch(records: Records) -> float:
-    """Optimizer steps, from the validations; of a run without one, the most seen in an epoch."""
-    validations = [record for record in records if record["kind"] == "val"]
-    return max((r["step"] / max(r["epoch"] + 1, 1) for r in validations or records), default=0.0) or 1.0
+    known = [record for record in records if record["kind"] == "val"] or records
+    steps_per_epoch = max((record["step"] / max(record["epoch"] + 1, 1) for record in known), default=0.0) or 1.0
+    return steps / steps_per_epoch, values
 
 
 def thin(x: np.ndarray, y: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -132,30 +124,25 @@ def training_panels(runs: Sequence[tuple[str, Records]], metrics: Sequence[str],
     panels = []
     for metric in metrics:
         title, unit, factor = METRICS[metric]
-        kinds: dict[str, list[Line]] = {}
-        for kind in KINDS:
+        kinds = [k for k in KINDS if any(r["kind"] == k and metric in r for _, records in runs for r in records)]
+        groups: dict[str, list[Line]] = {}
+        for kind in kinds:
+            word, style = KINDS[kind]
             for colour, (name, records) in enumerate(runs):
                 x, y = thin(*series(records, kind, metric), POINTS)
-                if len(x):
-                    kinds.setdefault(kind, []).append(Line(name, x, factor * y, colour))
-        if len(runs) == 1:
-            own = [line._replace(label=KINDS[kind][0], style=KINDS[kind][1]) for kind, (line,) in kinds.items()]
-            groups = [(title, own if len(own) > 1 else [line._replace(style="solid") for line in own])]
-        else:
-            training_only = list(kinds) == ["train"]
-            groups = [(title if training_only else f"{title}, {KINDS[kind][0]}", kinds[kind]) for kind in kinds]
-        for panel_title, lines in groups:
-            values = np.concatenate([[], *(line.y[np.isfinite(line.y)] for line in lines)])
+                if len(runs) == 1:
+                    line = Line(word, x, factor * y, colour, style if len(kinds) > 1 else "solid")
+                    groups.setdefault(title, []).append(line)
+                elif len(x):
+                    panel = title if kinds == ["train"] else f"{title}, {word}"
+                    groups.setdefault(panel, []).append(Line(name, x, factor * y, colour))
+        for panel, lines in groups.items():
+            values = np.concatenate([line.y[np.isfinite(line.y)] for line in lines])
             if len(values):
                 wide = metric in SPIKES and 0 < LOG_RANGE * values.min() < values.max()
                 shown = unit.format(noun=noun) + (", log scale" if wide else "")
-                panels.append(Panel(panel_title, shown, lines, logarithmic=wide))
+                panels.append(Panel(panel, shown, lines, logarithmic=wide))
     return panels
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def number(value: float) -> str:

@@ -26,8 +26,8 @@ def chart(panel: Panel) -> Markup:
     return as_svg(figure, f"{panel.title} by {panel.x_label}")
 
 
-def matrix(errors: np.ndarray, first: np.ndarray, label: str) -> Markup:
-    """Errors between blocks of classes (B, B), a pixel each, and the first class of each block (B,).
+def matrix(errors: np.ndarray, size: int, label: str) -> Markup:
+    """Errors between blocks of `size` classes (B, B), a pixel each.
 
     The opacity is the root of an entry's share of the largest, so that rare confusions can be seen too.
     """
@@ -38,9 +38,9 @@ def matrix(errors: np.ndarray, first: np.ndarray, label: str) -> Markup:
     figure = Figure(figsize=(6, 5.6), layout="constrained")
     axes = figure.subplots()
     axes.imshow(pixels, interpolation="none")
-    ticks = np.arange(0, len(first), max(1, len(first) // 5))
-    axes.set_xticks(ticks, first[ticks])
-    axes.set_yticks(ticks, first[ticks])
+    ticks = np.arange(0, len(errors), max(1, len(errors) // 5))
+    axes.set_xticks(ticks, ticks * size)
+    axes.set_yticks(ticks, ticks * size)
     plain_axes(axes, "predicted class", "label")
     return as_svg(figure, label)
 

@@ -41,18 +41,17 @@ class ByClass:
         """Of each class with errors, the wrong class most often guessed and how often."""
         return {label: (guess, count) for label, guess, count in reversed(self.confusions)}
 
-    def error_blocks(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """(B, B) errors in percent of the row's images, and the first class of each block (B,): C classes in their
-        order, divided into at most `limit` blocks of neighbours."""
-        C = len(self.names)
-        blocks = min(C, limit)
-        first = np.ceil(np.arange(blocks) * C / blocks).astype(int)
-        block_of = np.searchsorted(first, np.arange(C), side="right") - 1
-        errors = np.zeros((blocks, blocks))
+    def error_blocks(self, limit: int) -> tuple[np.ndarray, int]:
+        """(B, B) errors between blocks of neighbouring classes, in percent of the row's images, and a block's size.
+
+        The classes are divided in their order into at most `limit` blocks.
+        """
+        size = -(-len(self.names) // limit)
+        images = np.add.reduceat(self.images, np.arange(0, len(self.names), size))
         label, guess, count = np.array(self.confusions, dtype=int).reshape(-1, 3).T
-        np.add.at(errors, (block_of[label], block_of[guess]), count)
-        images = np.bincount(block_of, weights=self.images, minlength=blocks)
-        return 100 * errors / np.maximum(images, 1)[:, None], first
+        errors = np.zeros((len(images), len(images)))
+        np.add.at(errors, (label // size, guess // size), count)
+        return 100 * errors / np.maximum(images, 1)[:, None], size
 
 
 def by_class(predictions: Predictions) -> ByClass:

@@ -47,13 +47,8 @@ def render(
     facts = [_facts(run) for run in runs]
     nouns = {run.noun for run in runs}
     noun = nouns.pop() if len(nouns) == 1 else "sample"
-    jinja = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     jinja.filters |= {"number": number, "chart": chart}
     return jinja.get_template("page.html").render(
         runs=runs,
@@ -61,7 +56,7 @@ def render(
         noun=noun,
         state=_state,
         facts=facts,
-        names_of_facts=list(dict.fromkeys(name for each in facts for name in each)),
+        names_of_facts=dict.fromkeys(name for each in facts for name in each),
         top1=max((best["top1"] for run in runs if (best := run.best())), default=None),
         panels=training_panels([(run.name, run.records) for run in runs], curves, noun),
         epochs=_epochs,
@@ -77,22 +72,16 @@ def render(
         images=images,
         gallery=partial(gallery, count=images, data_path=data_path),
         started=started,
-        environment=list(
-            dict.fromkeys(k for run in started for k, value in run.starts[-1].items() if value is not None)
-        ),
+        environment=dict.fromkeys(k for run in started for k, value in run.starts[-1].items() if value is not None),
     )
 
 
 def _state(run: RunRecord) -> str:
     """The model, the data, and how far the run has come."""
-    if run.config is None:
-        subject, planned = "", None
-    else:
-        data = run.config.DATA
-        subject, planned = (
-            f"{run.config.MODEL.TYPE} · {data.LRA.TASK if run.sequences else data.DATASET} · ",
-            last_epoch(run.config),
-        )
+    config, subject = run.config, ""
+    if config:
+        subject = f"{config.MODEL.TYPE} · {config.DATA.LRA.TASK if run.sequences else config.DATA.DATASET} · "
+    planned = last_epoch(config) if config else None
     if planned and (steps := run.eval_steps):
         done = f"{run.epochs * steps:,} of {planned * steps:,} steps, {steps:,} an epoch"
     else:
@@ -192,7 +181,6 @@ def _counts(result: ByClass) -> list[list[int]] | None:
 
 def _blocks(run: RunRecord, result: ByClass) -> tuple[Markup, float, str]:
     """A picture of the errors between blocks of classes, the largest (%), and what a block is."""
-    errors, first = result.error_blocks(BLOCKS)
-    size = -(-len(result.names) // len(first))
+    errors, size = result.error_blocks(BLOCKS)
     blocks = f"blocks of {size} neighbouring classes" if size > 1 else "classes"
-    return matrix(errors, first, f"{run.name}: errors between {blocks}"), errors.max(), blocks
+    return matrix(errors, size, f"{run.name}: errors between {blocks}"), errors.max(), blocks
