@@ -23,7 +23,8 @@ from yacs.config import CfgNode
 
 from utils.schema import Kind, boolean, choice, either, integer, optional, real, sequence, text
 
-DATASETS = ("imagenet", "digits", "fashion_mnist", "lra")
+TOKEN_DATASETS = ("lra",)  # of sequences; the others are of images
+DATASETS = ("imagenet", "digits", "fashion_mnist", *TOKEN_DATASETS)
 LRA_TASKS = ("listops", "text", "retrieval", "pathfinder", "image")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULERS = ("cosine", "linear", "step", "onecycle")

@@ -7,12 +7,8 @@ from data.sources.bundled import Digits, FashionMnist
 from data.sources.image_files import ImageFiles
 from data.sources.tokens import LongRangeArena
 
-DATASETS: dict[str, DatasetBuilder] = {
-    "imagenet": ImageFiles(),
-    "digits": Digits(),
-    "fashion_mnist": FashionMnist(),
-    "lra": LongRangeArena(),
-}
+BUILDERS: tuple[DatasetBuilder, ...] = (ImageFiles(), Digits(), FashionMnist(), LongRangeArena())
+DATASETS = {builder.name: builder for builder in BUILDERS}
 
 
 def builder_of(config: CfgNode) -> DatasetBuilder:

@@ -6,13 +6,14 @@ pytest tests/test_report.py
 import json
 import re
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
-from conftest import TINY, run
+from conftest import TINY, run, run_tool
 from lra_caches import write_cache
 from test_lra import SHORT, lra
 
@@ -21,11 +22,13 @@ from config import load_config
 from data.sources.bundled import DigitsSource
 from models import build_model
 from tools import report
-from tools.run_report.charts import Line, line_chart
-from tools.run_report.classes import by_class, error_blocks
+from tools.run_report.charts import chart
+from tools.run_report.classes import by_class
 from tools.run_report.examples import hardest
-from tools.run_report.page import CURVES, render
-from tools.run_report.runs import Predictions, ReportError, find_runs, names_of, read_predictions, read_run
+from tools.run_report.page import render
+from tools.run_report.runs import find_runs, names_of, read_run
+from utils.curves import METRICS, Line, Panel, series, training_panels
+from utils.predictions import Predictions, read_predictions
 
 
 def predictions(
@@ -35,11 +38,11 @@ def predictions(
     return Predictions(
         index=np.arange(N),
         label=np.array(label),
-        guesses=np.array(guesses),
+        top5=np.array(guesses),
         probability=np.full((N, len(guesses[0])), 0.5, dtype=np.float32),
         loss=np.array(loss or [1.0] * N, dtype=np.float32),
         file=np.array([f"val/{i}.png" for i in range(N)]),
-        classes=classes,
+        classes=tuple(classes),
         epoch=1,
         checkpoint="max_acc.pth",
     )
@@ -82,12 +85,9 @@ def test_classes_are_counted_with_their_confusions_most_frequent_first():
     )
     result = by_class(seen)
     assert result.images.tolist() == [3, 4, 0] and result.correct.tolist() == [1, 1, 0]
-    assert result.among_guesses.tolist() == [2, 2, 0]
+    assert result.among_best.tolist() == [2, 2, 0]
     assert result.accuracy[:2].tolist() == pytest.approx([100 / 3, 25]) and np.isnan(result.accuracy[2])
-    pairs = list(
-        zip(result.confused_label.tolist(), result.confused_guess.tolist(), result.confused_count.tolist(), strict=True)
-    )
-    assert pairs == [(1, 2, 2), (0, 1, 1), (0, 2, 1)]  # the image without a finite output is in none
+    assert result.confusions == [(1, 2, 2), (0, 1, 1), (0, 2, 1)] and result.nothing == 1  # which is in no pair
     assert result.mostly_taken_for() == {1: (2, 2), 0: (1, 1)}
 
 
@@ -95,9 +95,9 @@ def test_blocks_of_a_large_matrix_hold_every_error():
     draw = np.random.default_rng(0)
     label, guess = draw.integers(0, 70, 3000), draw.integers(0, 70, 3000)
     result = by_class(predictions(label.tolist(), guess[:, None].tolist(), [str(i) for i in range(70)]))
-    errors, first = error_blocks(result, 8)
-    assert errors.shape == (8, 8) and first[0] == 0 and np.diff(first).min() >= 8
-    block = np.searchsorted(first, np.arange(70), side="right") - 1
+    errors, size = result.error_blocks(8)
+    assert errors.shape == (8, 8) and size == 9
+    block = np.arange(70) // size
     expected = np.zeros((8, 8))
     for i, j in zip(label, guess, strict=True):
         if i != j:
@@ -116,7 +116,7 @@ def test_short_training_lines_join_the_line_before_by_their_steps(tmp_path):
     records = [{"kind": "train", "epoch": 0, "step": step, "loss": loss} for step, loss in lines]
     records.append({"kind": "val", "epoch": 0, "step": 310, "top1": 50.0})
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
-    epochs, values = run_of(tmp_path).series("train", "loss")
+    epochs, values = series(run_of(tmp_path).records, "train", "loss")
     assert (epochs * 310).tolist() == pytest.approx([100, 210, 310])
     assert values.tolist() == pytest.approx([2.0, (1.0 * 100 + 6.0 * 10) / 110, 4.0])
 
@@ -134,9 +134,10 @@ def test_training_time_and_waiting_are_sums_over_all_log_lines(tmp_path):
 
 def test_a_line_breaks_where_values_are_not_finite_and_a_lone_value_is_a_dot():
     y = np.array([1.0, 2.0, np.nan, 3.0, np.nan, 5.0, 6.0])
-    text = line_chart("Loss", "", [Line("run", np.arange(7.0), y, 0)])
-    path = re.search(r'class="line solid c0" d="([^"]+)"', text)[1]
-    assert path.count("M") == 3 and path.count("h.01") == 1
+    text = chart(Panel("Loss", "", [Line("run", np.arange(7.0), y)]))
+    (path,) = re.findall(r'<path d="([^"]+)"[^>]*style="[^"]*stroke: var\(--c0\)', text)
+    assert path.count("M") == 3 and path.count("L") == 2
+    assert len(re.findall(r"<use [^>]*fill: var\(--c0\)", text)) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys):
         (str(tmp_path / "file"),): "is no folder",
         (str(tmp_path / "silent"),): "is empty; the run has logged nothing",
         (str(tmp_path / "garbage"),): "none of its 2 lines can be read",
-        (run, "--curves", "loss", "accuracy"): "unknown metric accuracy; expected some of " + ", ".join(CURVES),
+        (run, "--curves", "loss", "accuracy"): "unknown metric accuracy; expected some of " + ", ".join(METRICS),
         (run, "--output", str(tmp_path / "file" / "page.html")): "page.html cannot be written (",
     }
     for arguments, message in cases.items():
@@ -205,6 +206,10 @@ def test_a_run_without_predictions_says_how_to_get_them_and_shows_the_rest(tmp_p
         (lambda arrays: arrays.update(loss=arrays["loss"][:-1]), "loss (39,) instead of (40,)"),
         (lambda arrays: arrays.update(label=arrays["label"] + 90), "class 99 or a negative one, expected 0 to 9"),
         (lambda arrays: arrays.update(classes=np.array(["a"], dtype=object)), "cannot be read"),
+        (
+            lambda arrays: arrays.update(label=arrays["label"].astype(float)),
+            "other types than a validation writes: label",
+        ),
     ],
 )
 def test_predictions_that_do_not_fit_together_are_refused_and_noted(tmp_path, change, message):
@@ -213,7 +218,7 @@ def test_predictions_that_do_not_fit_together_are_refused_and_noted(tmp_path, ch
     arrays = dict(np.load(tmp_path / "predictions.npz"))
     change(arrays)
     store_arrays(tmp_path / "predictions.npz", arrays)
-    with pytest.raises(ReportError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         read_predictions(tmp_path / "predictions.npz")
     run = run_of(tmp_path)
     assert run.predictions is None and any(message in note for note in run.notes)
@@ -261,7 +266,7 @@ def test_a_run_on_sequences_has_its_curves_and_no_pictures(sequences, tmp_path):
     assert 'id="curves"' in page and page.count('class="chart"') == 8
     assert "Without pictures: the samples are sequences." in page and "data:image/jpeg" not in page
     assert page.count('<figure class="card">') == 3
-    text = re.sub(r"<style>.*?</style>|<script>.*?</script>|<[^>]+>", " ", page, flags=re.DOTALL)
+    text = re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)
     assert "96 samples of 10 classes" in text and "samples/s, all processes" in text and "lra · listops" in text
     assert not re.search(r"\bimages?\b", text)
 
@@ -316,11 +321,80 @@ def test_the_worst_classes_and_the_most_frequent_confusions_come_first(tmp_path)
     assert pairs == [("class 3", "class 7", "30", "75.0"), ("class 5", "class 6", "10", "25.0")]
 
 
-def test_names_are_text_wherever_they_come_from(tmp_path):
-    evil = "</script><script>alert(1)</script>"
-    folder = digits_run(tmp_path / "run", names=[evil, *"123456789"])
-    page = render([read_run(folder, evil), read_run(folder, "other")], images=2)
-    assert "alert(1)" in page and "<script>alert" not in page
+class Elements(HTMLParser):
+    """The elements of a page in order, and the names of their attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, list[str]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, [name for name, _ in attrs]))
+
+
+def test_every_value_of_a_hostile_run_is_text(tmp_path):
+    """Whatever a value says, the page has the same elements."""
+    evil = """</style></script></svg><script>alert(1)</script>"'><img src=x onerror=alert(2)>{{ 7 * 7 }}"""
+    pages = {}
+    for value in (evil, "harmless"):
+        folder = digits_run(tmp_path / value.replace("/", "|") / "run", names=[value, *"123456789"])
+        arrays = dict(np.load(folder / "predictions.npz"))
+        arrays |= {"file": np.array([f"{i}{value}" for i in range(len(arrays["label"]))]), "checkpoint": np.str_(value)}
+        store_arrays(folder / "predictions.npz", arrays)
+        (folder / "environment.json").write_text(json.dumps([{value: value, "device": value, "cpu": [value]}] * 2))
+        (folder / "STOPPED").write_text(value)
+        config = (folder / "config.yaml").read_text() + f"# {value}\n"
+        (folder / "config.yaml").write_text(config.replace("DATA_PATH: ''", f"DATA_PATH: {json.dumps(value)}"))
+        with (folder / "metrics.jsonl").open("a") as metrics:
+            for kind in ("val", value):
+                record = {"kind": kind, "epoch": 4, "step": 110, "loss": value, "top1": value, value: value}
+                metrics.write(json.dumps(record) + "\n")
+        alone, other = read_run(folder, *names_of([folder])), read_run(folder, f"$x_1$ & _{value}")
+        alone.notes.append(value)
+        pages[value] = [render([alone], images=2), render([alone, other], images=2)]
+    for page, harmless in zip(pages[evil], pages["harmless"], strict=True):
+        assert Elements(page).found == Elements(harmless).found
+        assert evil not in page and page.count("&lt;script&gt;alert(1)") == harmless.count("harmless") > 15
+        assert "{{ 7 * 7 }}" in page and "DATA_PATH: &#34;&lt;/style&gt;" in page
+    assert "$x_1$ &amp; _&lt;/style&gt;" in pages[evil][1]
+
+
+def test_the_table_by_epoch_holds_every_metric(tmp_path):
+    write_metrics(tmp_path, epochs=3, steps=20, print_freq=5)
+    page = render([run_of(tmp_path)])
+    body = re.search(r"<summary>Values by epoch</summary>(.*?)</details>", page, re.DOTALL)[1]
+    head = re.findall(r'<th scope="col">(.*?)</th>', body)
+    assert head[:4] == ["epoch"] + [
+        f"Loss, {kind} (cross-entropy)" for kind in ("training", "validation", "validation, EMA")
+    ]
+    assert len(head) == 1 + 3 + 2 + 2 + 7  # loss, top-1, top-5, what only training has
+    last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-3:]
+    row = re.findall(r"<td>(.*?)</td>", body.split("</tr>")[-2])
+    assert row[:4] == [f"{record['loss']:.4g}" for record in last] + [f"{last[1]['top1']:.4g}"]
+
+
+def test_charts_are_the_same_at_each_drawing(tmp_path):
+    write_metrics(tmp_path, epochs=2, steps=20)
+    (panel,) = training_panels([("run", run_of(tmp_path).records)], ["loss"])
+    assert [line.label for line in panel.lines] == ["training", "validation", "validation, EMA"]
+    assert chart(panel) == chart(panel)
+
+
+def test_neither_torch_nor_pictures_keep_a_reader_waiting(tmp_path):
+    write_metrics(tmp_path, epochs=2, steps=20)
+    write_predictions(tmp_path, images=40, classes=10)
+    arrays = dict(np.load(tmp_path / "predictions.npz")) | {"classes": np.array([])}
+    store_arrays(tmp_path / "predictions.npz", arrays | {"classes": np.array([], dtype=np.str_)})
+    code = """if True:
+        import sys
+        from tools import report
+        assert "matplotlib" not in sys.modules
+        assert report.main([sys.argv[1], "--images", "0"]) == 0
+        assert "matplotlib" in sys.modules and "torch" not in sys.modules"""
+    result = run_tool("-c", code, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Top-1 of every class" in (tmp_path / "report.html").read_text()
 
 
 def test_a_folder_of_runs_is_a_comparison(tmp_path, capsys):
@@ -366,19 +440,26 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     return {"one": folders[0] / "report.html", "several": root / "report.html"}
 
 
-FIGURES = """(() => {
-  const seen = (element) => { const box = element.getBoundingClientRect(); return box.width > 20 && box.height > 20; };
+LINES = """.plot path[style*="stroke: var(--c"]"""  # of runs, among the paths of a chart
+FIGURES = f"""(() => {{
+  const seen = (element) => {{
+    const box = element.getBoundingClientRect();
+    return box.width > 20 && box.height > 20;
+  }};
   const lines = [...document.querySelectorAll('figure.chart')].map((figure) =>
-    [...figure.querySelectorAll('.plot path.line')].filter((path) => path.getTotalLength() > 20).length);
-  return {
-    charts: [...document.querySelectorAll('figure.chart .plot svg')].filter(seen).length,
+    [...figure.querySelectorAll('{LINES}')].filter((path) => path.getTotalLength() > 20).length);
+  const ids = [...document.querySelectorAll('[id]')].map((element) => element.id);
+  return {{
+    charts: [...document.querySelectorAll('figure.chart .plot svg[role=img][aria-label][viewBox]')].filter(seen).length,
     lines: lines,
     matrices: [...document.querySelectorAll('figure.matrix')].filter(seen).length,
     images: [...document.images].filter((image) => image.complete && image.naturalWidth > 20 && seen(image)).length,
     sections: [...document.querySelectorAll('main h2')].map((heading) => heading.textContent),
     width: document.documentElement.scrollWidth,
-  };
-})()"""
+    repeated: ids.filter((id, i) => ids.indexOf(id) !== i),
+    scripts: document.scripts.length,
+  }};
+}})()"""
 SECTIONS = ["Results", "Curves", "Configuration", "Classes", "Confusions", "Hardest images", "Environment"]
 
 
@@ -392,23 +473,24 @@ def test_the_page_renders_without_errors_requests_or_sideways_scrolling(
     assert seen["charts"] == len(seen["lines"]) == charts and set(seen["lines"]) <= set(lines), seen
     assert seen["sections"] == SECTIONS and seen["images"] == images
     assert seen["matrices"] == (1 if name == "one" else 2)
-    assert seen["width"] <= width
+    assert seen["width"] <= width and seen["repeated"] == [] and seen["scripts"] == 0
     assert browser.problems() == []
     assert browser.requests() == [pages[name].resolve().as_uri()]
 
 
 def test_light_and_dark_are_the_readers_choice_and_lines_stand_out(browser, pages):
-    def colours() -> tuple[list[int], list[int]]:
-        script = """(() => { const rgb = (value) => value.match(/\\d+/g).slice(0, 3).map(Number);
-            const line = document.querySelector('.plot path.line.solid');
-            return [rgb(getComputedStyle(document.body).backgroundColor), rgb(getComputedStyle(line).stroke)]; })()"""
+    def colours() -> list[list[int]]:
+        script = f"""(() => {{ const rgb = (value) => value.match(/\\d+/g).slice(0, 3).map(Number);
+            const line = document.querySelector('{LINES}'), text = document.querySelector('.plot text');
+            return [getComputedStyle(document.body).backgroundColor, getComputedStyle(line).stroke,
+                    getComputedStyle(text).fill].map(rgb); }})()"""
         return browser.evaluate(script)
 
     found = {}
     for dark in (False, True):
         browser.open(pages["one"], dark=dark)
-        page, line = found[dark] = colours()
-        assert abs(luminance(page) - luminance(line)) > 0.2
+        page, line, text = found[dark] = colours()
+        assert abs(luminance(page) - luminance(line)) > 0.2 and abs(luminance(page) - luminance(text)) > 0.2
     assert luminance(found[False][0]) > 0.9 and luminance(found[True][0]) < 0.05
 
 
@@ -422,26 +504,12 @@ def test_a_run_has_the_same_colour_in_every_chart(browser, pages):
     browser.open(pages["several"])
     strokes = browser.evaluate(
         "[...document.querySelectorAll('figure.chart')].map((figure) =>"
-        " [...figure.querySelectorAll('.plot path.line')].map((path) => getComputedStyle(path).stroke))"
+        f" [...figure.querySelectorAll('{LINES}')].map((path) => getComputedStyle(path).stroke))"
     )
     assert len({tuple(each) for each in strokes}) == 1 and len(set(strokes[0])) == 2
-    keys = browser.evaluate(
-        "[...document.querySelectorAll('header .run path')].map((path) => getComputedStyle(path).stroke)"
-    )
-    assert keys == strokes[0]
-
-
-def test_pointing_at_a_chart_shows_its_values(browser, pages):
-    browser.open(pages["one"])
-    values = [json.loads(line) for line in (pages["one"].parent / "metrics.jsonl").read_text().splitlines()]
-    last = [record for record in values if record["kind"] == "val"][-1]
-    x, y = browser.evaluate(
-        """(() => { const svg = [...document.querySelectorAll('figure.chart')].find((f) =>
-            f.textContent.includes('Top-1 accuracy')).querySelector('.plot svg');
-            svg.scrollIntoView(); const box = svg.getBoundingClientRect();
-            return [box.right - 12, box.top + 40]; })()"""
-    )
-    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-    shown = browser.evaluate("document.getElementById('tip').hidden ? '' : document.getElementById('tip').textContent")
-    top1 = float(f"{last['top1']:.4g}")
-    assert shown.startswith("epoch 4") and f"validation{top1:g}" in shown
+    for place in ("header", "figure.chart .legend"):
+        keys = browser.evaluate(
+            f"[...document.querySelector('{place}').querySelectorAll('.swatch')]"
+            ".map((swatch) => getComputedStyle(swatch).borderTopColor)"
+        )
+        assert keys == strokes[0]

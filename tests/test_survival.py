@@ -434,7 +434,7 @@ def test_two_nodes_of_which_one_is_killed_and_started_again(tiny, whole):
         return pretrain(tiny, NODE_RANK=str(rank), SHUTDOWN_TIMEOUT="20", **settings)
 
     first, second = node(0), node(1)
-    wait_until(lambda: (folder_of(tiny).parent / "parts", read_position).glob("ckpt_epoch_0_step_8.pth"))
+    wait_until(lambda: (folder_of(tiny).parent / "parts").glob("ckpt_epoch_0_step_8.pth"))
     second.signal_everything(signal.SIGKILL)
     again = node(1)
     assert first.end()[0] == 0, first.output

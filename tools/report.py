@@ -15,8 +15,9 @@ from pathlib import Path
 if not __package__:  # run as tools/report.py: what it imports lies beside tools/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.run_report.page import CURVES, DEFAULT_CURVES, render
+from tools.run_report.page import DEFAULT_CURVES, render
 from tools.run_report.runs import ReportError, find_runs, names_of, read_run
+from utils.curves import METRICS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,28 +27,14 @@ def build_parser() -> argparse.ArgumentParser:
         " configuration differences, accuracy by class, confusions, hardest images with attention, environment.",
         epilog="example: python -m tools.report output/quickstart/default --images 16",
     )
-    parser.add_argument(
-        "runs", metavar="RUN", nargs="+", type=Path, help="run folder (OUTPUT/NAME/TAG), or a folder that holds some"
-    )
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        type=Path,
-        help="the page (default: report.html in the run folder, of several in the folder that holds them all)",
-    )
-    parser.add_argument(
-        "--curves",
-        metavar="METRIC",
-        nargs="+",
-        default=list(DEFAULT_CURVES),
-        help=f"what to draw, of {', '.join(CURVES)} (default: {' '.join(DEFAULT_CURVES)})",
-    )
-    parser.add_argument(
-        "--images", metavar="N", type=int, default=8, help="hardest validation images per run (default 8; 0: none)"
-    )
-    parser.add_argument(
-        "--data-path", metavar="PATH", help="where the data set is, if not where the run's configuration says"
-    )
+    add = parser.add_argument
+    add("runs", metavar="RUN", nargs="+", type=Path, help="run folder (OUTPUT/NAME/TAG), or a folder that holds some")
+    where = "the page (default: report.html in the run folder, of several in the folder that holds them all)"
+    add("--output", metavar="FILE", type=Path, help=where)
+    what = f"what to draw, of {', '.join(METRICS)} (default: {' '.join(DEFAULT_CURVES)})"
+    add("--curves", metavar="METRIC", nargs="+", default=DEFAULT_CURVES, help=what)
+    add("--images", metavar="N", type=int, default=8, help="hardest validation images per run (default 8; 0: none)")
+    add("--data-path", metavar="PATH", help="where the data set is, if not where the run's configuration says")
     return parser
 
 

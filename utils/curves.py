@@ -1,21 +1,106 @@
-"""curves.png: loss, accuracy and learning rate of a run, from its metrics.jsonl; redrawn while the run goes on.
+"""Training curves, drawn in one place: curves.png, redrawn while a run goes on, and the charts of the run report.
 
-python -m utils.curves RUN    draws it once, at the lowest priority
+python -m utils.curves RUN    draws RUN/curves.png once, at the lowest priority
 """
 
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from logger import get_logger, read_metrics
 
-POINTS = 600  # of a line at most, so that a long run's picture costs what a short one's does
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Records = Sequence[dict[str, Any]]  # of metrics.jsonl, by step
+
+# What can be drawn: title, unit ({noun}: what a sample is called), and factor from what metrics.jsonl holds.
+METRICS: dict[str, tuple[str, str, float]] = {
+    "loss": ("Loss", "cross-entropy", 1),
+    "top1": ("Top-1 accuracy", "%", 1),
+    "top5": ("Top-5 accuracy", "%", 1),
+    "lr": ("Learning rate", "", 1),
+    "grad_norm": ("Gradient norm", "before clipping", 1),
+    "images_per_s": ("Throughput", "{noun}s/s, all processes", 1),
+    "data_time": ("Waiting for data", "ms per step", 1000),
+    "step_time": ("Step time", "ms", 1000),
+    "communication_time": ("Waiting for gradients of other processes", "ms per step", 1000),
+    "memory_mb": ("Largest memory use so far", "MiB, rank 0", 1),
+}
+SPIKES = ("grad_norm", "data_time", "communication_time")  # whose outliers would flatten everything else
+LOG_RANGE = 50  # spikes over more than this get a logarithmic axis
+KINDS = {"train": ("training", "faint"), "val": ("validation", "solid"), "ema": ("validation, EMA", "dashed")}
+PICTURE = ("loss", "top1", "top5", "lr")  # what curves.png shows
+POINTS = 200  # of a line at most, so that a long run's picture costs what a short one's does
 PAUSE = 120.0  # seconds at least between two drawings of a running run
 ROOT = Path(__file__).resolve().parents[1]
+
+# Lines after Okabe and Ito, told apart with any colour vision; darker where white would swallow them.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b85f95", "#a97a00", "#4a9fd4", "#5b4a9e", "#6d6d6d")
+MUTED, GRID = "#62666d", "#dfdfda"
+FONT_SIZE = 11
+STEPS = (1, 2, 2.5, 5, 10)  # between ticks
+LINES: dict[str, dict[str, Any]] = {
+    "solid": {"linewidth": 1.6},
+    "faint": {"linewidth": 1.1, "alpha": 0.6, "zorder": 1.9},  # below those that it accompanies
+    "dashed": {"linewidth": 1.6, "linestyle": (0, (3, 2.4))},
+}
+
+
+class Line(NamedTuple):
+    """One line of a panel; `colour` is its place in PALETTE, `style` one of LINES."""
+
+    label: str
+    x: np.ndarray
+    y: np.ndarray  # NaN breaks the line
+    colour: int = 0
+    style: str = "solid"
+
+
+class Panel(NamedTuple):
+    """Lines over one pair of axes."""
+
+    title: str
+    unit: str
+    lines: Sequence[Line]
+    x_label: str = "epoch"
+    logarithmic: bool = False
+
+    @property
+    def gaps(self) -> str:
+        """How many points each line lacks, where it lacks any."""
+        gaps = {line.label: int(np.isnan(line.y).sum()) for line in self.lines}
+        return ", ".join(f"{label}: {count}" for label, count in gaps.items() if count)
+
+
+def series(records: Records, kind: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """(epochs since the start, values) of the records that have the value; what was not finite is NaN.
+
+    An epoch's steps are those of the validations; of a run without one, the most seen in an epoch. A training line
+    after only a few steps, as the one at the end of an epoch may be, joins the line before it.
+    """
+    chosen = [record for record in records if record["kind"] == kind and metric in record]
+    steps = np.array([record["step"] for record in chosen], dtype=float)
+    numbers = [record[metric] if isinstance(record[metric], int | float) else np.nan for record in chosen]
+    values = np.array(numbers, dtype=float)
+    values[~np.isfinite(values)] = np.nan
+    if kind == "train" and len(steps) > 1:
+        widths = np.diff(steps, prepend=0.0)
+        short = widths < 0.5 * np.median(widths)
+        short[0] = False
+        starts = np.flatnonzero(~short)
+        values = np.add.reduceat(values * widths, starts) / np.add.reduceat(widths, starts)
+        steps = steps[np.append(starts[1:], len(steps)) - 1]
+    known = [record for record in records if record["kind"] == "val"] or records
+    steps_per_epoch = max((record["step"] / max(record["epoch"] + 1, 1) for record in known), default=0.0) or 1.0
+    return steps / steps_per_epoch, values
 
 
 def thin(x: np.ndarray, y: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,40 +116,99 @@ def thin(x: np.ndarray, y: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarr
     return np.add.reduceat(x, edges) / sizes, means
 
 
+def training_panels(runs: Sequence[tuple[str, Records]], metrics: Sequence[str], noun: str = "image") -> list[Panel]:
+    """The panels of some METRICS, of runs given as (name, records); a metric without a finite value has none.
+
+    Of one run, training and validation share a panel; of several, each has its own, with a line per run.
+    """
+    panels = []
+    for metric in metrics:
+        title, unit, factor = METRICS[metric]
+        kinds = [k for k in KINDS if any(r["kind"] == k and metric in r for _, records in runs for r in records)]
+        groups: dict[str, list[Line]] = {}
+        for kind in kinds:
+            word, style = KINDS[kind]
+            for colour, (name, records) in enumerate(runs):
+                x, y = thin(*series(records, kind, metric), POINTS)
+                if len(runs) == 1:
+                    line = Line(word, x, factor * y, colour, style if len(kinds) > 1 else "solid")
+                    groups.setdefault(title, []).append(line)
+                elif len(x):
+                    panel = title if kinds == ["train"] else f"{title}, {word}"
+                    groups.setdefault(panel, []).append(Line(name, x, factor * y, colour))
+        for panel, lines in groups.items():
+            values = np.concatenate([line.y[np.isfinite(line.y)] for line in lines])
+            if len(values):
+                wide = metric in SPIKES and 0 < LOG_RANGE * values.min() < values.max()
+                shown = unit.format(noun=noun) + (", log scale" if wide else "")
+                panels.append(Panel(panel, shown, lines, logarithmic=wide))
+    return panels
+
+
+def number(value: float) -> str:
+    """A value for people: about four digits, thousands as k, very small ones as powers of ten."""
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:.4g} M"
+    if size >= 1e4:
+        return f"{value / 1e3:.4g} k"
+    if size and size < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{value:.4g}"
+
+
+def draw_panels(figure: "Figure", panels: Sequence[Panel], *, captions: bool = True) -> None:
+    """Draw panels side by side. `captions`: with title, unit and legend, which a page may say beside the picture."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator  # slow, and only needed for drawing
+
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, panel in zip(row, panels, strict=True):
+        for line in panel.lines:
+            gap = np.pad(~np.isfinite(line.y), 1, constant_values=True)
+            alone = gap[:-2] & ~gap[1:-1] & gap[2:]  # no line leads there: a dot
+            dots = {"marker": "o", "markersize": 4, "markevery": alone} if alone.any() else {}
+            axes.plot(line.x, line.y, label=line.label, color=PALETTE[line.colour], **LINES[line.style], **dots)
+        if panel.logarithmic:
+            axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,), numticks=7))
+            axes.yaxis.set_minor_locator(NullLocator())
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: number(value))
+        axes.margins(x=0.01)
+        axes.grid(axis="y", color=GRID)
+        axes.tick_params(axis="y", length=0)
+        plain_axes(axes, panel.x_label, panel.unit if captions else "")
+        if captions:
+            axes.set_title(panel.title)
+            if len(panel.lines) > 1:
+                axes.legend(frameon=False)
+
+
+def plain_axes(axes: "Axes", x_label: str, y_label: str) -> None:
+    """Axes that stay in the background: a line below, no frame, everything in MUTED."""
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.tick_params(colors=MUTED, labelsize=FONT_SIZE)
+    axes.set_xlabel(x_label, color=MUTED, fontsize=FONT_SIZE)
+    axes.set_ylabel(y_label, color=MUTED, fontsize=FONT_SIZE)
+
+
 def draw_curves(folder: Path) -> Path | None:
     """Draw `folder`/curves.png, replacing it at once, and return its path; None where nothing has been logged yet."""
     metrics_file = folder / "metrics.jsonl"
     records = read_metrics(metrics_file) if metrics_file.exists() else []
-    if not records:
+    panels = training_panels([(folder.name, records)], PICTURE)
+    if not panels:
         return None
-    from matplotlib.figure import Figure  # slow to import, and not needed by whoever only wants `thin`
-
-    def series(kind: str, field: str) -> tuple[np.ndarray, np.ndarray]:
-        chosen = [record for record in records if record["kind"] == kind and record.get(field) is not None]
-        steps, values = ([record[name] for record in chosen] for name in ("step", field))
-        return thin(np.array(steps, dtype=float), np.array(values, dtype=float), POINTS)
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.8), layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3)
-    labels = {"train": "training (as optimised)", "val": "validation", "ema": "validation (EMA)"}
-    for kind, label in labels.items():
-        steps, values = series(kind, "loss")
-        if len(steps):
-            loss.plot(steps, values, label=label)
-        for field, style in (("top1", "-"), ("top5", ":")):
-            steps, values = series(kind, field)
-            if len(steps):
-                accuracy.plot(steps, values, style, label=f"{label} {field.replace('top', 'top-')}")
-    rate.plot(*series("train", "lr"), color="tab:green")
-    for axes, title, unit in (
-        (loss, "Loss", "cross-entropy"),
-        (accuracy, "Accuracy", "%"),
-        (rate, "Learning rate", ""),
-    ):
-        axes.set(title=title, xlabel="optimizer step", ylabel=unit)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
+    draw_panels(figure, panels)
     path = folder / "curves.png"
     temporary = folder / f".curves-{os.getpid()}.tmp"
     figure.savefig(temporary, dpi=120, format="png")

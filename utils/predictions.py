@@ -1,18 +1,22 @@
-"""What a model said about every image of an evaluation, as one file of arrays: `predictions.npz`."""
+"""What a model said about every image of an evaluation, as one file of arrays: `predictions.npz`.
+
+Readers of the file need no torch, which is imported only where predictions are recorded.
+"""
 
 import io
 import os
 import zipfile
-from dataclasses import dataclass, fields, replace
+import zlib
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from utils import distributed
 from utils.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PREDICTIONS = "predictions.npz"  # in the run folder: those of the best validation so far
 BEST_CLASSES = 5
@@ -26,6 +30,8 @@ class Predictions:
     `index` int64 (N,) position in the data set; `label` int64 (N,); `top5` int64 (N, k) the k = min(5, classes) best
     classes, best first, equal logits by class index; `probability` float32 (N, k) their softmax; `loss` float32 (N,)
     cross-entropy; `file` str (N,). An image with logits that are not finite has `top5` NOTHING: it counts as wrong.
+    `classes` are names by label, `epoch` the finished epochs of the model, −1 where unknown, `checkpoint` the file that
+    holds its weights.
     """
 
     index: np.ndarray
@@ -34,10 +40,16 @@ class Predictions:
     probability: np.ndarray
     loss: np.ndarray
     file: np.ndarray
+    classes: tuple[str, ...] = ()
+    epoch: int = -1
+    checkpoint: str = ""
 
     def correct(self, k: int) -> np.ndarray:
         """(N,) bool: whether the label is among the k best."""
         return (self.top5[:, :k] == self.label[:, None]).any(axis=1)
+
+
+NAMES = [field.name for field in fields(Predictions)]  # of the file's arrays
 
 
 class PredictionRecorder:
@@ -48,8 +60,11 @@ class PredictionRecorder:
         self._positions: list[int] = []
         self._names: list[str] = []
 
-    def update(self, logits: Tensor, labels: Tensor, positions: list[int], names: list[str]) -> None:
+    def update(self, logits: "Tensor", labels: "Tensor", positions: list[int], names: list[str]) -> None:
         """logits (B, classes), labels (B,), and where the images stand in the data set."""
+        import torch
+        from torch.nn import functional as F
+
         logits = logits if logits.dtype == torch.float64 else logits.float()
         finite = logits.isfinite().all(dim=1, keepdim=True)
         k = min(BEST_CLASSES, logits.shape[1])
@@ -65,6 +80,10 @@ class PredictionRecorder:
 
         Raises RuntimeError unless each of the data set's `num_images` was seen exactly once.
         """
+        import torch
+
+        from utils import distributed
+
         columns = [torch.cat(column).cpu().numpy() for column in zip(*self._rows, strict=True)]
         mine = (self._positions, self._names, columns)
         parts = [part for part in distributed.gather_objects(mine) if part[0]]
@@ -100,10 +119,12 @@ def write_predictions(
     """
     prefix = os.path.join(Path(root), "") if root else ""
     files = np.array([name.removeprefix(prefix) for name in predictions.file.tolist()], dtype=np.str_)
-    predictions = replace(predictions, file=files)
-    arrays = {field.name: getattr(predictions, field.name) for field in fields(predictions)}
-    arrays |= {"classes": np.array(classes or (), dtype=np.str_)}
-    arrays |= {"epoch": np.array(epoch, dtype=np.int64), "checkpoint": np.array(checkpoint, dtype=np.str_)}
+    arrays = vars(predictions) | {
+        "file": files,
+        "classes": np.array(classes or (), dtype=np.str_),
+        "epoch": np.array(epoch, dtype=np.int64),
+        "checkpoint": np.array(checkpoint, dtype=np.str_),
+    }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:  # numpy's savez has a `file` of its own
         for name, array in arrays.items():
@@ -112,3 +133,38 @@ def write_predictions(
             with archive.open(entry, "w") as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
     write_atomically(path, buffer.getvalue())
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read what `write_predictions` wrote; without names in the file, `classes` are the labels' numbers.
+
+    Raises FileNotFoundError, and ValueError where the file is damaged or its arrays do not belong together.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
+    if absent := [name for name in NAMES if name not in arrays]:
+        raise ValueError(f"{path} lacks the arrays {', '.join(absent)}; expected {', '.join(NAMES)}")
+    label, top5 = arrays["label"], arrays["top5"]
+    if label.ndim != 1 or not len(label) or top5.ndim != 2 or not top5.shape[1]:
+        raise ValueError(f"{path}: label {label.shape} and top5 {top5.shape}, expected (N,) and (N, k), N and k > 0")
+    N = len(label)
+    shapes = {"index": (N,), "top5": (N, top5.shape[1]), "probability": top5.shape, "loss": (N,), "file": (N,)}
+    shapes |= {"epoch": (), "checkpoint": ()}
+    if wrong := [
+        f"{name} {arrays[name].shape} instead of {s}" for name, s in shapes.items() if arrays[name].shape != s
+    ]:
+        raise ValueError(f"{path}: arrays of other shapes than its {N} labels ask for: {', '.join(wrong)}")
+    kinds = {"index": "iu", "label": "iu", "top5": "iu", "probability": "f", "loss": "f", "classes": "U", "epoch": "iu"}
+    if wrong := [f"{name} {arrays[name].dtype}" for name, kind in kinds.items() if arrays[name].dtype.kind not in kind]:
+        raise ValueError(f"{path}: arrays of other types than a validation writes: {', '.join(wrong)}")
+    highest = int(max(label.max(), top5.max()))
+    classes = tuple(arrays["classes"].tolist()) or tuple(str(number) for number in range(highest + 1))
+    if label.min() < 0 or top5.min() < NOTHING or highest >= len(classes):
+        raise ValueError(f"{path}: class {highest} or a negative one, expected 0 to {len(classes) - 1}")
+    arrays |= {"classes": classes, "epoch": int(arrays["epoch"]), "checkpoint": str(arrays["checkpoint"])}
+    return Predictions(**{name: arrays[name] for name in NAMES})

@@ -88,6 +88,7 @@ class Modality(Protocol):
 class DatasetBuilder(ABC):
     """What a value of DATA.DATASET names."""
 
+    name: str
     modality: Modality
     evaluation_split = "val"  # what --eval evaluates on
 

@@ -118,7 +118,7 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
 class Digits(DatasetBuilder):
     """DATA.DATASET digits."""
 
-    modality = Images()
+    name, modality = "digits", Images()
 
     def open(self, config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> DigitsSource:
         return DigitsSource(split, image_size(config))
@@ -130,7 +130,7 @@ class Digits(DatasetBuilder):
 class FashionMnist(DatasetBuilder):
     """DATA.DATASET fashion_mnist."""
 
-    modality = Images()
+    name, modality = "fashion_mnist", Images()
 
     def open(self, config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> FashionMnistSource:
         return FashionMnistSource(Path(config.DATA.DATA_PATH or FASHION_MNIST), split, image_size(config))

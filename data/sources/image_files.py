@@ -57,7 +57,7 @@ def open_source(
 class ImageFiles(DatasetBuilder):
     """DATA.DATASET imagenet: train/ and val/ in DATA_PATH, in the format that DATA.FORMAT names or that is found."""
 
-    modality = Images()
+    name, modality = "imagenet", Images()
 
     def open(self, config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> Source | ShardSplit:
         if not config.DATA.DATA_PATH:

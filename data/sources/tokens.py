@@ -176,7 +176,7 @@ def check_tokens(config: CfgNode, report: Report) -> None:
 class LongRangeArena(DatasetBuilder):
     """DATA.DATASET lra: the folder of a task, as tools/prepare_lra.py wrote it; --eval is on the test split."""
 
-    modality = Tokens()
+    name, modality = "lra", Tokens()
     evaluation_split = "test"
 
     def open(self, config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> TokenSource:

@@ -3,68 +3,73 @@
 C classes, N images. Confusions are counted sparsely, so that C² numbers are never held.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tools.run_report.runs import NOTHING, Predictions
+from data.imagenet import are_wordnet_ids, class_words
+from utils.predictions import NOTHING, Predictions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ByClass:
-    """Images, right ones and right among the guesses, each (C,); and the confusions, most frequent first."""
+    """Images by label, right ones and right among the best, each (C,); the confusions as (label, guess, images)."""
 
+    names: list[str]
     images: np.ndarray
     correct: np.ndarray
-    among_guesses: np.ndarray
-    confused_label: np.ndarray  # (P,) of the pairs that occur
-    confused_guess: np.ndarray
-    confused_count: np.ndarray
+    among_best: np.ndarray
+    confusions: list[tuple[int, int, int]]  # the most frequent first
+    nothing: int  # images without a finite output, which are in no confusion
 
     @property
     def accuracy(self) -> np.ndarray:
         """(C,) in percent, NaN for classes without images."""
-        return percent(self.correct, self.images)
+        return np.divide(100.0 * self.correct, self.images, out=np.full(len(self.names), np.nan), where=self.images > 0)
+
+    @property
+    def worst_first(self) -> np.ndarray:
+        """The classes that have images; of equally accurate ones the larger first."""
+        present = np.flatnonzero(self.images)
+        return present[np.lexsort((present, -self.images[present], self.accuracy[present]))]
 
     def mostly_taken_for(self) -> dict[int, tuple[int, int]]:
         """Of each class with errors, the wrong class most often guessed and how often."""
-        found: dict[int, tuple[int, int]] = {}
-        for label, guess, count in zip(
-            self.confused_label.tolist(), self.confused_guess.tolist(), self.confused_count.tolist(), strict=True
-        ):
-            found.setdefault(label, (guess, count))
-        return found
+        return {label: (guess, count) for label, guess, count in reversed(self.confusions)}
 
+    def error_blocks(self, limit: int) -> tuple[np.ndarray, int]:
+        """(B, B) errors between blocks of neighbouring classes, in percent of the row's images, and a block's size.
 
-def percent(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(100.0 * part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+        The classes are divided in their order into at most `limit` blocks.
+        """
+        size = -(-len(self.names) // limit)
+        images = np.add.reduceat(self.images, np.arange(0, len(self.names), size))
+        label, guess, count = np.array(self.confusions, dtype=int).reshape(-1, 3).T
+        errors = np.zeros((len(images), len(images)))
+        np.add.at(errors, (label // size, guess // size), count)
+        return 100 * errors / np.maximum(images, 1)[:, None], size
 
 
 def by_class(predictions: Predictions) -> ByClass:
     """Count `predictions` by label, and their errors by (label, guess)."""
-    C, label, guess = len(predictions.classes), predictions.label, predictions.guesses[:, 0]
-    wrong = label != guess
-    named = wrong & (guess != NOTHING)
-    pairs, counts = np.unique(label[named] * C + guess[named], return_counts=True)
-    order = np.lexsort((pairs, -counts))
+    C, label, guess = len(predictions.classes), predictions.label, predictions.top5[:, 0]
+    named = (label != guess) & (guess != NOTHING)
+    counts = Counter(zip(label[named].tolist(), guess[named].tolist(), strict=True))
     return ByClass(
+        names=readable_classes(predictions.classes),
         images=np.bincount(label, minlength=C),
-        correct=np.bincount(label[~wrong], minlength=C),
-        among_guesses=np.bincount(label[predictions.among_guesses], minlength=C),
-        confused_label=pairs[order] // C,
-        confused_guess=pairs[order] % C,
-        confused_count=counts[order],
+        correct=np.bincount(label[label == guess], minlength=C),
+        among_best=np.bincount(label[predictions.correct(predictions.top5.shape[1])], minlength=C),
+        confusions=[(*pair, n) for pair, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))],
+        nothing=int((guess == NOTHING).sum()),
     )
 
 
-def error_blocks(results: ByClass, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """(B, B) errors in percent of the row's images, and the first class of each block (B,): C classes in their order,
-    divided into at most `limit` blocks of neighbours."""
-    C = len(results.images)
-    blocks = min(C, limit)
-    first = np.ceil(np.arange(blocks) * C / blocks).astype(int)
-    block_of = np.searchsorted(first, np.arange(C), side="right") - 1
-    errors = np.zeros((blocks, blocks))
-    np.add.at(errors, (block_of[results.confused_label], block_of[results.confused_guess]), results.confused_count)
-    images = np.bincount(block_of, weights=results.images, minlength=blocks)
-    return 100 * errors / np.maximum(images, 1)[:, None], first
+def readable_classes(names: Sequence[str]) -> list[str]:
+    """WordNet ids with the word that ImageNet has for them, `tench (n01440764)`; other names as they are."""
+    if not are_wordnet_ids(names):
+        return list(names)
+    words = class_words()
+    return [f"{words[name].partition(',')[0]} ({name})" if name in words else name for name in names]

@@ -3,14 +3,16 @@
 torch and the data set are loaded here only, when there are predictions to show pictures of.
 """
 
+import base64
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from tools.run_report.charts import data_uri
-from tools.run_report.runs import Predictions, Run
+from tools.run_report.runs import RunRecord
+from utils.predictions import Predictions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,57 +21,49 @@ SIDE = 160  # pixels of a thumbnail at most
 
 
 class Gallery(NamedTuple):
-    """Rows of the predictions, hardest first, with data: URIs of picture and overlay where they could be made."""
+    """Rows of the predictions, hardest first, with data: URIs of the pictures of each: itself, attention, or none."""
 
     rows: list[int]
-    pictures: list[str]
-    overlays: list[str]
-    layer: str  # whose attention the overlays show
-    notes: list[str]
+    pictures: list[list[str]]
+    layer: str  # whose attention is shown
+    note: str  # what could not be shown, and why
 
 
 def hardest(predictions: Predictions, count: int) -> list[int]:
     """The rows with the highest loss: wrong ones first, and before all what has no finite loss."""
     loss = np.where(np.isfinite(predictions.loss), predictions.loss, np.inf)
-    order = np.lexsort((np.arange(len(loss)), -loss, predictions.correct))
+    order = np.lexsort((np.arange(len(loss)), -loss, predictions.correct(1)))
     return order[:count].tolist()
 
 
-def gallery(run: Run, count: int, data_path: str | None) -> Gallery:
-    """Pictures of the `count` hardest images; what is not reachable is said in the notes."""
+def gallery(run: RunRecord, count: int, data_path: str | None) -> Gallery:
+    """Pictures of the `count` hardest images, as far as they can be reached."""
     assert run.predictions is not None
-    rows, notes = hardest(run.predictions, count), []
+    rows, groups, layer = hardest(run.predictions, count), [], ""
+    note, missing = "", "pictures"
     try:
-        tensors = _load(run, rows, data_path)
-    except (_Unreachable, OSError, ValueError) as error:
-        notes.append(f"Without pictures: {error}.")
-        return Gallery(rows, [], [], "", notes)
-    pictures = [_picture(tensor) for tensor in tensors]
-    try:
-        layer, overlays = _overlays(run, tensors, pictures[0].size)
-    except (_Unreachable, OSError, ValueError) as error:
-        notes.append(f"Without attention: {error}.")
-        return Gallery(rows, [thumbnail(picture) for picture in pictures], [], "", notes)
-    return Gallery(rows, [thumbnail(p) for p in pictures], [thumbnail(o) for o in overlays], layer, notes)
+        tensors = _load(run, run.predictions, rows, data_path)
+        groups.append([_picture(tensor) for tensor in tensors])
+        missing = "attention"
+        layer, overlays = _overlays(run.folder, run.predictions.checkpoint, tensors, groups[0][0].size)
+        groups.append(overlays)
+    except (OSError, ValueError) as error:
+        note = f"Without {missing}: {error}."
+    return Gallery(rows, [[thumbnail(group[i]) for group in groups] for i in range(len(rows))], layer, note)
 
 
-class _Unreachable(Exception):
-    """Why pictures or attention cannot be shown."""
-
-
-def _load(run: Run, rows: list[int], data_path: str | None) -> "list[Tensor]":
-    """The images as the model saw them, uint8 (3, H, W) each."""
+def _load(run: RunRecord, predictions: Predictions, rows: list[int], data_path: str | None) -> "list[Tensor]":
+    """The images as the model saw them, uint8 (3, H, W) each. Raises ValueError where they are not to be had."""
+    if run.config is None:
+        raise ValueError("config.yaml, which names the data set, is absent or damaged")
+    if run.sequences:
+        raise ValueError("the samples are sequences")
     from config import image_size
     from data.builders import builder_of
     from data.sources.base import Picture, decode
     from data.sources.shards import ShardSplit
     from data.transforms import evaluation_transform
 
-    assert run.predictions is not None
-    if run.config is None:
-        raise _Unreachable("config.yaml, which names the data set, is absent or damaged")
-    if run.sequences:
-        raise _Unreachable("the samples are sequences")
     config = run.config.clone()
     if data_path is not None:
         config.defrost()
@@ -78,26 +72,26 @@ def _load(run: Run, rows: list[int], data_path: str | None) -> "list[Tensor]":
     source, transform = builder_of(config).open(config, "val"), evaluation_transform(config, image_size(config))
     loaded = []
     image: Picture
-    for row in rows:
-        index, file = int(run.predictions.index[row]), str(run.predictions.file[row])
+    for index, file in zip(predictions.index[rows].tolist(), predictions.file[rows].tolist(), strict=True):
         if isinstance(source, ShardSplit):
             encoded = next(source.read(range(len(source.shards)), index, index + 1))
             name, image = encoded.name, decode(encoded.data, encoded.name)
-        else:
-            if index >= len(source.labels):
-                raise _Unreachable(f"the data set has {len(source.labels)} images, and the predictions are of more")
+        elif index < len(source.labels):
             name, image = source.name(index), source.load(index)
+        else:
+            raise ValueError(f"the data set has {len(source.labels)} images, and the predictions are of more")
         if not name.endswith(file):
-            raise _Unreachable(f"the data set is not the one evaluated: image {index} is {name}, not {file}")
+            raise ValueError(f"the data set is not the one evaluated: image {index} is {name}, not {file}")
         loaded.append(transform(image))
     return loaded
 
 
 def thumbnail(image: Image.Image) -> str:
     """A JPEG's data: URI, with the longer side at most SIDE pixels."""
-    small = image.copy()
+    small, buffer = image.copy(), io.BytesIO()
     small.thumbnail((SIDE, SIDE))
-    return data_uri(small, "JPEG", quality=82)
+    small.save(buffer, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _picture(pixels: "Tensor") -> Image.Image:
@@ -107,22 +101,19 @@ def _picture(pixels: "Tensor") -> Image.Image:
     return image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST) if times > 1 else image
 
 
-def _overlays(run: Run, images: "list[Tensor]", size: tuple[int, int]) -> tuple[str, list[Image.Image]]:
-    """The layer's name, and each image with the attention laid over it that its places receive there."""
+def _overlays(
+    folder: Path, checkpoint: str, images: "list[Tensor]", size: tuple[int, int]
+) -> tuple[str, list[Image.Image]]:
+    """The layer's name, and each image with the attention laid over it that its places receive there.
+
+    The checkpoint is where the predictions say, or of that name in the run folder; ValueError where it is not.
+    """
     from tools.checkpoints import load_model
     from tools.overlays import last_linear_layer, overlay
 
-    path = checkpoint_of(run)
+    path = next((path for path in (folder / Path(checkpoint).name, Path(checkpoint)) if path.is_file()), None)
     if path is None:
-        assert run.predictions is not None
-        raise _Unreachable(f"there is no checkpoint {run.predictions.checkpoint} in the run folder to compute it from")
+        raise ValueError(f"there is no checkpoint {checkpoint} in the run folder to compute it from")
     model = load_model(path).model
     layer = last_linear_layer(model)
     return layer, [overlay(model, pixels, layer, size=size) for pixels in images]
-
-
-def checkpoint_of(run: Run) -> Path | None:
-    """The checkpoint that made the predictions: where they say, or of that name in the run folder."""
-    assert run.predictions is not None
-    named = Path(run.predictions.checkpoint)
-    return next((path for path in (run.folder / named.name, named) if path.is_file()), None)
