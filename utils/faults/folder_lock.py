@@ -1,8 +1,8 @@
 """Folders that are held by one program at a time: a run's, and that of a data set in preparation.
 
-They differ in what their worker processes do. A run's loaders must not keep its folder after it died, so the run takes a
-POSIX record lock (`lockf`), which no other process inherits. A preparation's workers write into its folder, so that it is
-free only when the last of them is gone: they inherit the lock of an open file (`flock`).
+They differ in what their worker processes do. A run's loaders must not keep its folder after it died, so the run takes
+a POSIX record lock (`lockf`), which no other process inherits. A preparation's workers write into its folder, so that
+it is free only when the last of them is gone: they inherit the lock of an open file (`flock`).
 """
 
 import errno
