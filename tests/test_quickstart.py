@@ -7,12 +7,10 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, cpu_seconds
 
 from logger import read_metrics
 
@@ -25,25 +23,23 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
     )
 
 
-@pytest.mark.alone
-def test_make_quickstart_reaches_97_percent_within_4_minutes(tmp_path):
-    start = time.monotonic()
+def test_make_quickstart_reaches_97_percent_in_100_seconds_of_two_cores(tmp_path):
+    before = cpu_seconds()
     result = make("quickstart", OUTPUT=str(tmp_path))
-    seconds = time.monotonic() - start
+    seconds = cpu_seconds() - before
     assert result.returncode == 0, result.stdout + result.stderr
     folder = re.search(r"run folder: (\S+)", result.stdout)[1]
     assert re.fullmatch(re.escape(f"{tmp_path}/quickstart/") + r"\d{8}-\d{6}", folder)  # a new run each time
     best = float(re.search(r"best top-1: ([\d.]+) %", result.stdout)[1])
-    print(f"quickstart: {best:.2f} % in {seconds:.0f} s")
+    print(f"quickstart: {best:.2f} % in {seconds:.0f} CPU seconds")
     assert best >= 97.0
-    assert seconds < 240
+    assert seconds < 2 * 100
     assert torch.cuda.is_available() or "2 × CPU" in result.stdout
     accuracies = [record["top1"] for record in read_metrics(Path(folder) / "metrics.jsonl") if record["kind"] == "val"]
-    assert len(accuracies) == 20 and f"{max(accuracies):.3f}" == f"{best:.3f}"
+    assert len(accuracies) == 22 and f"{max(accuracies):.3f}" == f"{best:.3f}"
     assert (Path(folder) / "curves.png").stat().st_size > 10_000
 
 
@@ -64,7 +60,6 @@ def test_pretrain_passes_settings_and_arguments_through(tiny, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"run folder: {tmp_path}/tiny/mine" in result.stdout and "1 × CPU" in result.stdout
