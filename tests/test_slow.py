@@ -9,7 +9,7 @@ import main
 from config import load_config
 from logger import read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.slow
 
 
 def test_a_compiled_run_trains_like_an_eager_one(tiny):
