@@ -144,7 +144,6 @@ def run_main(
     processes: int = 0,
     check: bool = True,
     launcher: Sequence[str] = (),
-    threads: int = 1,
 ) -> subprocess.CompletedProcess:
     """Run main.py in its own process, or under torchrun with `processes`; fails with its output unless it exits 0."""
     command = [PYTHON]
@@ -153,7 +152,7 @@ def run_main(
     elif processes:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["main.py", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if check and result.returncode:
         pytest.fail(f"{' '.join(command)} exited {result.returncode}\n{result.stdout}\n{result.stderr}")

@@ -82,8 +82,7 @@ def test_a_training_set_smaller_than_a_step_is_explained(tiny):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c_ends_cleanly_with_the_last_checkpoint_intact(tiny, processes):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
-    interpreter = PYTHON if launcher else sys.executable
-    command = [interpreter, *launcher, "main.py", "--cfg", str(tiny), "--opts", "TRAIN.EPOCHS", "500"]
+    command = [sys.executable, *launcher, "main.py", "--cfg", str(tiny), "--opts", "TRAIN.EPOCHS", "500"]
     process = subprocess.Popen(
         command,
         cwd=ROOT,

@@ -52,6 +52,7 @@ def _check(record: dict) -> None:
         assert not record["tensor_core"], f"float32 is not multiplied exactly: {record}"
 
 
+# Slow: the same kernels for a second GPU, and below them with other constants.
 @pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_bfloat16_kernels_fit_their_gpu_without_spilling(architecture):
     records = _compile([architecture], [32, 64], ["bfloat16"])

@@ -49,7 +49,7 @@ def test_a_third_of_the_quickstart_reaches_90_percent(tmp_path):
     assert best >= 90.0
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # twice the time of the test above, which starts the same processes
 def test_make_quickstart_reaches_97_percent_in_100_seconds_of_two_cores(tmp_path):
     before = cpu_seconds()
     folder, best = results_of(make("quickstart", OUTPUT=str(tmp_path)), epochs=22)

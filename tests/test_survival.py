@@ -358,6 +358,7 @@ def test_another_number_of_processes_keeps_the_global_batch_and_the_schedule(tin
     assert rates[0] == rates[1] and len(rates[0]) > 6
 
 
+# Slow: with interpreters of their own, whose imports take longer than all else here.
 @pytest.mark.parametrize("python", [PYTHON, pytest.param(sys.executable, marks=pytest.mark.slow)], ids=["fork", "real"])
 def test_pretrain_told_to_stop_exits_75_and_the_same_command_finishes(tiny, whole, python):
     """Told three times, as impatient users and batch systems do."""
