@@ -161,9 +161,9 @@ def test_the_table_averages_seeds_and_never_mixes_what_differs(tmp_path, capsys)
     assert (tmp_path / "lra.md").read_text().count("No run yet.") == 2
 
 
-@pytest.mark.parametrize("steps", [240, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [300, pytest.param(600, marks=pytest.mark.slow)])
 def test_short_listops_are_learned(tmp_path, steps):
-    """The smoke test: 600 steps, and 240 on a schedule of their own, reach twice a constant per root operator."""
+    """The smoke test: 600 steps, and 300 on a schedule of their own, reach twice a constant per root operator."""
     before = cpu_seconds()
     data = tmp_path / "data"
     shape = "--samples 20000 2000 2000 --min-length 0 --max-length 65 --max-depth 3 --max-args 5"
