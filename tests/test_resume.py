@@ -74,7 +74,13 @@ def assert_same_run(first: Path, second: Path, epoch: int) -> None:
     assert values[0] == values[1] and len(values[0]) > 3
 
 
-@pytest.mark.parametrize("options", [AUGMENTED, "AMP True TRAIN.OPTIMIZER.NAME sgd DATA.NUM_WORKERS 2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(AUGMENTED, marks=pytest.mark.slow),  # these are in the test below
+        "AMP True TRAIN.OPTIMIZER.NAME sgd DATA.NUM_WORKERS 2",
+    ],
+)
 def test_interrupted_and_resumed_equals_uninterrupted(tiny, options, monkeypatch):
     run(tiny, f"{options} TAG whole")
     real = main.train_one_epoch
