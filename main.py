@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -42,7 +43,7 @@ from engine.profiling import step_profiler
 from engine.published import keep_predictions, log_reference, run_evaluation
 from engine.saving import Checkpointer
 from engine.state import Progress, resume
-from engine.throughput import throughput
+from engine.throughput import run_throughput
 from engine.training import Interval, Training, build_training, place, wrap
 from logger import MetricsWriter, get_logger, setup_logger
 from models import build_model
@@ -265,29 +266,8 @@ def validate_epoch(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Throughput, and the command
+# The command
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def run_throughput(config: CfgNode, device: torch.device) -> None:
-    """Measure the forward pass on synthetic input; no data set is needed."""
-    model = place(build_model(config), device)
-    if config.COMPILE:
-        model.compile()
-    amp_dtype = autocast_dtype(config.AMP_DTYPE, device) if config.AMP else None
-    result = throughput(config.DATA.BATCH_SIZE, model, device, amp_dtype)
-    get_logger().info(
-        "throughput of %s, batch %d, %s, %s: median %.1f %s/s (lowest %.1f, highest %.1f, %d batches)",
-        config.MODEL.NAME,
-        config.DATA.BATCH_SIZE,
-        str(amp_dtype or torch.float32).removeprefix("torch."),
-        model.input_size,
-        result.median,
-        builder_of(config).modality.noun,
-        result.low,
-        result.high,
-        result.batches,
-    )
 
 
 EXPECTED = (
@@ -310,6 +290,9 @@ def reported(config: CfgNode) -> None:
         main(config)
     except Preempted as preempted:
         get_logger().warning("%s", preempted)
+        # The traceback holds the DDP model. Freed after its process group, it would wait for the group's thread with the
+        # interpreter's lock in its hands, and now and then that thread for the lock.
+        traceback.clear_frames(preempted.__traceback__)
         distributed.barrier()  # the store may be in rank 0, which has to be the last to leave
         distributed.cleanup()
     except EXPECTED as problem:

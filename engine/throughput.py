@@ -5,9 +5,14 @@ import time
 from dataclasses import dataclass
 
 import torch
+from yacs.config import CfgNode
 
+from data.builders import builder_of
+from engine.training import place
+from logger import get_logger
+from models import build_model
 from models.classifier import TrainableModel
-from utils.precision import autocast
+from utils.precision import autocast, autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -56,3 +61,24 @@ def throughput(
     while len(rates) < batches and (len(rates) < 3 or time.perf_counter() - begin < seconds):
         rates.append(batch_size / timed())
     return Throughput(statistics.median(rates), min(rates), max(rates), len(rates))
+
+
+def run_throughput(config: CfgNode, device: torch.device) -> None:
+    """Measure the forward pass on synthetic input; no data set is needed."""
+    model = place(build_model(config), device)
+    if config.COMPILE:
+        model.compile()
+    amp_dtype = autocast_dtype(config.AMP_DTYPE, device) if config.AMP else None
+    result = throughput(config.DATA.BATCH_SIZE, model, device, amp_dtype)
+    get_logger().info(
+        "throughput of %s, batch %d, %s, %s: median %.1f %s/s (lowest %.1f, highest %.1f, %d batches)",
+        config.MODEL.NAME,
+        config.DATA.BATCH_SIZE,
+        str(amp_dtype or torch.float32).removeprefix("torch."),
+        model.input_size,
+        result.median,
+        builder_of(config).modality.noun,
+        result.low,
+        result.high,
+        result.batches,
+    )
