@@ -138,13 +138,13 @@ def test_denormals_are_flushed_in_every_thread(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys, types\n"
         "module = types.ModuleType('engine.throughput')\n"
-        "def throughput(config, model, device, amp_dtype):\n"
+        "def run_throughput(config, device):\n"
         "    import torch\n"
         "    torch.set_num_threads(2)\n"
         "    left = (torch.full((4_000_000,), 2e-38) * 1e-2).count_nonzero()\n"
         "    print('denormals left:', int(left), flush=True)\n"
         "    sys.exit(0)\n"
-        "module.throughput = throughput\n"
+        "module.run_throughput = run_throughput\n"
         "sys.modules['engine.throughput'] = module\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
