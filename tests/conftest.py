@@ -166,7 +166,7 @@ def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess:
 
 
 # Files with the longest tests.
-FIRST = ("test_quickstart", "test_survival", "test_lra_runs", "test_resume", "test_command_line")
+FIRST = ("test_survival", "test_quickstart", "test_new_kernel", "test_wheel", "test_lra_runs", "test_resume")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
