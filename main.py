@@ -21,11 +21,9 @@ if __name__ == "__main__":
     torch.set_flush_denormal(True)
 
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing import errors
@@ -38,7 +36,7 @@ from data.loaders import Loaders, build_loaders
 from data.sources.base import DataError
 from engine.epoch import train_one_epoch
 from engine.evaluation import evaluate
-from engine.monitoring import RunRecord
+from engine.monitoring import RunFiles
 from engine.non_finite import NonFiniteError
 from engine.profiling import step_profiler
 from engine.published import keep_predictions, log_reference, run_evaluation
@@ -53,7 +51,6 @@ from models.kernels import kernel_of
 from models.options import AttentionOptions, attention_keywords
 from models.registry import body_of
 from utils import distributed
-from utils.checkpoints.naming import BEST_FILE, run_file
 from utils.checkpoints.writing import CheckpointWriter
 from utils.faults.folder_lock import RunFolderError, open_folder, own_folder
 from utils.faults.preemption import PeersLostError, Preempted, StopRequest
@@ -144,7 +141,7 @@ def run_training(config: CfgNode, plan: Plan, device: torch.device, request: Sto
     # resume
     seed_everything(config.SEED, distributed.rank())  # from here each rank draws its own
     progress, interval, found = resume(config, training, loaders)
-    record = RunRecord(config, training, progress)
+    record = RunFiles(config, training, progress)
     writer = CheckpointWriter(plan.folder, config.CHECKPOINT.KEEP, found.skipped) if distributed.rank() == 0 else None
     wrap(config, training)
     if plan.warmup_steps(training.steps_per_epoch) > plan.epochs * training.steps_per_epoch:
@@ -160,9 +157,7 @@ def run_training(config: CfgNode, plan: Plan, device: torch.device, request: Sto
             progress = run_epoch(config, training, loaders, progress, interval, record.metrics, saver)
             interval = Interval(device)
             record.epoch_ended(progress.epoch)
-    record.metrics.close()
-    if record.monitor:
-        summarise(config, plan, progress, record.monitor.draw_curves())
+    record.summarise(config, progress, main_file=__file__)
     distributed.barrier()
     return progress
 
@@ -172,7 +167,7 @@ def watched(
     config: CfgNode,
     training: Training,
     loaders: Loaders,
-    record: RunRecord,
+    record: RunFiles,
     writer: CheckpointWriter | None,
     watchdog: Watchdog,
 ) -> Iterator[None]:
@@ -265,24 +260,6 @@ def validate_epoch(
         get_logger().info("epoch %d %s: %s", epoch - 1, {"val": "validation", "ema": "validation (EMA)"}[kind], result)
         results.append(result)
     return results[0]
-
-
-def summarise(config: CfgNode, plan: Plan, progress: Progress, curves: Path | None) -> None:
-    """Say where the run lies, how good it is, and how to evaluate it again."""
-    logger, folder = get_logger(), plan.folder
-    candidates = [folder / BEST_FILE, run_file(folder, progress.position), Path(config.MODEL.RESUME)]
-    checkpoint = next((path for path in candidates if path.is_file()), candidates[0])
-    remark = "" if checkpoint == candidates[0] else " (of the run it continued from; not exceeded here)"
-    python, script = (
-        os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
-        for path in (sys.executable, os.path.abspath(__file__))
-    )
-    words = [python, script, "--cfg", str(folder / "config.yaml"), "--eval", "--resume", str(checkpoint)]
-    logger.info("run folder: %s", folder)
-    logger.info("best top-1: %.3f %%%s", progress.best, remark)
-    if curves:
-        logger.info("curves: %s", curves)
-    logger.info("evaluate it with: %s", shlex.join(words))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

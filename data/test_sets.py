@@ -98,7 +98,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class EvaluationSet:
     """What to evaluate on. Labels index `classes`; `outputs` are the model's outputs that stand for them, None for all
     in their order; `missing` names the parts that the published data set has and this one lacks; `description` says
     what own data are, where they say so themselves, and `reference` what answers without a model score on them, by
@@ -121,11 +121,11 @@ class Benchmark:
         return self.own_split or self.name
 
 
-def own_images(config: CfgNode, loaders: Loaders, class_names: Sequence[str] | None, source: str) -> Benchmark:
+def own_images(config: CfgNode, loaders: Loaders, class_names: Sequence[str] | None, source: str) -> EvaluationSet:
     """The data set's own validation images, with their own labels or (TEST.BENCHMARK real) the ReaL ones."""
     part = Part("", lambda: loaders.val)
     if config.TEST.BENCHMARK == "val":
-        return Benchmark(
+        return EvaluationSet(
             "val",
             (part,),
             loaders.classes,
@@ -140,7 +140,7 @@ def own_images(config: CfgNode, loaders: Loaders, class_names: Sequence[str] | N
             f"{config.DATA.DATA_PATH}: the class folders of val/ ({', '.join(loaders.classes[:3])}, …) are not the"
             f" classes of {source} ({', '.join(ids[:3])}, …) in their order"
         )
-    return Benchmark("real", (part,), ids, len(ids), real_labels=read_real_labels(config.TEST.REAL_LABELS, ids))
+    return EvaluationSet("real", (part,), ids, len(ids), real_labels=read_real_labels(config.TEST.REAL_LABELS, ids))
 
 
 def read_real_labels(path: str, ids: Sequence[str]) -> tuple[frozenset[int], ...]:
@@ -176,7 +176,7 @@ def image_number(name: str) -> int:
     return int(found[1])
 
 
-def open_benchmark(config: CfgNode, plan: Plan, ids: tuple[str, ...], source: str) -> Benchmark:
+def open_test_set(config: CfgNode, plan: Plan, ids: tuple[str, ...], source: str) -> EvaluationSet:
     """ImageNet-V2, -A, -R, -Sketch or -C in DATA.DATA_PATH, for a model whose outputs have these WordNet ids.
 
     Raises DataError where the folder is absent, or its classes do not map to those of the benchmark and the model.
@@ -213,7 +213,7 @@ def open_benchmark(config: CfgNode, plan: Plan, ids: tuple[str, ...], source: st
         return open_part
 
     parts = tuple(Part(part, opener(folder)) for part, folder in folders.items())
-    return Benchmark(name, parts, classes, len(classes), outputs, missing)
+    return EvaluationSet(name, parts, classes, len(classes), outputs, missing)
 
 
 def _relabelling(name: str, folders: Sequence[str], labels: dict[str, int], root: Path) -> list[int]:

@@ -1,5 +1,8 @@
 """What rank 0 shows of a run beside its numbers: curves.png, and in TensorBoard what the model gets and learns."""
 
+import os
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -9,10 +12,11 @@ from yacs.config import CfgNode
 from data.transforms import Normalise
 from engine.state import Progress
 from engine.training import Training
-from logger import MetricsWriter
+from logger import MetricsWriter, get_logger
 from models.classifier import Classifier
 from models.kernels import Kernel
 from utils import distributed
+from utils.checkpoints.naming import BEST_FILE, run_file
 from utils.curves import CurvesInBackground
 from utils.environment import record_environment
 
@@ -91,30 +95,51 @@ class Monitor:
         self.curves.close()
 
 
-class RunRecord:
+class RunFiles:
     """What a run leaves in its folder beside log and checkpoints: configuration, environment, metrics and curves.
 
     Rank 0 writes it; on the others everything here does nothing.
     """
 
     def __init__(self, config: CfgNode, training: Training, progress: Progress) -> None:
-        folder, is_main = training.plan.folder, distributed.rank() == 0
+        self.folder, is_main = training.plan.folder, distributed.rank() == 0
         self.metrics = MetricsWriter(
-            folder if is_main else None,
+            self.folder if is_main else None,
             config.TENSORBOARD,
             epoch=progress.epoch,
             step=progress.epoch * training.steps_per_epoch + progress.done,
         )
         self.monitor = None
         if is_main:
-            (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
-            record_environment(folder, training.device, training.plan.world_size)
-            self.monitor = Monitor(training, folder, self.metrics)
+            (self.folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
+            record_environment(self.folder, training.device, training.plan.world_size)
+            self.monitor = Monitor(training, self.folder, self.metrics)
 
     def epoch_ended(self, epochs: int) -> None:
         """`epochs` are finished."""
         if self.monitor:
             self.monitor.epoch_ended(epochs)
+
+    def summarise(self, config: CfgNode, progress: Progress, main_file: str) -> None:
+        """Draw the curves of the whole run; say where it lies, how good it is, and how to evaluate it again."""
+        self.metrics.close()
+        if self.monitor is None:
+            return
+        logger, folder = get_logger(), self.folder
+        curves = self.monitor.draw_curves()
+        candidates = [folder / BEST_FILE, run_file(folder, progress.position), Path(config.MODEL.RESUME)]
+        checkpoint = next((path for path in candidates if path.is_file()), candidates[0])
+        remark = "" if checkpoint == candidates[0] else " (of the run it continued from; not exceeded here)"
+        python, script = (
+            os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
+            for path in (sys.executable, os.path.abspath(main_file))
+        )
+        words = [python, script, "--cfg", str(folder / "config.yaml"), "--eval", "--resume", str(checkpoint)]
+        logger.info("run folder: %s", folder)
+        logger.info("best top-1: %.3f %%%s", progress.best, remark)
+        if curves:
+            logger.info("curves: %s", curves)
+        logger.info("evaluate it with: %s", shlex.join(words))
 
     def close(self) -> None:
         """The run ends, in whatever way."""

@@ -26,9 +26,9 @@ from data.test_sets import (
     PUBLISHED_IMAGES,
     SEVERITIES,
     TITLES,
-    Benchmark,
+    EvaluationSet,
     image_number,
-    open_benchmark,
+    open_test_set,
     output_ids,
     own_images,
 )
@@ -97,7 +97,7 @@ class Evaluation:
     not the published benchmark; `predictions` are None for ImageNet-C, whose 75 parts have one each.
     """
 
-    benchmark: Benchmark
+    benchmark: EvaluationSet
     parts: tuple[PartResult, ...]
     accuracy: Accuracy
     per_class: np.ndarray
@@ -126,7 +126,7 @@ def run_evaluation(config: CfgNode, plan: Plan, device: torch.device) -> Accurac
     if differing := differing_function(checkpoint, config, builder_of(config).modality, path):
         raise CheckpointError("; ".join(differing))
     sized = evaluation_config(config)
-    benchmark = build_benchmark(sized, make_plan(sized, plan.world_size), checkpoint, path)
+    benchmark = build_evaluation_set(sized, make_plan(sized, plan.world_size), checkpoint, path)
     model = build_model(sized, num_classes_of(checkpoint, path))
     amp_dtype = autocast_dtype(config.AMP_DTYPE, device) if config.TEST.AMP else None
     precision = str(amp_dtype or torch.float32).removeprefix("torch.")
@@ -141,7 +141,7 @@ def run_evaluation(config: CfgNode, plan: Plan, device: torch.device) -> Accurac
         else:
             load_resized(model, weights, config, path)
         evaluated = EvaluatedModel(place(model, device), benchmark.outputs, config.TEST.FLIP)
-        result = evaluate_benchmark(benchmark, evaluated, device, amp_dtype)
+        result = evaluate_set(benchmark, evaluated, device, amp_dtype)
         title = {"model": "", "ema": "EMA weights of "}[kind]
         logger.info("evaluated %s%s (sha256 %s), %s: %s", title, path, digest, precision, result)
         if distributed.rank() == 0:
@@ -151,25 +151,25 @@ def run_evaluation(config: CfgNode, plan: Plan, device: torch.device) -> Accurac
     return results[0]
 
 
-def log_reference(data: Loaders | Benchmark) -> None:
+def log_reference(data: Loaders | EvaluationSet) -> None:
     """What validation or evaluation is on, and what answers without a model score there, where the data say so."""
     if data.description:
         scores = ", ".join(f"{name} {100 * accuracy:.1f} %" for name, accuracy in (data.reference or {}).items())
         get_logger().info("evaluated on %s%s", data.description, f"; for comparison: {scores}" if scores else "")
 
 
-def build_benchmark(config: CfgNode, plan: Plan, checkpoint: dict[str, Any], source: str) -> Benchmark:
+def build_evaluation_set(config: CfgNode, plan: Plan, checkpoint: dict[str, Any], source: str) -> EvaluationSet:
     """What TEST.BENCHMARK names, for the classes of a checkpoint. Raises CheckpointError or DataError."""
     names = checkpoint.get("classes")
     if config.TEST.BENCHMARK in ("val", "real"):
         loaders = build_loaders(config, plan, train=False)
         check_classes(checkpoint, loaders, source)
         return own_images(config, loaders, names, source)
-    return open_benchmark(config, plan, output_ids(names, num_classes_of(checkpoint, source), source), source)
+    return open_test_set(config, plan, output_ids(names, num_classes_of(checkpoint, source), source), source)
 
 
-def evaluate_benchmark(
-    benchmark: Benchmark, model: nn.Module, device: torch.device, amp_dtype: torch.dtype | None
+def evaluate_set(
+    benchmark: EvaluationSet, model: nn.Module, device: torch.device, amp_dtype: torch.dtype | None
 ) -> Evaluation:
     """Evaluate a model whose outputs are the benchmark's classes on every part of it; collective.
 
@@ -216,7 +216,7 @@ def class_counts(predictions: Predictions, num_classes: int) -> np.ndarray:
     return np.stack([np.bincount(predictions.label[mask], minlength=num_classes) for mask in masks], axis=1)
 
 
-def real_score(benchmark: Benchmark, predictions: Predictions) -> RealScore:
+def real_score(benchmark: EvaluationSet, predictions: Predictions) -> RealScore:
     """Score with the ReaL labels, by the numbers in the images' names. Raises DataError for other names or numbers."""
     assert benchmark.real_labels is not None
     numbers = [image_number(name) for name in predictions.file.tolist()]
@@ -250,7 +250,7 @@ def corruption_score(parts: dict[str, Accuracy]) -> CorruptionScore:
     return CorruptionScore(errors, mean_error, sum(ratios) / len(ratios))
 
 
-def remarks(benchmark: Benchmark, parts: Sequence[PartResult]) -> list[str]:
+def remarks(benchmark: EvaluationSet, parts: Sequence[PartResult]) -> list[str]:
     """In what these images are not the benchmark as it is published; nothing where they are, or for own data."""
     if benchmark.name == "val":
         return []

@@ -52,33 +52,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if path.stat().st_size == 0:
         raise CheckpointError(f"checkpoint {path} is empty")
     verified = verify_by_sidecar(path)
-    if path.suffix == ".safetensors":
-        return _load_safetensors(path)
-    try:
-        if not verified and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise CheckpointError(f"checkpoint {path} is damaged: {damaged} does not match its checksum")
-        with torch.serialization.safe_globals([(collections.OrderedDict, "yacs.config.CfgNode")]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (CheckpointError, MemoryError):
-        raise
-    except Exception as error:  # foreign bytes make the reader fail in any way: IndexError, struct.error, …
-        if refused := re.search(r"unsupported global:? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE):
-            name = refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
-            raise CheckpointError(
-                f"checkpoint {path} refused: it asks for {name}, and only tensors and plain values are loaded"
-            ) from error
-        if foreign := _foreign_globals(path):
-            names = ", ".join(foreign)
-            raise CheckpointError(
-                f"checkpoint {path} refused: it asks for {names}, and only tensors and plain values are loaded"
-            ) from error
-        if isinstance(error, OSError) and error.errno in UNREACHABLE:
-            raise
-        kind = "damaged or no checkpoint" if isinstance(error, pickle.UnpicklingError) else "truncated or damaged"
-        raise CheckpointError(f"checkpoint {path} is {kind} ({type(error).__name__})") from error
+    content = _load_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path, verified)
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}, expected a dictionary with `model`")
     if "model" not in content and content and all(isinstance(value, Tensor) for value in content.values()):
@@ -90,6 +64,34 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         keys = ", ".join(map(str, content))
         raise CheckpointError(f"checkpoint {path} holds no `model` of named tensors; its keys: {keys}")
     return content
+
+
+def _unpickle(path: Path, verified: bool) -> Any:
+    """What torch.save wrote, without looking up any class. Raises CheckpointError, or OSError where the disk fails."""
+    try:
+        if not verified and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise CheckpointError(f"checkpoint {path} is damaged: {damaged} does not match its checksum")
+        with torch.serialization.safe_globals([(collections.OrderedDict, "yacs.config.CfgNode")]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # foreign bytes make the reader fail in any way: IndexError, struct.error, …
+        if refused := re.search(r"unsupported global:? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE):
+            foreign = [refused[1] if "." in refused[1] else f"builtins.{refused[1]}"]
+        else:
+            foreign = _foreign_globals(path)
+        if foreign:
+            names = ", ".join(foreign)
+            raise CheckpointError(
+                f"checkpoint {path} refused: it asks for {names}, and only tensors and plain values are loaded"
+            ) from error
+        if isinstance(error, OSError) and error.errno in UNREACHABLE:
+            raise
+        kind = "damaged or no checkpoint" if isinstance(error, pickle.UnpicklingError) else "truncated or damaged"
+        raise CheckpointError(f"checkpoint {path} is {kind} ({type(error).__name__})") from error
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:

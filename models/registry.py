@@ -5,8 +5,10 @@ by what stands here. `build_model` makes the model of a configuration.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -143,9 +145,7 @@ def function_differences(
 
 
 def _register_with_timm(cls: type[TrainableModel], name: str, variant: Variant) -> None:
-    """Register one variant, unless another copy of this package in the process has done so already."""
-    if timm.is_model(name):
-        return
+    """Register one variant, unless another copy of this package in the process has done so: then that one stays."""
     assert issubclass(cls, Classifier), "timm's models are classifiers of images"
 
     def create(pretrained: bool = False, **given: Any) -> nn.Module:
@@ -154,9 +154,22 @@ def _register_with_timm(cls: type[TrainableModel], name: str, variant: Variant) 
     create.__name__, create.__qualname__, create.__module__ = name, name, cls.__module__
     create.__doc__ = variant.about
     module = sys.modules[cls.__module__]  # where timm looks for the description of the variants
+    setattr(module, name, create)
+    if timm.is_model(name):
+        _warn_of_a_second_copy(timm.model_entrypoint(name).__module__.rpartition(".")[0])
+        return
     described: Any = module.__dict__.setdefault("default_cfgs", {})
     described.update(generate_default_cfgs({name: default_cfg(cls.first_conv, **variant.timm)}))
-    setattr(module, name, register_model(create))
+    register_model(create)
+
+
+@cache
+def _warn_of_a_second_copy(first: str) -> None:
+    warnings.warn(
+        f"{__package__} is a second copy of {first} in this process: timm and PyTorch keep the"
+        " models and operators of the first; import one of them only",
+        stacklevel=2,
+    )
 
 
 def default_cfg(first_conv: str, size: int = 224, **changed: Any) -> dict[str, Any]:

@@ -5,6 +5,8 @@ dtype's precision, whichever is larger.
 """
 
 import math
+import statistics
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -101,6 +103,19 @@ def _relative(value: Tensor, expected: Tensor) -> float:
     return (difference / norm).item() if norm > 0 else difference.item()
 
 
-def assert_accurate(backend: str, inputs: list[Tensor], key_mask: Tensor | None = None, multiple: float = 2.0) -> None:
-    for name, (error, allowed) in relative_errors(backend, inputs, key_mask, multiple).items():
+def assert_accurate(
+    backend: str,
+    inputs: list[Tensor],
+    key_mask: Tensor | None = None,
+    multiple: float = 2.0,
+    further_draws: Iterable[list[Tensor]] = (),
+) -> None:
+    """`further_draws` are inputs of the same shape: then the geometric means over all draws are compared."""
+    draws = [relative_errors(backend, each, key_mask, multiple) for each in (inputs, *further_draws)]
+    for name in draws[0]:
+        error, allowed = (_geometric_mean([draw[name][i] for draw in draws]) for i in (0, 1))
         assert error <= allowed, f"relative error {error:.2e} of {name} exceeds {allowed:.2e}"
+
+
+def _geometric_mean(values: list[float]) -> float:
+    return values[0] if len(values) == 1 else statistics.geometric_mean(max(value, 1e-30) for value in values)

@@ -25,7 +25,7 @@ FLAGS = [
     "--no-first-run",
     "--remote-debugging-pipe",
 ]
-SECONDS = 60
+SECONDS = 600
 
 
 class Browser:

@@ -52,6 +52,19 @@ OFFICIAL = [
 ]
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and of all that it started and that has ended, also by the server of forks.
+
+    What a promise in seconds is checked by: a machine with other work delays everything, and this not.
+    """
+    return sum(os.times()[:4]) + (FORKSERVER.cpu_seconds() if FORKSERVER else 0.0)
+
+
+# Seconds that a test waits for what should come within a minute. Not a promise: those are in CPU seconds, or in what
+# would have been waited for otherwise. It is there to end a test that hangs, and to say what did not come.
+PATIENCE = 900
+
+
 def config_file(name: str) -> str:
     return str(ROOT / "configs" / f"{name}.yaml")
 
@@ -130,9 +143,7 @@ def run_main(
     *arguments: str | Path,
     processes: int = 0,
     check: bool = True,
-    timeout: float = 300,
     launcher: Sequence[str] = (),
-    threads: int = 1,
 ) -> subprocess.CompletedProcess:
     """Run main.py in its own process, or under torchrun with `processes`; fails with its output unless it exits 0."""
     command = [PYTHON]
@@ -141,10 +152,8 @@ def run_main(
     elif processes:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["main.py", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if check and result.returncode:
         pytest.fail(f"{' '.join(command)} exited {result.returncode}\n{result.stdout}\n{result.stderr}")
     return result
@@ -153,7 +162,16 @@ def run_main(
 def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess:
     """Run Python with these arguments in the repository root; its exit code is the caller's to check."""
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+# Files with the longest tests.
+FIRST = ("test_quickstart", "test_survival", "test_lra_runs", "test_resume", "test_command_line")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: begun last, one would run on while the other cores have nothing left to do."""
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
 @pytest.fixture(autouse=True)

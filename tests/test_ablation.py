@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PYTHON, ROOT
 from PIL import Image
 
 from config import make_plan
@@ -183,7 +183,9 @@ def test_a_wrong_argument_is_answered_with_the_valid_ones(capsys, arguments, mes
     assert ending.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
-def test_a_real_run_is_trained_by_main_and_not_repeated(tmp_path, capfd):
+def test_a_real_run_is_trained_by_main_and_not_repeated(tmp_path, capfd, monkeypatch):
+    interpreter = sys.executable
+    monkeypatch.setattr(sys, "executable", PYTHON)  # for its runs
     arguments = ["--datasets", "digits", "--variants", "relu", "--seeds", "1", "--jobs", "1"]
     arguments += ["--output", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs")]
     arguments += ["--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0", "DATA.TRAIN_FRACTION", "0.1"]
@@ -197,7 +199,7 @@ def test_a_real_run_is_trained_by_main_and_not_repeated(tmp_path, capfd):
     assert rows_of(page, "digits")["linear, relu(x)"][1] == f"{top1:.2f}"
     assert (tmp_path / "docs" / "images" / "ablation.png").stat().st_size > 5_000
     modified = (folder / "metrics.jsonl").stat().st_mtime_ns
-    command = [sys.executable, "experiments/ablation.py", *arguments]  # as a file, without -m
+    command = [interpreter, "experiments/ablation.py", *arguments]  # as a file, without -m
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "1 runs, 1 of them finished before" in again and "[1/1]" not in again
     assert (folder / "metrics.jsonl").stat().st_mtime_ns == modified

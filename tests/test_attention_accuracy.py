@@ -32,7 +32,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning") 
 # Every length of queries with another one of keys; the slow test has all pairs.
 PAIRS = [(N, LENGTHS[(i + 3) % len(LENGTHS)]) for i, N in enumerate(LENGTHS)]
 INTERPRETED_PAIRS = [(1, 49), (63, 1), (130, 196)]
+# Every number of channels in float32; the other types at a power of two, at one more and at a large one. The slow test
+# has them all, each at every pair.
+INTERPRETED_SIZES = [*((d, torch.float32) for d in CHANNELS), *itertools.product((32, 33, 96), DTYPES[1:])]
 BACKENDS = ["eager", "triton"]
+DRAWS_OF_ONE_KEY = 32
 
 
 def _device(backend: str) -> str:
@@ -40,10 +44,20 @@ def _device(backend: str) -> str:
 
 
 def _check_shape(backend, N, n, d, dtype, masked, surroundings=False):
-    """Enough heads that the norms average: where a gradient happens to cancel, everybody's rounding error is large."""
+    """Enough heads that the norms average: where a gradient happens to cancel, everybody's rounding error is large.
+
+    With a single key the output is its value, whatever q and k are. Their gradients, and the exponent's, are what is
+    left of terms that cancel but for eps, and everybody's relative error is rounding over that remainder. The query
+    with the smallest one decides the norm, so that with few queries two equally exact computations differ by chance:
+    over 60 draws by up to a factor of 3 (7 queries) or 8 (1 query), while the geometric means of their errors differ by
+    a tenth. There the means over several draws are compared, within the same bound.
+    """
     device = _device(backend)
-    inputs = make_inputs(N, n, d, dtype, h=16 if min(N, n) < 100 else 4, surroundings=surroundings, device=device)
-    assert_accurate(backend, inputs, make_mask(1, n).to(device) if masked else None)
+    draws = (
+        make_inputs(N, n, d, dtype, h=16 if min(N, n) < 100 else 4, surroundings=surroundings, device=device, seed=seed)
+        for seed in range(DRAWS_OF_ONE_KEY if n == 1 and N < 49 else 1)
+    )
+    assert_accurate(backend, next(draws), make_mask(1, n).to(device) if masked else None, further_draws=draws)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -57,7 +71,6 @@ def test_eager_in_the_usual_range(d, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", CHANNELS)
 def test_eager_at_every_pair_of_lengths(d, dtype):
@@ -65,10 +78,11 @@ def test_eager_at_every_pair_of_lengths(d, dtype):
         _check_shape("eager", N, n, d, dtype, masked)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", CHANNELS)
+@pytest.mark.parametrize(
+    ("d", "dtype"), INTERPRETED_SIZES if DEVICE == "cpu" else itertools.product(CHANNELS, DTYPES), ids=str
+)
 def test_triton_in_the_usual_range(d, dtype):
-    """All pairs on a GPU. The interpreter gets one for each d and dtype, so that each d and each dtype gets all."""
+    """All pairs on a GPU. The interpreter gets one for each d and dtype, so that each dtype gets all."""
     pairs = list(enumerate(PAIRS if DEVICE == "cuda" else INTERPRETED_PAIRS))
     if DEVICE != "cuda":
         turn = (CHANNELS.index(d) + DTYPES.index(dtype)) % len(pairs)
@@ -78,7 +92,6 @@ def test_triton_in_the_usual_range(d, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", CHANNELS)
 def test_triton_at_every_pair_it_is_interpreted_at(d, dtype):

@@ -52,7 +52,8 @@ def _check(record: dict) -> None:
         assert not record["tensor_core"], f"float32 is not multiplied exactly: {record}"
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
+# Slow: the same kernels for a second GPU, and below them with other constants.
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_bfloat16_kernels_fit_their_gpu_without_spilling(architecture):
     records = _compile([architecture], [32, 64], ["bfloat16"])
     assert len(records) == 8
@@ -62,6 +63,7 @@ def test_bfloat16_kernels_fit_their_gpu_without_spilling(architecture):
     assert hopper >= 3 if architecture == 90 else hopper == 0  # it multiplies with its own instructions
 
 
+@pytest.mark.slow
 def test_sizes_of_one_which_the_launcher_makes_constants_compile_too():
     assert len(_compile([90], [32], ["float32"], "--ones")) == 4
 

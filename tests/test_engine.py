@@ -79,7 +79,7 @@ PLAIN = "AUG.MIXUP 0 AUG.CUTMIX 0 AUG.REPROB 0 AUG.AUTO_AUGMENT none AUG.HFLIP 0
     ],
 )
 def test_an_epoch_trains_and_logs(start, tmp_path, options):
-    config, training, loaders = start(options)
+    config, training, loaders = start(f"DATA.TRAIN_FRACTION 0.5 {options}")
     before = _weights(training)
     train_one_epoch(config, training, loaders.train, 0, MetricsWriter(tmp_path))
     assert not _equal(before, _weights(training))

@@ -339,7 +339,6 @@ def test_it_runs_as_a_script_whose_help_shows_an_example():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("cfg", "options"),
     [

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, folder_of, run
+from conftest import PATIENCE, TINY, folder_of, run
 from matplotlib.axes import Axes
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -125,7 +125,7 @@ def test_a_damaged_environment_file_does_not_stop_a_run(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def wait_for(condition, seconds: float = 120) -> None:
+def wait_for(condition, seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

@@ -203,10 +203,11 @@ def test_auto_on_a_gpu_depends_on_what_its_shared_memory_holds(monkeypatch):
 
 
 def test_a_run_announces_the_backend_that_the_environment_names(tiny):
+    settings = {"POLARITY_ATTENTION_BACKEND": "reference", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "main.py", "--cfg", str(tiny), "--throughput", "--batch-size", "2"],
         cwd=ROOT,
-        env={**os.environ, "POLARITY_ATTENTION_BACKEND": "reference", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | settings,
         capture_output=True,
         text=True,
         check=False,

@@ -232,6 +232,7 @@ def test_a_folder_without_images_is_named(capsys, checkpoint, tmp_path):
     assert f"error: {tmp_path} holds no images (.jpg, .jpeg," in capsys.readouterr().err
 
 
+@pytest.mark.slow  # an interpreter of its own, for what the tests above call
 def test_it_runs_as_a_script(checkpoint, animals, capsys):
     arguments = ["--checkpoint", str(checkpoint), str(animals / "val" / "ant"), "--batch-size", "1"]
     result = run_tool("tools/predict.py", *arguments)

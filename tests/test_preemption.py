@@ -73,13 +73,13 @@ def test_several_processes_act_on_what_was_sent_one_boundary_before(request_, mo
 
 
 def test_a_dead_peer_is_given_up_and_a_slow_one_is_waited_for(request_, monkeypatch):
-    agreement = _several(monkeypatch, request_, 1.0, lambda: False)
+    agreement = _several(monkeypatch, request_, 60.0, lambda: False)
     os.kill(os.getpid(), signal.SIGTERM)
     agreement.decide()
     began = time.monotonic()
     with pytest.raises(PeersLostError, match="told to stop by SIGTERM, but other processes did not answer"):
         agreement.decide()
-    assert time.monotonic() - began < 0.9
+    assert time.monotonic() - began < 30  # after 0.3 s, and not the answer's 60
     patient = _several(monkeypatch, request_, 1.0, lambda: True)
     patient.decide()
     assert patient.decide() == Decision(stop=True)

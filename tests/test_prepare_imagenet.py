@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, config_file, jpeg
+from conftest import PATIENCE, PYTHON, ROOT, config_file, jpeg
 from PIL import Image
 
 import tools.prepare_imagenet
@@ -181,7 +180,7 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path, kind, group):
     options = Options(format=kind, short_side=100, shard_images=4)
     process = started(lambda: prepare(root, tmp_path / "killed", options, workers=2))
     state = tmp_path / "killed" / ".prepare"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while len(list(state.glob("train-*.json"))) < 6 and time.monotonic() < deadline:
         time.sleep(0.002)
     (os.killpg if group else os.kill)(process, signal.SIGKILL)
@@ -490,7 +489,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_continues_later(folder, tmp_pa
 
 
 def test_the_command_line_reports_and_ctrl_c_is_no_traceback(folder, tmp_path, monkeypatch, capsys):
-    command = [sys.executable, "-m", "tools.prepare_imagenet", str(folder), str(tmp_path / "out"), "--format", "shards"]
+    command = [PYTHON, "-m", "tools.prepare_imagenet", str(folder), str(tmp_path / "out"), "--format", "shards"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*command, "--short-side", "32"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True

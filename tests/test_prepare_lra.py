@@ -12,7 +12,6 @@ import signal
 import statistics
 import struct
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PYTHON, ROOT
+from conftest import PATIENCE, PYTHON, ROOT, run_tool
 from lra_caches import write_cache
 from PIL import Image
 from test_fashion_mnist import idx, pictures
@@ -64,23 +63,6 @@ def refused(capsys) -> Callable[..., str]:
         return error
 
     return call
-
-
-@pytest.fixture(scope="module", autouse=True)
-def by_path(tmp_path_factory) -> list[subprocess.Popen]:
-    """Both tools as scripts, in interpreters that know nothing of the repository; they import while tests go on."""
-    out = str(tmp_path_factory.mktemp("by-path"))
-    return [
-        subprocess.Popen(
-            [sys.executable, f"tools/{name}.py", *arguments],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name, arguments in (("prepare_lra", ["text", "--out", out]), ("prepare_imagenet", ["--help"]))
-    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -869,7 +851,7 @@ def started(function: Callable[[], object]) -> int:
 def killed_after(command: list[str], out: Path, pattern: str, count: int) -> set[Path]:
     """Kill a preparation and its workers when so many files match; returns those that do then."""
     process = started(lambda: main(command))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while len(list(out.glob(pattern))) < count and time.monotonic() < deadline:
         time.sleep(0.002)
     os.killpg(process, signal.SIGKILL)
@@ -972,15 +954,21 @@ def test_two_runs_do_not_share_a_folder(tmp_path, refused, monkeypatch):
         assert "another run is preparing" in refused("listops", "--source", tmp_path, "--out", tmp_path / "out")
 
 
-def test_scripts_run_by_path_and_as_modules(by_path):
+def test_it_runs_by_path_and_as_a_module(tmp_path):
+    """By path, in an interpreter that knows nothing of the repository."""
     module = subprocess.run(
         [PYTHON, "-m", "tools.prepare_lra", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "python tools/prepare_lra.py text --source aclImdb_v1.tar.gz --out data/imdb" in module.stdout
-    (output, error), (help_text, _) = (process.communicate() for process in by_path)
-    assert by_path[0].returncode == 2 and not output and error.startswith("error: text needs --source: download http")
-    assert error.count("\n") == 1
-    assert by_path[1].returncode == 0 and help_text.startswith("usage:")
+    script = run_tool("tools/prepare_lra.py", "text", "--out", tmp_path)
+    assert script.returncode == 2 and not script.stdout
+    assert script.stderr.startswith("error: text needs --source: download http") and script.stderr.count("\n") == 1
+
+
+@pytest.mark.slow  # the same lines as prepare_lra's, and an interpreter that imports torch
+def test_prepare_imagenet_runs_by_path():
+    script = run_tool("tools/prepare_imagenet.py", "--help")
+    assert script.returncode == 0 and script.stdout.startswith("usage:")
 
 
 def test_ctrl_c_is_no_traceback(tmp_path, monkeypatch, capsys):

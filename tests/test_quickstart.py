@@ -7,12 +7,11 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PYTHON, ROOT, cpu_seconds
 
 from logger import read_metrics
 
@@ -25,26 +24,40 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
     )
 
 
-@pytest.mark.alone
-def test_make_quickstart_reaches_97_percent_within_4_minutes(tmp_path):
-    start = time.monotonic()
-    result = make("quickstart", OUTPUT=str(tmp_path))
-    seconds = time.monotonic() - start
-    assert result.returncode == 0, result.stdout + result.stderr
-    folder = re.search(r"run folder: (\S+)", result.stdout)[1]
-    assert re.fullmatch(re.escape(f"{tmp_path}/quickstart/") + r"\d{8}-\d{6}", folder)  # a new run each time
-    best = float(re.search(r"best top-1: ([\d.]+) %", result.stdout)[1])
-    print(f"quickstart: {best:.2f} % in {seconds:.0f} s")
-    assert best >= 97.0
-    assert seconds < 240
-    assert torch.cuda.is_available() or "2 × CPU" in result.stdout
+def results_of(run: subprocess.CompletedProcess, epochs: int) -> tuple[str, float]:
+    """Run folder and best accuracy of a quickstart that left all that a run leaves."""
+    assert run.returncode == 0, run.stdout + run.stderr
+    folder = re.search(r"run folder: (\S+)", run.stdout)[1]
+    best = float(re.search(r"best top-1: ([\d.]+) %", run.stdout)[1])
+    assert torch.cuda.is_available() or "2 × CPU" in run.stdout
     accuracies = [record["top1"] for record in read_metrics(Path(folder) / "metrics.jsonl") if record["kind"] == "val"]
-    assert len(accuracies) == 20 and f"{max(accuracies):.3f}" == f"{best:.3f}"
+    assert len(accuracies) == epochs and f"{max(accuracies):.3f}" == f"{best:.3f}"
     assert (Path(folder) / "curves.png").stat().st_size > 10_000
+    return folder, best
+
+
+def test_a_third_of_the_quickstart_reaches_90_percent(tmp_path):
+    options = ["--opts", "TRAIN.EPOCHS", "7", "TRAIN.WARMUP_EPOCHS", "1"]
+    environment = {**os.environ, "PYTHON": sys.executable, "OUTPUT": str(tmp_path)}
+    command = ["bash", "pretrain.sh", *options]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    _, best = results_of(run, epochs=7)
+    print(f"a third of the quickstart: {best:.2f} %")
+    assert best >= 90.0
+
+
+@pytest.mark.slow  # twice the time of the test above, which starts the same processes
+def test_make_quickstart_reaches_97_percent_in_100_seconds_of_two_cores(tmp_path):
+    before = cpu_seconds()
+    folder, best = results_of(make("quickstart", OUTPUT=str(tmp_path)), epochs=22)
+    seconds = cpu_seconds() - before
+    assert re.fullmatch(re.escape(f"{tmp_path}/quickstart/") + r"\d{8}-\d{6}", folder)  # a new run each time
+    print(f"quickstart: {best:.2f} % in {seconds:.0f} CPU seconds")
+    assert best >= 97.0
+    assert seconds < 2 * 100
 
 
 def test_an_existing_environment_gets_nothing_installed():
@@ -56,7 +69,7 @@ def test_an_existing_environment_gets_nothing_installed():
 
 
 def test_pretrain_passes_settings_and_arguments_through(tiny, tmp_path):
-    environment = {"PYTHON": sys.executable, "OUTPUT": str(tmp_path), "TAG": "mine", "NPROC": "1"}
+    environment = {"PYTHON": PYTHON, "OUTPUT": str(tmp_path), "TAG": "mine", "NPROC": "1"}
     result = subprocess.run(
         ["bash", "pretrain.sh", "--opts", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"],
         cwd=ROOT,
@@ -64,7 +77,6 @@ def test_pretrain_passes_settings_and_arguments_through(tiny, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"run folder: {tmp_path}/tiny/mine" in result.stdout and "1 × CPU" in result.stdout

@@ -122,9 +122,18 @@ def numbers(batches: Batches) -> list[list[int]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("counts", [[20, 20, 20], [7, 1, 30, 12, 11], [61]], ids=["even", "uneven", "one shard"])
+SHARDS = {"even": [20, 20, 20], "uneven": [7, 1, 30, 12, 11], "one shard": [61]}
+
+
+@pytest.mark.parametrize(
+    ("counts", "workers", "world_size"),  # every pair of two of them
+    [
+        (counts, workers, 1 + (i + j) % 2)
+        for i, counts in enumerate(SHARDS.values())
+        for j, workers in enumerate((0, 1, 3))
+    ],
+    ids=[f"{name}-{workers}" for name in SHARDS for workers in (0, 1, 3)],
+)
 def test_ranks_and_workers_share_an_epoch_without_duplicates(tmp_path, counts, world_size, workers, monkeypatch):
     """Equal numbers of batches whatever the shards hold; only the documented remainder is missing."""
     root = write_shards(write_shards(tmp_path / "set", counts), [3], split="val")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PYTHON, ROOT, folder_of, run, write_tiny
+from conftest import PATIENCE, PYTHON, ROOT, folder_of, run, write_tiny
 from faulty_disk import READ_ONLY, FaultyDisk
 from forkserver import rank_of
 from test_resume import EVERYTHING, assert_same_run
@@ -43,7 +43,11 @@ from utils.faults.folder_lock import RunFolderBusyError
 from utils.faults.preemption import Preempted
 
 EVERY_TEN = "TRAIN.EPOCHS 2 CHECKPOINT.EVERY_STEPS 10"
-OPTIONS = f"{EVERYTHING} AMP True TRAIN.EPOCHS 2 CHECKPOINT.EVERY_STEPS 4 PRINT_FREQ 2 DIST.TIMEOUT 60"
+OPTIONS = f"{EVERYTHING} AMP True TRAIN.EPOCHS 2 CHECKPOINT.EVERY_STEPS 4 PRINT_FREQ 2 DIST.TIMEOUT 600"
+
+# Seconds within which ends, on a busy machine too, what needs a few: well below the 600 s of OPTIONS and pretrain.sh,
+# which it must not wait for.
+SOON = 120
 
 
 class Job:
@@ -71,7 +75,7 @@ class Job:
         self.pipe = os.readlink(f"/proc/self/fd/{self.process.stdout.fileno()}")
         self.output = ""
 
-    def wait_for(self, pattern: str, timeout: float = 120) -> re.Match:
+    def wait_for(self, pattern: str, timeout: float = PATIENCE) -> re.Match:
         """Read output until a line matches."""
         deadline = time.monotonic() + timeout
         assert self.process.stdout
@@ -113,7 +117,7 @@ class Job:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def end(self, timeout: float = 120) -> tuple[int, float]:
+    def end(self, timeout: float = PATIENCE) -> tuple[int, float]:
         """Exit status and seconds until it came."""
         began = time.monotonic()
         try:
@@ -131,10 +135,10 @@ def tiny(tmp_path: Path) -> Path:
     return write_tiny(tmp_path)
 
 
-def pretrain(tiny: Path, options: str = OPTIONS, python: str = PYTHON, **settings: str) -> Job:
+def pretrain(tiny: Path, options: str = OPTIONS, **settings: str) -> Job:
     """A run of two processes by pretrain.sh, into the folder `parts`."""
-    settings = {"PYTHON": python, "NPROC": "2", "CONFIG": str(tiny), "TAG": "parts", **settings}
-    return Job(command=["bash", "pretrain.sh", "--opts", *options.split()], **settings)
+    default = {"PYTHON": PYTHON, "NPROC": "2", "CONFIG": str(tiny), "TAG": "parts", "SHUTDOWN_TIMEOUT": "600"}
+    return Job(command=["bash", "pretrain.sh", "--opts", *options.split()], **default | settings)
 
 
 def arguments(tiny: Path, options: str, tag: str) -> list[str]:
@@ -186,7 +190,7 @@ def test_one_rank_told_to_stop_saves_the_whole_run_once(tiny, whole, where):
         os.kill(job.worker(1), signal.SIGTERM)
     status, seconds = job.end()
     folder = folder_of(tiny).parent / "parts"
-    assert status == 0 and (where != "training" or seconds < 20), job.output  # workers end with 0 of their own accord
+    assert status == 0 and (where != "training" or seconds < SOON), job.output  # workers end with 0 of their own accord
     marker = (folder / "PREEMPTED").read_text()
     done = re.match(r"told to stop by (?:SIG\w+|another rank), saved after 0 epochs and (\d+) of 11 steps", marker)[1]
     assert (done == "11") == (where == "validation")
@@ -212,41 +216,41 @@ def test_a_killed_worker_restarts_and_continues_without_a_human(tiny, whole):
 def test_a_dead_rank_ends_the_job_and_is_named(tiny):
     """No restart is left: torchrun tells the survivor by SIGTERM, which finds that nobody agrees to save."""
     job = pretrain(tiny, OPTIONS + " TRAIN.EPOCHS 50", MAX_RESTARTS="0")
-    job.wait_for(r"epoch 0 \[10/")
+    job.wait_for(r"epoch 5 \[10/")  # seconds after the start: a rank says once a second where it is
     os.kill(job.worker(1), signal.SIGKILL)
     status, seconds = job.end()
-    assert status not in (0, 75) and seconds < 20, job.output
+    assert status not in (0, 75) and seconds < SOON, job.output
     host = re.escape(os.uname().nodename)
     assert re.search(rf"rank 1 on host {host}, last seen in .* of step \d+, does not answer any more", job.output)
     assert not job.processes()
     folder = folder_of(tiny).parent / "parts"
-    assert newest_checkpoint(folder, read_position).path.name in ("ckpt_epoch_0_step_8.pth", "ckpt_epoch_1.pth")
+    assert newest_checkpoint(folder, read_position).path.name in ("ckpt_epoch_5_step_8.pth", "ckpt_epoch_6.pth")
     assert not newest_checkpoint(folder, read_position).skipped and not list(folder.glob(".*.tmp"))
     assert not (folder / "PREEMPTED").exists()
 
 
 def test_a_hung_rank_ends_the_job_and_is_named(tiny):
-    options = OPTIONS.replace("DIST.TIMEOUT 60", "DIST.TIMEOUT 6")
+    options = OPTIONS.replace("DIST.TIMEOUT 600", "DIST.TIMEOUT 6")
     job = Job(*arguments(tiny, options + " TRAIN.EPOCHS 50", "parts"))
-    job.wait_for(r"epoch 0 \[10/")
+    job.wait_for(r"epoch 5 \[10/")
     os.kill(job.worker(1), signal.SIGSTOP)
     status, seconds = job.end()
-    assert status != 0 and seconds < 6 + 10, job.output
+    assert status != 0 and seconds < 6 + SOON, job.output
     assert re.search(r"no progress for 6 s, waiting for rank 1 on host \S+, last seen in .* of step \d+", job.output)
 
 
 def test_a_hung_rank_0_which_holds_the_store_is_named_too(tiny):
-    options = OPTIONS.replace("DIST.TIMEOUT 60", "DIST.TIMEOUT 6") + " TRAIN.EPOCHS 50"
+    options = OPTIONS.replace("DIST.TIMEOUT 600", "DIST.TIMEOUT 6") + " TRAIN.EPOCHS 50"
     job = pretrain(tiny, options, MAX_RESTARTS="0")
-    job.wait_for(r"epoch 0 \[10/")
+    job.wait_for(r"epoch 5 \[10/")
     os.kill(job.worker(0), signal.SIGSTOP)
     status, seconds = job.end()
-    assert status not in (0, 75) and seconds < 6 + 10, job.output
+    assert status not in (0, 75) and seconds < 6 + SOON, job.output
     assert re.search(r"rank 1 error: no progress for 6 s, waiting for rank 0 on host \S+, last seen in", job.output)
 
 
 def test_a_slow_step_a_long_validation_and_a_long_save_are_not_taken_for_a_hang(tiny):
-    options = OPTIONS.replace("DIST.TIMEOUT 60", "DIST.TIMEOUT 4") + " TRAIN.EPOCHS 1"
+    options = OPTIONS.replace("DIST.TIMEOUT 600", "DIST.TIMEOUT 4") + " TRAIN.EPOCHS 1"
     job = Job(*arguments(tiny, options, "parts"), script=("tests/driven_main.py", "slow"))
     assert job.end()[0] == 0, job.output
     assert "no progress" not in job.output
@@ -354,16 +358,18 @@ def test_another_number_of_processes_keeps_the_global_batch_and_the_schedule(tin
     assert rates[0] == rates[1] and len(rates[0]) > 6
 
 
-def test_pretrain_told_to_stop_exits_75_and_the_same_command_finishes(tiny, whole):
+# Slow: with interpreters of their own, whose imports take longer than all else here.
+@pytest.mark.parametrize("python", [PYTHON, pytest.param(sys.executable, marks=pytest.mark.slow)], ids=["fork", "real"])
+def test_pretrain_told_to_stop_exits_75_and_the_same_command_finishes(tiny, whole, python):
     """Told three times, as impatient users and batch systems do."""
-    job = pretrain(tiny, python=sys.executable)
+    job = pretrain(tiny, PYTHON=python)
     job.wait_for(r"epoch 0 \[4/")
     began = time.monotonic()
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
         job.process.send_signal(number)
         time.sleep(0.2)
     status, _ = job.end()
-    assert status == 75 and time.monotonic() - began < 30, job.output
+    assert status == 75 and time.monotonic() - began < SOON, job.output
     again = pretrain(tiny)
     assert again.end()[0] == 0, again.output
     assert re.search(r"continues from \S+ckpt_epoch_[01]", again.output)
@@ -498,7 +504,7 @@ def test_a_process_whose_launcher_is_gone_when_it_starts_does_not_wait_for_it(mo
         distributed.init(timeout=1800)
 
 
-def wait_until(found: Callable[[], Iterator[Path]], timeout: float = 120) -> None:
+def wait_until(found: Callable[[], Iterator[Path]], timeout: float = PATIENCE) -> None:
     deadline = time.monotonic() + timeout
     while not list(found()):
         assert time.monotonic() < deadline, "it did not come"
@@ -712,7 +718,6 @@ def test_killed_ten_times_at_random_moments(tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_killed_a_hundred_times_at_random_moments(tiny):
     kill_repeatedly(tiny, 100)
 
@@ -746,10 +751,10 @@ def kill_any(tiny: Path, whole: Path, kills: int) -> None:
                 name = (process / "comm").read_text().strip() if rank is None else f"rank {rank}"
                 os.kill(pid, signal.SIGKILL)
                 victims.append(name)
-        status = job.process.wait(300)
+        status = job.process.wait(PATIENCE)
         report = f"KILL_SEED={seed}: killed {victims} in {starts} starts"
         if len(victims) == killed_before:
-            reader.join(30)
+            reader.join(PATIENCE)
             assert status == 0, f"{report}; a start that nobody disturbed exited {status}:\n{job.output}"
         if status == 0 and len(victims) == kills:
             break
@@ -764,6 +769,5 @@ def test_any_process_killed_at_random_moments_the_same_command_gives_the_same_we
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_any_process_killed_forty_times_the_same_command_gives_the_same_weights(tiny, whole):
     kill_any(tiny, whole, 40)

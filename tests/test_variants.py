@@ -102,12 +102,10 @@ def test_pola_pvt_equals_the_literal_model(options):
     _compare(load_config(config_file("pola_pvt_t"), (SMALL_PVT + options).split()))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in ("pola_swin_t", "pola_pvt_t") else pytest.mark.slow) for name in OFFICIAL],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OFFICIAL)
 def test_official_model_equals_the_literal_model(name):
-    """At full size, logits of one image in float64; `make test` does this for the two tiny ones, test-slow for all."""
+    """At full size, logits of one image in float64; test_golden.py has the two tiny ones, and their gradients."""
     config = load_config(config_file(name))
     model = fill_with_recipe(build_model(config)).eval().double()
     images = recipe_input(image_size(config)[0])[:1].double()

@@ -21,7 +21,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -40,7 +40,7 @@ from data.sources.shards import INDEX_FILE, Index, Shard
 from tools.command_line import answer, whole
 from tools.imagenet_labels import read_ground_truth
 from tools.prepared_folder import STATE, owned, require_same_settings
-from utils.files import file_digest
+from utils.files import file_digest, written
 from utils.parallel import WorkerLost, parallel
 
 SPLITS = ("train", "val")
@@ -209,15 +209,9 @@ class Result:
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # path and reason
 
 
-@contextmanager
-def _written(path: Path, state: Path) -> Iterator[IO[bytes]]:
-    """A new file that appears under `path` once it is complete."""
-    temporary = state / "temporary" / f"{os.getpid()}-{path.name}"
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _written(path: Path, state: Path) -> AbstractContextManager[IO[bytes]]:
+    """A new file that appears under `path` once it is complete; until then it is written apart from the output."""
+    return written(path, state / "temporary" / f"{os.getpid()}-{path.name}")
 
 
 def _write_json(path: Path, tree: dict[str, Any], state: Path) -> None:

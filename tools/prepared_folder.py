@@ -1,14 +1,13 @@
 """The output folder of a preparation: held by one run at a time, begun with settings that the next run must repeat."""
 
-import fcntl
 import json
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data.sources.base import DataError
+from utils.faults.folder_lock import PreparationBusyError, hold_for_workers
 from utils.files import write_atomically
 
 STATE = ".prepare"  # folder of the output that holds what an interrupted run continues from
@@ -17,21 +16,14 @@ SETTINGS = "settings.json"
 
 @contextmanager
 def owned(state: Path) -> Iterator[None]:
-    """Hold the output folder's lock; worker processes hold it too, so that none of a killed run still writes.
-
-    `state` is the output's STATE folder. Raises DataError where another run holds it.
-    """
-    state.mkdir(parents=True, exist_ok=True)
-    with (state / "lock").open("w") as lock:
-        for _ in range(100):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.1)
-        else:
-            raise DataError(f"another run is preparing {state.parent}; wait for it, or name another output folder")
-        yield
+    """Hold the output folder, whose STATE folder is `state`. Raises DataError where another run does."""
+    try:
+        with hold_for_workers(state):
+            yield
+    except PreparationBusyError:
+        raise DataError(
+            f"another run is preparing {state.parent}; wait for it, or name another output folder"
+        ) from None
 
 
 def require_same_settings(state: Path, settings: Mapping[str, Any], words: Mapping[str, str] | None = None) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from logger import get_logger, read_metrics
+from utils.files import written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -210,9 +211,8 @@ def draw_curves(folder: Path) -> Path | None:
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     draw_panels(figure, panels)
     path = folder / "curves.png"
-    temporary = folder / f".curves-{os.getpid()}.tmp"
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    with written(path, folder / f".curves-{os.getpid()}.tmp") as file:
+        figure.savefig(file, dpi=120, format="png")
     return path
 
 

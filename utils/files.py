@@ -2,22 +2,34 @@
 
 import hashlib
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that `path` holds either what was there before or all of `content`. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
+@contextmanager
+def written(path: Path, temporary: Path | None = None) -> Iterator[IO[bytes]]:
+    """A binary file that appears under `path` once it is complete and on the disk; until then what was there stays.
+
+    `temporary`, on the same file system, is where it is written: beside `path` unless it is given. Raises OSError.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it under the run
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         remove_temporary(temporary)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that `path` holds either what was there before or all of `content`. Raises OSError."""
+    with written(path) as file:
+        file.write(content)
 
 
 def remove_temporary(path: Path) -> None:

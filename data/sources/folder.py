@@ -89,16 +89,12 @@ def check_folder(root: Path, split: str, report: Report) -> Layout | None:
         if not entry.is_dir():
             (loose if entry.name.lower().endswith(IMG_EXTENSIONS) else other).append(entry.path)
             continue
-        before = len(samples)
-        for parent, _, files in sorted(os.walk(entry.path, followlinks=True)):
-            for name in sorted(files):
-                path = os.path.join(parent, name)
-                if name.lower().endswith(IMG_EXTENSIONS):
-                    samples.append((path, len(classes)))
-                else:
-                    other.append(path)
-        if len(samples) == before:
-            empty.append(entry.path)
+        walked = sorted(os.walk(entry.path, followlinks=True))
+        paths = [os.path.join(parent, name) for parent, _, files in walked for name in sorted(files)]
+        images = [path for path in paths if path.lower().endswith(IMG_EXTENSIONS)]
+        samples += [(path, len(classes)) for path in images]
+        other += [path for path in paths if not path.lower().endswith(IMG_EXTENSIONS)]
+        empty += [] if images else [entry.path]
         classes.append(entry.name)
     if loose and not classes:
         fix = PLACE_VAL if split == "val" else "move every image into a folder named after its class"

@@ -106,6 +106,19 @@ def check_zip(root: Path, split: str, report: Report) -> Layout | None:
     except (zipfile.BadZipFile, OSError, UnicodeDecodeError) as error:
         report.error(f"{path} and {map_path.name} cannot be read: {error}")
         return None
+    samples = _check_map(path, map_path, lines, members, report)
+    if not samples:
+        report.error(f"{map_path} names no image of {path.name}")
+        return None
+    counts = Counter(samples.values())
+    if gaps := [str(label) for label in range(max(counts)) if label not in counts]:
+        # a class that only one split lacks is found where splits are compared
+        (report.error if split == "train" else report.warn)(f"{map_path}: {len(gaps)} labels have no image", gaps)
+    return Layout(_class_folders(map_path, samples, report), counts, chunks(split, path, list(samples.items())))
+
+
+def _check_map(path: Path, map_path: Path, lines: list[str], members: Counter[str], report: Report) -> dict[str, int]:
+    """The label of each image that the map names rightly; what is wrong with the others is a finding."""
     samples: dict[str, int] = {}
     malformed, absent, repeated = [], [], []
     for number, line in enumerate(lines, start=1):
@@ -130,20 +143,17 @@ def check_zip(root: Path, split: str, report: Report) -> Layout | None:
         report.error(f"{path} contains {len(unnamed):,} images without a (valid) line in {map_path.name}", unnamed)
     if twice := [name for name, count in members.items() if count > 1]:
         report.error(f"{path} contains {len(twice):,} names more than once", twice)
-    if not samples:
-        report.error(f"{map_path} names no image of {path.name}")
-        return None
-    counts = Counter(samples.values())
-    if gaps := [str(label) for label in range(max(counts)) if label not in counts]:
-        # a class that only one split lacks is found where splits are compared
-        (report.error if split == "train" else report.warn)(f"{map_path}: {len(gaps)} labels have no image", gaps)
+    return samples
+
+
+def _class_folders(map_path: Path, samples: dict[str, int], report: Report) -> tuple[str, ...] | None:
+    """The name of each label's folder; None where labels and folders do not correspond."""
     folders: dict[int, set[str]] = {}
     for name, number in samples.items():
         folders.setdefault(number, set()).add(os.path.dirname(name))
     mixed = [f"label {label}: {', '.join(sorted(names)[:5])}" for label, names in folders.items() if len(names) > 1]
-    by_label = [next(iter(folders.get(label, {""}))) for label in range(max(counts) + 1)]
+    by_label = [next(iter(folders.get(label, {""}))) for label in range(max(samples.values()) + 1)]
     named = not mixed and all(by_label) and len(set(by_label)) == len(by_label)
     if mixed and any(name for names in folders.values() for name in names):
         report.warn(f"{map_path}: {len(mixed)} labels have images of several folders, so classes have no names", mixed)
-    classes = tuple(os.path.basename(name) for name in by_label) if named else None
-    return Layout(classes, counts, chunks(split, path, list(samples.items())))
+    return tuple(os.path.basename(name) for name in by_label) if named else None

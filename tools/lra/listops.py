@@ -65,6 +65,16 @@ def apply(operator: int, values: Sequence[int]) -> int:
     return sum(values) % 10
 
 
+def _close(stack: list[tuple[int, list[int]]], place: int, levels: int | None) -> int | None:
+    """The value of the innermost operator, taken off the stack; None for one whose arguments were all left out."""
+    if not stack:
+        raise ValueError(f"symbol {place + 1} closes an operator that was never opened")
+    operator, values = stack.pop()
+    if not values and levels is None:
+        raise ValueError(f"the operator that symbol {place + 1} closes has no arguments")
+    return apply(operator, values) if values else None
+
+
 def evaluate(symbols: Sequence[int], levels: int | None = None) -> int | None:
     """The value of a sample. With `levels`, operators deeper than that, the root being at 1, are left out with all they
     hold; None where nothing is left to apply the root to.
@@ -86,13 +96,8 @@ def evaluate(symbols: Sequence[int], levels: int | None = None) -> int | None:
         elif skipped:
             skipped -= 1
             continue
-        elif not stack:
-            raise ValueError(f"symbol {place + 1} closes an operator that was never opened")
         else:
-            operator, values = stack.pop()
-            if not values and levels is None:
-                raise ValueError(f"the operator that symbol {place + 1} closes has no arguments")
-            value = apply(operator, values) if values else None
+            value = _close(stack, place, levels)
         if skipped:
             continue
         if not stack:

@@ -1,4 +1,9 @@
-"""The run folder: made, and held by one run at a time."""
+"""Folders that are held by one program at a time: a run's, and that of a data set in preparation.
+
+They differ in what their worker processes do. A run's loaders must not keep its folder after it died, so the run takes
+a POSIX record lock (`lockf`), which no other process inherits. A preparation's workers write into its folder, so that
+it is free only when the last of them is gone: they inherit the lock of an open file (`flock`).
+"""
 
 import errno
 import fcntl
@@ -45,6 +50,29 @@ def _make(folder: Path) -> str | None:
     except OSError as error:
         return f"the run folder {folder} cannot be written ({error.strerror}); --output names another root"
     return None
+
+
+class PreparationBusyError(ValueError):
+    """Another program is preparing a data set in the folder."""
+
+
+@contextmanager
+def hold_for_workers(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if it is not there, together with all processes that are forked meanwhile.
+
+    Raises PreparationBusyError where another program holds it for 10 s.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        for _ in range(100):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+        else:
+            raise PreparationBusyError(f"another run holds {folder}; wait for its end")
+        yield
 
 
 class RunLock:

@@ -5,6 +5,7 @@ Letters as in triton.py: B images, N queries, n keys, H heads, D channels per he
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -151,7 +152,21 @@ class _Launch:
         return triton.cdiv(tokens, TILES_OF_A_PART * tile), TILES_OF_A_PART * tile
 
 
-@torch.library.custom_op("polaformer::polarity_attention", mutates_args=())
+def _operator(name: str) -> Callable[[Callable], Any]:
+    """Register a function as PyTorch's operator polaformer::name, once in a process.
+
+    A second copy of this package (`models` beside `polaformer`) takes the operator of the first.
+    """
+
+    def register(function: Callable) -> Any:
+        if hasattr(torch.ops.polaformer, name):
+            return getattr(torch.ops.polaformer, name)
+        return torch.library.custom_op(f"polaformer::{name}", function, mutates_args=())
+
+    return register
+
+
+@_operator("polarity_attention")
 def polarity_attention_forward(
     q: Tensor,
     k: Tensor,
@@ -189,7 +204,7 @@ def polarity_attention_forward(
     return out, state
 
 
-@torch.library.custom_op("polaformer::polarity_attention_backward", mutates_args=())
+@_operator("polarity_attention_backward")
 def polarity_attention_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -240,15 +255,13 @@ def polarity_attention_backward(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@polarity_attention_forward.register_fake
-def _(q, k, v, exponent, scale, position, key_mask, eps):
+def _forward_fake(q, k, v, exponent, scale, position, key_mask, eps):
     B, _, H, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return out, torch.empty(B, H, 2, D + 1, D, dtype=torch.float32, device=q.device)
 
 
-@polarity_attention_backward.register_fake
-def _(grad_out, q, k, v, exponent, scale, position, key_mask, state, eps):
+def _backward_fake(grad_out, q, k, v, exponent, scale, position, key_mask, state, eps):
     gradients = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     return *gradients, torch.empty(2, *q.shape[2:], dtype=torch.float32, device=q.device)
 
@@ -274,17 +287,12 @@ def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | 
     )
 
 
-torch.library.register_autograd("polaformer::polarity_attention", _backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.polaformer.polarity_attention)
 def _forward_flops(q_shape: tuple[int, ...], k_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
     """A multiply-add counts as two; the products of the one-GEMM form, as PyTorch counts those of the eager backend."""
     B, N, H, D = q_shape
     return B * H * (_key_product_flops(k_shape[1], D) + _query_product_flops(N, D))
 
 
-@register_flop_formula(torch.ops.polaformer.polarity_attention_backward)
 def _backward_flops(
     grad_shape: tuple[int, ...], q_shape: tuple[int, ...], k_shape: tuple[int, ...], *args: Any, **kwargs: Any
 ) -> int:
@@ -298,6 +306,14 @@ def _key_product_flops(n: int, D: int) -> int:
 
 def _query_product_flops(N: int, D: int) -> int:
     return 2 * N * (D + 2) * 2 * D
+
+
+if isinstance(polarity_attention_forward, torch.library.CustomOpDef):  # registered by this copy of the package
+    polarity_attention_forward.register_fake(_forward_fake)
+    polarity_attention_backward.register_fake(_backward_fake)
+    polarity_attention_forward.register_autograd(_backward, setup_context=_setup_context)
+    register_flop_formula(torch.ops.polaformer.polarity_attention)(_forward_flops)
+    register_flop_formula(torch.ops.polaformer.polarity_attention_backward)(_backward_flops)
 
 
 def polarity_attention_triton(
