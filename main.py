@@ -79,7 +79,8 @@ def check(config: CfgNode) -> None:
                 f"MODEL.TYPE {config.MODEL.TYPE} reads {reads}, and DATA.DATASET {config.DATA.DATASET} has"
                 f" {modality.reads}: one of them has to change"
             )
-        modality.require(config)
+        if not config.THROUGHPUT_MODE:  # which is measured on synthetic input
+            modality.require(config)
         with torch.device("meta"):
             build_model(config)
             if config.TEST.IMG_SIZE is not None:
@@ -91,7 +92,7 @@ def check(config: CfgNode) -> None:
 
 def setup(config: CfgNode) -> tuple[torch.device, Plan]:
     """Join the other processes, open the run folder and its log, seed every generator."""
-    setup_logger(int(os.environ.get("RANK", 0)))
+    setup_logger(int(os.environ.get("RANK", 0)))  # for what goes wrong before the ranks know each other
     device = distributed.init(config.LOCAL_RANK, config.DIST.TIMEOUT)
     plan = make_plan(config, distributed.world_size())
     if not config.THROUGHPUT_MODE:
@@ -135,12 +136,12 @@ def run_training(config: CfgNode, plan: Plan, device: torch.device, request: Sto
     logger.info("%d training and %d validation samples of %d classes", *sizes)
     log_reference(loaders)
     # model and optimiser
-    model = place(build_model(config, loaders.num_classes), device)
+    model = place(build_model(config, loaders.num_classes), device)  # the classes are the data's, not the config's
     logger.info("%s: %.2f M parameters", config.MODEL.TYPE, sum(p.numel() for p in model.parameters()) / 1e6)
     training = build_training(config, plan, model, loaders, device)
     # resume
     seed_everything(config.SEED, distributed.rank())  # from here each rank draws its own
-    progress, interval, found = resume(config, training, loaders)
+    progress, interval, found = resume(config, training, loaders)  # on the bare model: wrapping comes after
     record = RunFiles(config, training, progress)
     writer = CheckpointWriter(plan.folder, config.CHECKPOINT.KEEP, found.skipped) if distributed.rank() == 0 else None
     wrap(config, training)
@@ -149,7 +150,7 @@ def run_training(config: CfgNode, plan: Plan, device: torch.device, request: Sto
     if progress.epoch >= plan.last_epoch:
         logger.info("this run is finished: all %d epochs are done; evaluating it", progress.epoch)
         validate_epoch(config, training, loaders, progress.epoch, MetricsWriter(None))
-    # loop
+    # loop: the watchdog hears of every phase and ends a run that stands still, which a hung collective would not
     watchdog = Watchdog(config.DIST.TIMEOUT)
     saver = Checkpointer(config, training, loaders, writer, progress.best, request, watchdog.all_alive)
     with watched(config, training, loaders, record, writer, watchdog):
@@ -220,6 +221,7 @@ def run_epoch(
             saver.save(epoch, done, Interval(training.device), stop=True)
 
     recorder = PredictionRecorder()
+    # validation can take minutes: told to stop inside it, the run saves the finished steps, and resumes with it
     top1 = validate_epoch(config, training, loaders, epoch + 1, metrics, after_batch, recorder).top1
     is_best = top1 > progress.best or epoch == 0
     if is_best:  # before the checkpoint: killed in between, a start repeats this epoch and writes both

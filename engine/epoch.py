@@ -50,18 +50,21 @@ def train_one_epoch(
         for index in progress(steps, training.steps_per_epoch, f"epoch {epoch}", distributed.rank(), done=start):
             step, done = epoch * training.steps_per_epoch + index, index + 1
             norm = _optimizer_step(training, stream, guard, interval, step)
+            # Numbers stay on the device between log lines: reading one would make the host wait for the GPU, which then
+            # runs out of work. So a loss that is not finite is seen here too, and its update was suppressed meanwhile.
             if done % config.PRINT_FREQ == 0 or done == training.steps_per_epoch:
                 times.add(_log_interval(training, guard, interval, norm, epoch, step, metrics, batches))
                 interval = Interval(training.device)
-            training.scheduler.step_update(step)
+            training.scheduler.step_update(step)  # the rate of the next step (timm counts updates that are done)
             if training.profiler:
                 training.profiler.step()
             if saver and any(decision := saver.decide(done)):
-                guard.look_everywhere()
+                guard.look_everywhere()  # nothing is saved after a step that was not finite
                 saver.save(epoch, done, interval, decision.stop)
     except NonFiniteError as error:
         if error.step < 0:
             raise
+        # The weights are those before that step, and its images a function of seed and position: it can be repeated.
         try:
             report = f"{write_report(training, batches, error)} says where it began"
         except Exception as problem:  # whatever it is: the first error is the one to see
@@ -88,6 +91,7 @@ def _optimizer_step(
         images, labels = next(stream)
         interval.data_time += time.perf_counter() - waiting
         training.beat(step, "forward pass")
+        # uint8 until here: a quarter of the bytes; normalisation, erasing and mixup are the device's work
         images = images.to(training.device, non_blocking=True)
         images, targets = training.prepare(images, labels.to(training.device, non_blocking=True))
         last = micro + 1 == training.plan.accumulation
@@ -97,25 +101,26 @@ def _optimizer_step(
             with autocast(training.device, training.amp_dtype):
                 loss = training.criterion(training.model(images), targets) / training.plan.accumulation
             interval.add_loss(loss.detach())
-            loss = guard.see_loss(loss)
+            loss = guard.see_loss(loss)  # NaN from the first bad step of a run that will stop, so that no rank updates
             training.beat(step, "backward pass")
             (scaler.scale(loss) if scaler else loss).backward()
     training.beat(step, "update")
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if scaler:
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # clipping is about the gradients' own size
+    # equal on all ranks after DDP's sum, so that all decide alike without asking each other
     norm = get_total_norm([p.grad for p in parameters])
     if training.clip_grad:
         clip_grads_with_norm_(parameters, training.clip_grad, norm)
     if training.clip_value:
         clip_grad_value_(parameters, training.clip_value)
-    guard.see_norm(norm, step)
+    guard.see_norm(norm, step)  # tells the fused optimizer, on the device, whether this update may happen
     if scaler:
         scaler.step(optimizer)
         scaler.update()
     else:
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)  # None, not zeros: unused parameters are then left alone
     if training.ema:
         training.ema.update(training.bare_model)
     interval.timed_steps += 1
@@ -136,13 +141,14 @@ def _log_interval(
     bad = (guard.first_bad_step >= 0).double()
     mine = [len(batches.unreadable), interval.data_time / interval.timed_steps, exposed_communication(training.model)]
     numbers = torch.tensor(mine, dtype=torch.float64).to(bad.device, non_blocking=True)
+    # one reduction and one copy to the host for everything that a log line says
     sums = distributed.sum_over_ranks(
         torch.cat([torch.stack([interval.loss_sum, interval.losses.double(), bad]), numbers])
     )
     loss_sum, losses, bad_ranks, unreadable, data, communication, grad_norm = torch.cat(
         [sums, norm.detach().double()[None]]
     ).tolist()
-    guard.look(bad_ranks > 0)
+    guard.look(bad_ranks > 0)  # raises on every rank alike, because the sum is the same everywhere
     batches.require_readable(int(unreadable))
     elapsed = time.perf_counter() - interval.start
     world_size = distributed.world_size()
@@ -158,14 +164,16 @@ def _log_interval(
     }
     metrics.write("train", epoch, step + 1, **values)
     done = (step % training.steps_per_epoch) + 1
-    shown = ["loss", "lr", "grad_norm", "step_time", "data_time", "communication_time", "images_per_s", "memory_mb"]
+    shown = ["loss", "lr", "grad_norm", "step_time", "data_time", "communication_time", "images_per_s"]
     get_logger().info(
         "epoch %d [%d/%d] loss %.4f  lr %.3e  grad norm %.3f  step %.3f s (data %.3f, communication %.3f)"
-        "  %.0f images/s  memory %.0f MiB",
+        "  %.0f %s/s  memory %.0f MiB",
         epoch,
         done,
         training.steps_per_epoch,
         *(values[name] for name in shown),
+        batches.modality.noun,
+        values["memory_mb"],
     )
     steps = interval.timed_steps
     waiting = (values["data_time"] * steps, values["communication_time"] * steps)
@@ -182,8 +190,8 @@ def memory_mb(device: torch.device) -> float:
 def exposed_communication(model: nn.Module) -> float:
     """Seconds by which the exchange of gradients outlasted the backward pass, in the last step that DDP looked at.
 
-    DDP times one step per log line (`wrap` in main.py says so) with events of its own, and waits for those of the step
-    before when it does.
+    DDP times one step per log line (`wrap` in engine/training.py says so) with events of its own, and waits for those
+    of the step before when it does.
     """
     if not isinstance(model, DistributedDataParallel):
         return 0.0

@@ -152,8 +152,9 @@ def place(model: TrainableModel, device: torch.device) -> TrainableModel:
 def wrap(config: CfgNode, training: Training) -> None:
     """Compile and distribute the model that the loop calls; `bare_model` stays what it is."""
     if config.COMPILE:
-        training.bare_model.compile()
+        training.bare_model.compile()  # in place: the module and its names stay what is saved
     if distributed.world_size() > 1:
+        # The wrapper is for the loop alone: what is saved and evaluated is the bare model, whose names have no prefix.
         training.model = DistributedDataParallel(
             training.bare_model,
             device_ids=[training.device.index] if training.device.type == "cuda" else None,

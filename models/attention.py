@@ -23,7 +23,11 @@ from .softmax_attention import reduce_tokens, reduced_grid
 
 
 class KernelAttention(Kernel):
-    """Base of the layouts: makes an instance of the layout and of the kernel that the options name."""
+    """Base of the layouts: makes an instance of the layout and of the kernel that the options name.
+
+    Why not a kernel as a submodule: its parameters would be called `attn.kernel.power`, and in every released file of
+    this family they are called `attn.power`.
+    """
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> "KernelAttention":
         given = [a for a in (*arguments, *keywords.values()) if isinstance(a, AttentionOptions)]
