@@ -227,8 +227,9 @@ def parse(module: str, arguments: list[str]) -> int:
     for method in ("parse_args", "parse_intermixed_args"):
         read = getattr(argparse.ArgumentParser, method)
 
-        def stop(*given, read=read, **named):
-            read(*given, **named)
+        def stop(parser, *given, read=read, **named):
+            parser.allow_abbrev = False  # documents write flags out
+            read(parser, *given, **named)
             raise Parsed
 
         patched.enter_context(mock.patch.object(argparse.ArgumentParser, method, stop))
@@ -371,6 +372,14 @@ def resolves(dotted: str) -> bool:
         return True
     module, _, name = dotted.rpartition(".")
     return bool(module) and hasattr(importlib.import_module(module), name)
+
+
+def test_every_promise_names_a_test():
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    promises = re.findall(r"`(test_\w+)::(\w+)`", text)
+    assert len(promises) > 30
+    for file, words in promises:
+        assert re.search(rf"def test_\w*{words}", (ROOT / "tests" / f"{file}.py").read_text()), f"{file}::{words}"
 
 
 def anchors(page: Path) -> set[str]:
