@@ -50,7 +50,7 @@ COLUMNS = {"same": "same-signed", "opposite": "opposite-signed", "combined": "bo
 LINES = {  # label, colour, the point that the label stands at, and its place beside it
     "softmax (math)": ("softmax, N×N", "#7b7f88", 4096, (-7, 5), "right"),
     "softmax": ("softmax, fused kernel", "#c2571a", 16384, (2, 9), "right"),
-    "polarity": ("polarity attention", "#1f5fbf", 8192, (2, -38), "center"),
+    "polarity": ("polarity attention", "#1f5fbf", 8192, (-3, -38), "center"),
 }
 CROP = transforms.Compose(
     [
@@ -134,7 +134,7 @@ def draw(path: Path) -> None:
             for size, width, colour in ((10, 1.2, "black"), (8, 2.2, "white")):
                 axes.plot(*point, "o", ms=size, mfc="none", mec=colour, mew=width)
             if i == 0:
-                axes.set_title(["a point of an image", *COLUMNS.values()][j], fontsize=13)
+                axes.set_title(["a point of an image", *COLUMNS.values()][j], fontsize=14.5)
     draw_speed(figure.add_axes((0.745, 0.155, 0.24, 0.75)))
     figure.savefig(PICTURE)
     Image.open(PICTURE).convert("RGB").save(PICTURE, optimize=True)
@@ -147,20 +147,20 @@ def draw_speed(axes: Axes) -> None:
     for name, (label, colour, at, place, side) in LINES.items():
         seen = {each["length"]: each["seconds"][name]["median"] for each in lengths if name in each["seconds"]}
         axes.plot(list(seen), list(seen.values()), "o-", color=colour, linewidth=2, markersize=5)
-        axes.annotate(label, (at, seen[at]), place, textcoords="offset points", color=colour, fontsize=12, ha=side)
+        axes.annotate(label, (at, seen[at]), place, textcoords="offset points", color=colour, fontsize=13.5, ha=side)
     last = lengths[-1]
     low, high, factor = (*(last["seconds"][name]["median"] for name in ("polarity", "softmax")), last["times_polarity"])
     arrow = {"arrowstyle": "<->", "color": "#444444", "shrinkA": 5, "shrinkB": 5}
     axes.annotate("", (last["length"], low), (last["length"], high), arrowprops=arrow)
     axes.text(
-        last["length"] * 0.94, (low * high) ** 0.5, f"{factor['softmax']['median']:.0f}×", fontsize=12, ha="right"
+        last["length"] * 0.94, (low * high) ** 0.5, f"{factor['softmax']['median']:.0f}×", fontsize=13.5, ha="right"
     )
     axes.set(xscale="log", yscale="log", xlim=(850, 20000), ylim=(0.03, 40))
-    axes.set_title("time of a training step", fontsize=13)
-    axes.set_xlabel("tokens", fontsize=11, labelpad=1)
+    axes.set_title("time of a training step", fontsize=14.5)
+    axes.set_xlabel("tokens", fontsize=12, labelpad=1)
     ticks = [each["length"] for each in lengths]
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=11)
-    axes.set_yticks([0.1, 1, 10], ["0.1 s", "1 s", "10 s"], fontsize=11)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=12)
+    axes.set_yticks([0.1, 1, 10], ["0.1 s", "1 s", "10 s"], fontsize=12)
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
