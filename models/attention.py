@@ -39,13 +39,13 @@ class KernelAttention(Kernel):
 
 
 @cache
-def _with_kernel(layout: Any, name: str) -> type[KernelAttention]:
-    return type(layout.__name__, (layout, kernel_of(name)), {"__module__": __name__, "__doc__": layout.__doc__})
+def _with_kernel(layout: Any, kernel: Any) -> type[KernelAttention]:
+    return type(layout.__name__, (layout, kernel), {"__module__": __name__, "__doc__": layout.__doc__})
 
 
 def _blank(layout: type[KernelAttention], name: str) -> KernelAttention:
     """An instance that is not initialised."""
-    return object.__new__(_with_kernel(layout, name))  # type: ignore[arg-type]  # a class can be hashed
+    return object.__new__(_with_kernel(layout, kernel_of(name)))  # type: ignore[arg-type]  # classes can be hashed
 
 
 class PolaLinearAttention(KernelAttention):
@@ -59,7 +59,7 @@ class PolaLinearAttention(KernelAttention):
     dwc: nn.Conv2d
 
     def __init__(self, dim: int, num_heads: int, key_grid: Grid, options: AttentionOptions) -> None:
-        if options.kernel_size % 2 == 0:
+        if options.kernel_size < 1 or options.kernel_size % 2 == 0:
             raise ValueError(f"MODEL.LA.KERNEL_SIZE is {options.kernel_size}, expected an odd number (kernel_size)")
         super().__init__(dim, num_heads, options)
         self.key_grid = key_grid
@@ -192,7 +192,7 @@ class PolaSequenceAttention(KernelAttention):
         options: AttentionOptions = AttentionOptions(kernel_size=0),
     ) -> None:
         size = options.kernel_size
-        if size and size % 2 == 0:
+        if size < 0 or (size and size % 2 == 0):
             raise ValueError(f"MODEL.LRA.KERNEL_SIZE is {size}, expected 0 or an odd number (kernel_size)")
         super().__init__(dim, num_heads, options)
         self.qkvg = nn.Linear(dim, (4 if options.gate else 3) * dim)

@@ -11,7 +11,7 @@ import torch
 import models.registry as registry
 from models import build_model, list_models, model_arguments
 from models.kernels import register_kernel
-from models.kernels.linear import ReluKernel
+from models.kernels.linear import EluKernel, ReluKernel
 from models.pola_pvt import PolaPVT
 from models.registry import Variant, register_body
 
@@ -48,5 +48,6 @@ def test_a_body_is_known_everywhere_by_its_declaration(body):
 def test_a_name_is_given_once(body):
     with pytest.raises(ValueError, match="two bodies have MODEL.TYPE 'own_body'"):
         register_body(["own_body"])(PolaPVT)
+    assert register_kernel("relu")(ReluKernel) is ReluKernel  # a cell of a notebook, run again
     with pytest.raises(ValueError, match="two kernels are called 'relu'"):
-        register_kernel("relu")(ReluKernel)
+        register_kernel("relu")(EluKernel)

@@ -29,8 +29,9 @@ def register_kernel(name: str) -> Callable[[K], K]:
     """Give a kernel the name that MODEL.LA.ATTENTION calls it by."""
 
     def register(cls: K) -> K:
-        if name in KERNELS:
-            raise ValueError(f"two kernels are called {name!r}: {KERNELS[name].__module__} and {cls.__module__}")
+        other = KERNELS.get(name, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):  # not a notebook's cell again
+            raise ValueError(f"two kernels are called {name!r}: those of {other.__module__} and {cls.__module__}")
         KERNELS[name] = cls
         cls.name = name
         return cls
