@@ -1,7 +1,7 @@
 """Draw docs/images/polaformer.png, the picture of the README: attention maps of a photograph, and time against tokens.
 
 pip install -r requirements-docs.txt
-python -m tools.readme_picture                    trains a small Pola-Swin first, four minutes on one CPU core
+python -m tools.readme_picture                    trains a small Pola-Swin first, five minutes on one CPU core
 python -m tools.readme_picture --model FILE.pth   draws it with the model of an earlier call
 
 The model tells from a crop which of sixteen photographs it was cut from. The photographs come with the packages
