@@ -24,8 +24,12 @@ endif
 
 .PHONY: quickstart test test-slow lint reference bench bench-input bench-training ablation bench-maps bench-features bench-lra
 
+# every call is a run of its own, and `latest` leads to the newest: made before training, so that it also finds a run that
+# was interrupted
 quickstart: $(SETUP)
-	PYTHON=$(RUN) TAG=$$(date +%Y%m%d-%H%M%S) bash pretrain.sh
+	@set -e; runs="$${OUTPUT:-output}/quickstart" tag=$$(date +%Y%m%d-%H%M%S); \
+	mkdir -p "$$runs"; ln -sfn "$$tag" "$$runs/latest"; \
+	PYTHON=$(RUN) TAG=$$tag bash pretrain.sh
 
 test: $(SETUP_DEV)
 	$(RUN) -m pytest -m "not slow" -n 3 --dist worksteal
