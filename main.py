@@ -290,8 +290,8 @@ def reported(config: CfgNode) -> None:
         main(config)
     except Preempted as preempted:
         get_logger().warning("%s", preempted)
-        # The traceback holds the DDP model. Freed after its process group, it would wait for the group's thread and keep
-        # the interpreter's lock meanwhile, for which that thread may wait.
+        # The traceback holds the DDP model. Freed after its process group, it would wait for the group's thread while
+        # this one has the interpreter's lock, for which that thread may wait.
         traceback.clear_frames(preempted.__traceback__)
         distributed.barrier()  # the store may be in rank 0, which has to be the last to leave
         distributed.cleanup()
