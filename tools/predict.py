@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tools/predict.py",
         description="Classify images with a checkpoint: its most probable classes, by name.",
-        epilog="example: python tools/predict.py --checkpoint output/quickstart/default/max_acc.pth image.png folder/",
+        epilog="example: python tools/predict.py --checkpoint output/quickstart/latest/max_acc.pth image.png folder/",
     )
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files, and folders of them")
     add_checkpoint_arguments(parser)

@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m tools.report",
         description="Write one self-contained HTML page about a run, or comparing several: results, curves,"
         " configuration differences, accuracy by class, confusions, hardest images with attention, environment.",
-        epilog="example: python -m tools.report output/quickstart/default --images 16",
+        epilog="example: python -m tools.report output/quickstart/latest --images 16",
     )
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", type=Path, help="run folder (OUTPUT/NAME/TAG), or a folder that holds some")
