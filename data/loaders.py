@@ -50,7 +50,7 @@ class Batches:
         loader: DataLoader,
         max_unreadable: int = 0,
         relabel: Tensor | None = None,
-        modality: Modality = Images(),  # noqa: B008
+        modality: Modality = Images(),
     ) -> None:
         self.loader = loader
         self.modality = modality

@@ -146,6 +146,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter('always')
     import {first}
     import {second}
+    import main
     import {first}.ops.polarity_attention.triton_op as one
     import {second}.ops.polarity_attention.triton_op as other
 ours = [str(w.message) for w in caught if 'copy' in str(w.message) or 'verwriting' in str(w.message)]
@@ -170,7 +171,7 @@ for package in ({first}, {second}):
 
 
 def test_two_copies_in_a_process_register_once_and_warn_once(installed, tmp_path):
-    """`models` of the checkout and the wheel's package, in either order; a pickle of either is read with the other."""
+    """main.py's `models` and the wheel's package, in either order; a pickle of either is read with the other."""
     for first, second in (("models", "polaformer"), ("polaformer", "models")):
         python(TWO_COPIES.format(first=first, second=second), tmp_path, ROOT, installed)
     python(
