@@ -35,7 +35,7 @@ test: $(SETUP_DEV)
 	$(RUN) -m pytest -m "not slow" -n 3 --dist worksteal
 
 test-slow: $(SETUP_DEV)
-	$(RUN) -m pytest -m slow --timeout 7200
+	$(RUN) -m pytest -m slow -n 2 --dist worksteal --timeout 7200
 
 lint: $(SETUP_DEV)
 	$(RUN) -m ruff check .
