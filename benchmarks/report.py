@@ -11,10 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.common import (
-    ROOT,
-    Bar,
-    Spread,
-    WrongResultError,
-    argument_parser,
-    gated,
-    prepare_process,
-    print_bars,
-    print_table,
-    write_result,
-)
-from config import load_config
+from benchmarks import common
+from benchmarks.common import CPU, ROOT, Bar, Outcome, Spread, WrongResultError
 from models import build_model
 
 SECONDS_BAR = 10.0
@@ -115,7 +103,7 @@ def write_run(folder: Path, root: Path) -> None:
     """A whole run folder, and at `root` the image folder that it was validated on."""
     write_metrics(folder)
     write_predictions(folder)
-    config = load_config(str(ROOT / "configs" / "pola_swin_t.yaml"), ["DATA.DATA_PATH", str(root)])
+    config = common.configuration("pola_swin_t", DATA__DATA_PATH=root)
     (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
     torch.save({"model": build_model(config).state_dict(), "config": config.dump()}, folder / "max_acc.pth")
     noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
@@ -134,10 +122,11 @@ def make_report(folder: Path) -> tuple[float, float]:
 
     Raises WrongResultError where the page in `folder` lacks a part.
     """
-    start, before = time.perf_counter(), os.times()
-    command = [sys.executable, "-m", "tools.report", str(folder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    seconds, after = time.perf_counter() - start, os.times()
+    before, command = os.times(), [sys.executable, "-m", "tools.report", str(folder)]
+    seconds, result = common.timed(
+        CPU, lambda: subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    )
+    after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     page = folder / "report.html"
     if result.returncode or not page.exists():
@@ -150,28 +139,27 @@ def make_report(folder: Path) -> tuple[float, float]:
     return seconds, cpu
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, write. Exits with the reason when a report lacks a part."""
-    parser = argument_parser("report", __doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="reports that are timed")
-    options = parser.parse_args(arguments)
-    prepare_process(options.threads)
-    with tempfile.TemporaryDirectory() as scratch, gated():
+def measure(options: Namespace) -> Outcome:
+    """Reports of one synthetic run."""
+    with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         write_run(run, Path(scratch) / "images")
         made = [make_report(run) for _ in range(options.repeats)]
         size = (run / "report.html").stat().st_size / 1e6
     seconds, cpu = Spread.of(wall for wall, _ in made), Spread.of(cpu for _, cpu in made)
     rows = [("seconds", seconds.text()), ("seconds of CPU", cpu.text()), ("MB", f"{size:.2f}")]
-    print_table(f"{EPOCHS} epochs, {IMAGES:,} predictions: median (smallest to largest)", ("", "report"), rows)
+    common.print_table(f"{EPOCHS} epochs, {IMAGES:,} predictions: {common.SPREAD}", ("", "report"), rows)
     bars = [
         Bar("seconds of a report", seconds.median, SECONDS_BAR, "at most"),
         Bar("MB of its page", size, SIZE_BAR_MB, "at most"),
     ]
-    print_bars(bars)
-    content = {"repeats": options.repeats, "seconds": asdict(seconds), "cpu_seconds": asdict(cpu), "mb": size}
-    path = write_result(options.output, "report", torch.device("cpu"), content, bars)
-    print(f"\nwrote {path.name} to {options.output}")
+    return Outcome({"seconds": seconds, "cpu_seconds": cpu, "mb": size}, bars)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.argument_parser("report", __doc__ or "")
+    parser.add_argument("--repeats", type=int, default=3, help="reports that are timed")
+    common.run(parser.parse_args(arguments), measure, recorded="repeats")
 
 
 if __name__ == "__main__":
