@@ -1,7 +1,7 @@
 """What attention layers do, in numbers: entropy, rank, exponents and gates, as a CSV and figures.
 
-python tools/analyze.py --checkpoint max_acc.pth                     on the two photographs that ship with scikit-learn
-python tools/analyze.py images/ --checkpoint max_acc.pth --metrics entropy,rank --layers layers.0.blocks.0
+example: python tools/analyze.py --checkpoint max_acc.pth           on the two photographs that ship with scikit-learn
+         python tools/analyze.py images/ --checkpoint max_acc.pth --metrics entropy,rank --layers layers.0.blocks.0
 
 docs/attention_maps.md defines every measure.
 """
@@ -27,7 +27,7 @@ from config import image_size
 from data.transforms import Normalise, evaluation_transform
 from models.attention_maps import Attention, LayerRecord, MapError, attention_layers, choose_layers, kernel_in, record
 from tools.checkpoints import add_checkpoint_arguments, find_images, open_checkpoint, read_image
-from tools.command_line import answer, number, some_of, whole
+from tools.command_line import answer, number, program, some_of, whole
 
 METRICS = ("entropy", "rank", "exponent", "gate")
 WITH_DEPTHWISE = "combined+depthwise"
@@ -342,42 +342,18 @@ def _layer_axis(axes: Any, layers: Sequence[str], places: Sequence[int]) -> None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python tools/analyze.py",
-        description="Entropy and rank of attention maps, learned exponents and gates of every layer and head, as"
-        " analysis.csv and figures (docs/attention_maps.md).",
-        epilog="example: python tools/analyze.py photos/ --checkpoint output/quickstart/default/max_acc.pth"
-        " --metrics entropy,rank",
-    )
-    parser.add_argument(
-        "images",
-        metavar="IMAGE",
-        type=Path,
-        nargs="*",
-        help="files or folders; default: scikit-learn's two photographs",
-    )
+    parser = program("python tools/analyze.py", __doc__)
+    add = parser.add_argument
+    which = "files or folders; default: scikit-learn's two photographs"
+    add("images", metavar="IMAGE", type=Path, nargs="*", help=which)
     add_checkpoint_arguments(parser)
-    parser.add_argument(
-        "--layers", metavar="A,B", help="as tools/visualize_attention.py --list names them; default: all"
-    )
-    parser.add_argument(
-        "--metrics",
-        metavar="A,B",
-        type=some_of(METRICS, "metric"),
-        default=METRICS,
-        help=f"some of {', '.join(METRICS)}; default: all",
-    )
-    parser.add_argument(
-        "--queries", metavar="N", type=whole(), default=512, help="rows measured of each map (default 512)"
-    )
-    parser.add_argument(
-        "--tolerance",
-        metavar="T",
-        type=number(0, 1, open_low=True, open_high=True),
-        default=1e-3,
-        help="of the numerical rank (default 0.001)",
-    )
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("analysis"), help="default: analysis")
+    add("--layers", metavar="A,B", help="as tools/visualize_attention.py --list names them; default: all")
+    which = f"some of {', '.join(METRICS)}; default: all"
+    add("--metrics", metavar="A,B", type=some_of(METRICS, "metric"), default=METRICS, help=which)
+    add("--queries", metavar="N", type=whole(), default=512, help="rows measured of each map (default 512)")
+    share = number(0, 1, open_low=True, open_high=True)
+    add("--tolerance", metavar="T", type=share, default=1e-3, help="of the numerical rank (default 0.001)")
+    add("--output", metavar="DIR", type=Path, default=Path("analysis"), help="default: analysis")
     return parser
 
 

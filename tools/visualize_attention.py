@@ -1,8 +1,8 @@
 """Attention maps of images: a PNG grid for each and one HTML page. docs/attention_maps.md says what they show.
 
-python tools/visualize_attention.py cat.jpg dog.jpg --checkpoint max_acc.pth --output attention
-python tools/visualize_attention.py cat.jpg --checkpoint F --layers layers.0.blocks.0 --heads all --points 60,80 150,40
-python tools/visualize_attention.py --checkpoint F --list
+example: python tools/visualize_attention.py cat.jpg dog.jpg --checkpoint max_acc.pth --output attention
+         python tools/visualize_attention.py cat.jpg --checkpoint F --layers all --heads all --points 60,80 150,40
+         python tools/visualize_attention.py --checkpoint F --list
 """
 
 import argparse
@@ -27,7 +27,7 @@ from data.transforms import Normalise, evaluation_transform
 from models.attention_maps import COMBINED, LayerRecord, attention_layers, choose_layers, kernel_in, record
 from models.kernels import KERNELS
 from tools.checkpoints import LoadedModel, add_checkpoint_arguments, find_images, open_checkpoint, read_image
-from tools.command_line import answer, some_of, whole
+from tools.command_line import answer, program, some_of, whole
 from tools.overlays import COLOURS, ground, key_map, paint, token_at
 from tools.pages import data_uri, render_page
 
@@ -309,12 +309,7 @@ def _heads(text: str) -> list[int] | str | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python tools/visualize_attention.py",
-        description="Attention maps over images: a PNG grid for each image and one HTML page (docs/attention_maps.md).",
-        epilog="example: python tools/visualize_attention.py cat.jpg --points 60,80 150,40 --heads 0,1"
-        " --checkpoint output/quickstart/default/max_acc.pth",
-    )
+    parser = program("python tools/visualize_attention.py", __doc__)
     add = parser.add_argument
     add("images", metavar="IMAGE", type=Path, nargs="*", help="image files, or folders of them")
     add_checkpoint_arguments(parser)
