@@ -14,18 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from data.sources.base import DataError
-from data.sources.token_cache import (
-    ARRAYS,
-    CODECS,
-    MANIFEST,
-    TASKS,
-    FileRecord,
-    Manifest,
-    Split,
-    SplitRecord,
-    array_name,
-)
-from utils.files import file_digest, write_atomically
+from data.sources.token_cache import ARRAYS, CODECS, MANIFEST, TASKS, Manifest, Split, SplitRecord, array_name
+from tools.lra.files import record_of
+from utils.files import write_atomically
 
 
 class Sample(NamedTuple):
@@ -55,10 +46,6 @@ class Content:
     baselines: Callable[[Mapping[str, Split]], dict[str, dict[str, float]]] | None = None
 
 
-def record_of(path: Path) -> FileRecord:
-    return FileRecord(path.stat().st_size, file_digest(path))
-
-
 def write_arrays(state: Path, content: Content, seed: int) -> Manifest:
     """Write the arrays into `state`; returns what they come to.
 
@@ -74,13 +61,13 @@ def write_arrays(state: Path, content: Content, seed: int) -> Manifest:
         longest = max(longest, longest_here)
         names = [array_name(split, name) for name in ARRAYS]
         records[split] = SplitRecord(count, {name: record_of(state / name) for name in names})
-    baselines = {}
-    if content.baselines:
-        mapped = {split: _mapped(state, split) for split in records}
-        baselines = content.baselines(mapped)
+    mapped = {split: _mapped(state, split) for split in records}
     title = content.title
-    if missing := _missing(content, records):
-        title += f", incomplete: {missing}"
+    found = {split: record.samples for split, record in records.items()}
+    if missing := [
+        f"{split} has {found[split]:,} of {n:,} samples" for split, n in content.published.items() if n != found[split]
+    ]:
+        title += f", incomplete: {'; '.join(missing)}"
         print(f"warning: {title}", file=sys.stderr)
     return Manifest(
         task=content.task,
@@ -94,7 +81,7 @@ def write_arrays(state: Path, content: Content, seed: int) -> Manifest:
         held_out=int(records["train"].samples * content.held_out_share),
         source=content.source,
         splits=records,
-        baselines=baselines,
+        baselines=content.baselines(mapped) if content.baselines else {},
     )
 
 
@@ -104,14 +91,6 @@ def publish(out: Path, state: Path, manifest: Manifest) -> None:
         for name in record.files:
             os.replace(state / name, out / name)
     write_atomically(out / MANIFEST, manifest.dump().encode())
-
-
-def _missing(content: Content, records: Mapping[str, SplitRecord]) -> str:
-    return "; ".join(
-        f"{split} has {records[split].samples:,} of {published:,} samples"
-        for split, published in content.published.items()
-        if records[split].samples != published
-    )
 
 
 def _mapped(folder: Path, split: str) -> Split:

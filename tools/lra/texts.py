@@ -14,21 +14,10 @@ import numpy as np
 
 from data.sources.base import DataError
 from data.sources.token_cache import Split
-from tools.lra import listops
-from tools.lra.cache import Content, Sample, record_of
-from tools.lra.files import (
-    ADVICE,
-    FolderDigest,
-    archive_members,
-    below_release,
-    find,
-    label_of,
-    new_source,
-    note,
-    require_md5,
-    shown,
-    table,
-)
+from tools.lra import files, listops
+from tools.lra.cache import Content, Sample
+from tools.lra.files import find, label_of, new_source, note, shown, table
+from tools.prepared_folder import FolderDigest
 
 LONGEST_TEXT = 4000  # bytes of a document that are kept
 
@@ -66,7 +55,7 @@ def listops_symbols(text: bytes, where: str) -> bytes:
 
 def read_listops(path: Path) -> Content:
     """`basic_{train,val,test}.tsv`. Trees must be complete; values are computed anew in val and test."""
-    folder = find("listops", path, below_release(LISTOPS_FOLDER, "basic_train.tsv"), "basic_train.tsv").parent
+    folder = find("listops", path, files.below_release(LISTOPS_FOLDER, "basic_train.tsv"), "basic_train.tsv").parent
     source = new_source("listops-1000")
     for split in LISTOPS_SIZES:
         find("listops", folder, [f"basic_{split}.tsv"], f"basic_{split}.tsv")
@@ -126,7 +115,7 @@ RETRIEVAL_SIZES = {"train": 147_086, "val": 18_090, "test": 17_437}
 def read_retrieval(path: Path) -> Content:
     """`new_aan_pairs.{train,eval,test}.tsv`: label, two ids, two texts; no header, no quoting."""
     first = "new_aan_pairs.train.tsv"
-    folder = find("retrieval", path, below_release("tsv_data", first), first).parent
+    folder = find("retrieval", path, files.below_release("tsv_data", first), first).parent
     source = new_source("tsv_data")
     for name in RETRIEVAL_FILES.values():
         find("retrieval", folder, [f"new_aan_pairs.{name}.tsv"], f"new_aan_pairs.{name}.tsv")
@@ -172,7 +161,7 @@ def read_text(path: Path, seed: int) -> Content:
     for split, entries in reviews.items():
         for label, name in enumerate(IMDB_CLASSES):
             if not any(entry[0] == label for entry in entries):
-                raise DataError(f"{found} holds no reviews in {split}/{name}: {ADVICE['text']}")
+                raise DataError(f"{found} holds no reviews in {split}/{name}: {files.ADVICE['text']}")
         entries.sort()
     order = np.random.default_rng(seed).permutation(len(reviews["train"])).tolist()
     train = [reviews["train"][i] for i in order]
@@ -191,9 +180,9 @@ def read_text(path: Path, seed: int) -> Content:
 
 
 def _imdb_archive(path: Path, source: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
-    require_md5(path, IMDB_ARCHIVE)
-    yield from archive_members(path)
-    note(source, path.name, record_of(path))
+    files.require_md5(path, IMDB_ARCHIVE)
+    yield from files.archive_members(path)
+    note(source, path.name, files.record_of(path))
 
 
 def _imdb_folder(root: Path, source: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
@@ -205,4 +194,4 @@ def _imdb_folder(root: Path, source: dict[str, Any]) -> Iterator[tuple[str, byte
                     data = (folder / name).read_bytes()
                     digest.add(name, data)
                     yield f"{split}/{label}/{name}", data
-            note(source, f"{split}/{label}", digest.record())
+            note(source, f"{split}/{label}", files.record_of_all(digest))
