@@ -61,13 +61,11 @@ def write_arrays(state: Path, content: Content, seed: int) -> Manifest:
         longest = max(longest, longest_here)
         names = [array_name(split, name) for name in ARRAYS]
         records[split] = SplitRecord(count, {name: record_of(state / name) for name in names})
-    mapped = {split: _mapped(state, split) for split in records}
+    baselines = content.baselines({split: _mapped(state, split) for split in records}) if content.baselines else {}
     title = content.title
-    found = {split: record.samples for split, record in records.items()}
-    if missing := [
-        f"{split} has {found[split]:,} of {n:,} samples" for split, n in content.published.items() if n != found[split]
-    ]:
-        title += f", incomplete: {'; '.join(missing)}"
+    sizes = [(split, records[split].samples, published) for split, published in content.published.items()]
+    if missing := "; ".join(f"{split} has {n:,} of {size:,} samples" for split, n, size in sizes if n != size):
+        title += f", incomplete: {missing}"
         print(f"warning: {title}", file=sys.stderr)
     return Manifest(
         task=content.task,
@@ -81,7 +79,7 @@ def write_arrays(state: Path, content: Content, seed: int) -> Manifest:
         held_out=int(records["train"].samples * content.held_out_share),
         source=content.source,
         splits=records,
-        baselines=content.baselines(mapped) if content.baselines else {},
+        baselines=baselines,
     )
 
 
