@@ -122,18 +122,13 @@ def measure(options: argparse.Namespace) -> Outcome:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = common.argument_parser("attention", __doc__ or "", device=True)
+    parser = common.argument_parser("attention", __doc__, device=True)
     add = parser.add_argument
     add("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     add("--shapes", nargs="+", type=_shape, metavar="B,N,h,d", help="default: those of the bars")
     add("--backends", nargs="+", metavar="NAME", help="default: eager, and triton on a GPU")
-    add(
-        "--compile",
-        nargs="?",
-        choices=("first", "all"),
-        const="all",
-        help="also time baseline and backends under torch.compile, at all shapes or only at the first",
-    )
+    what = "also time baseline and backends under torch.compile, at all shapes or only at the first"
+    add("--compile", nargs="?", choices=("first", "all"), const="all", help=what)
     add("--repeats", type=_repeats, default=9, help="timed rounds, at least 9")
     add("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N", help="of the length sweep")
     add("--surroundings", action="store_true", help="with division by scale and position of keys")

@@ -120,9 +120,8 @@ def _peak_mib() -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.argument_parser("attention_maps", __doc__ or "")
+    parser = common.argument_parser("attention_maps", __doc__, repeats=5)
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="CONFIG", help="names in configs/")
-    parser.add_argument("--repeats", type=int, default=5)
     common.run(parser.parse_args(arguments), measure_models, recorded="repeats")
 
 

@@ -74,19 +74,25 @@ class Outcome:
     draw: Callable[[Path], None] | None = None
 
 
+NUMBERS = {"repeats": "timed rounds", "batch_size": "", "image_size": "pixels of a side"}
+
+
 def argument_parser(
-    program: str, doc: str, *, device: bool = False, threads: int | None = None
+    program: str, doc: str | None, *, device: bool = False, threads: int | None = None, **numbers: int
 ) -> argparse.ArgumentParser:
     """A parser with the arguments that programs share, described by the first paragraph of the module's `doc`.
 
-    --device where the program is more than one of a CPU, --threads unless their number is given.
+    --device where the program is more than one of a CPU, --threads unless their number is given, and of NUMBERS those
+    that have a default in `numbers`.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=doc.split("\n\n")[0])
+    parser = argparse.ArgumentParser(f"python -m benchmarks.{program}", description=(doc or "").split("\n\n")[0])
     parser.set_defaults(program=program, device="cpu", threads=threads)
     if device:
         parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     if threads is None:
         parser.add_argument("--threads", type=int, help="default: what PyTorch chooses")
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=NUMBERS[name])
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
     return parser
 

@@ -66,12 +66,9 @@ def measure_models(options: Namespace) -> Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.argument_parser("features", __doc__ or "", device=True)
+    parser = common.argument_parser("features", __doc__, device=True, batch_size=1, image_size=224, repeats=101)
     defaults = ["pola_swin_tiny", "pola_pvt_tiny"]
     parser.add_argument("--models", nargs="+", choices=list_models(), default=defaults, metavar="NAME")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
-    parser.add_argument("--repeats", type=int, default=101, help="timed rounds")
     options = parser.parse_args(arguments)
     common.run(options, measure_models, recorded="batch_size image_size repeats", packages=["timm"])
 

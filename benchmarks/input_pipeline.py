@@ -9,11 +9,13 @@ Images are made from the two photographs that ship with scikit-learn, in a tempo
 
 import argparse
 import io
+import itertools
 import random
 import tempfile
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +107,8 @@ def measure(options: argparse.Namespace) -> Outcome:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = common.argument_parser("input_pipeline", __doc__ or "", threads=1)
+    parser = common.argument_parser("input_pipeline", __doc__, threads=1, batch_size=64, repeats=15)
     parser.add_argument("--images", type=int, default=320, help="that are made and read in each round")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=15, help="timed rounds, at least 9")
     parser.add_argument(
         "--entries", nargs=2, type=int, default=(2000, 20000), metavar=("FEW", "MANY"), help="of the zip files"
     )
@@ -219,23 +219,14 @@ def our_loader(config: CfgNode) -> Batches:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Deviation:
-    """Of uint8 images from what they should be, in grey levels."""
-
-    def __init__(self) -> None:
-        self.counts = np.zeros(256, dtype=np.int64)  # of values, by deviation
-
-    def see(self, image: torch.Tensor, expected: torch.Tensor) -> None:
-        difference = (image.short() - expected.short()).abs()
-        self.counts += torch.bincount(difference.flatten(), minlength=256).numpy()
-
-    def as_json(self) -> dict[str, float]:
-        total = int(self.counts.sum())
-        return {
-            "mean": float(self.counts @ np.arange(256) / total),
-            "max": int(np.flatnonzero(self.counts)[-1]),
-            "share_differing": float(1 - self.counts[0] / total),
-        }
+def deviation_of(counts: np.ndarray) -> dict[str, float]:
+    """Of uint8 images from what they should be, in grey levels; `counts` are the values by how far they are off."""
+    total = int(counts.sum())
+    return {
+        "mean": float(counts @ np.arange(256) / total),
+        "max": int(np.flatnonzero(counts)[-1]),
+        "share_differing": float(1 - counts[0] / total),
+    }
 
 
 def require_correct(folder: Path) -> dict[str, dict[str, float]]:
@@ -252,11 +243,16 @@ def require_correct(folder: Path) -> dict[str, dict[str, float]]:
     )
     source = FolderSource(folder / "plain" / "train")
     prepared = FolderSource(folder / "prepared" / "train")
-    deviations = {what: Deviation() for what in ALLOWED}
+    deviations = {what: np.zeros(256, dtype=np.int64) for what in ALLOWED}
+
+    def see(what: str, image: torch.Tensor, expected: torch.Tensor) -> None:
+        difference = (image.short() - expected.short()).abs()
+        deviations[what] += torch.bincount(difference.flatten(), minlength=256).numpy()
+
     for position in range(len(source.labels)):
         data = Path(source.name(position)).read_bytes()
         image, tensor = decode(data, ""), decode_fast(data, "")
-        deviations["decoding"].see(tensor, _tensor(image))
+        see("decoding", tensor, _tensor(image))
 
         def run(steps: Iterable[Callable], picture: Any, position: int = position) -> torch.Tensor:
             with SampleRandomness(seed=0, draw=Draw(0, position)):
@@ -265,16 +261,16 @@ def require_correct(folder: Path) -> dict[str, dict[str, float]]:
             return _tensor(picture)
 
         for what, count in (("random resized crop", 1), ("flip after it", 2), ("the whole recipe", None)):
-            deviations[what].see(run(fast_steps[:count], tensor), run(exact_steps[:count], image))
-        deviations["ours with pillow against timm's recipe"].see(run(exact_steps, image), run([timm_steps], image))
+            see(what, run(fast_steps[:count], tensor), run(exact_steps[:count], image))
+        see("ours with pillow against timm's recipe", run(exact_steps, image), run([timm_steps], image))
         resized = (
             _tensor(each.resize((224, 224), Image.Resampling.BICUBIC)) for each in (prepared.load(position), image)
         )
-        deviations[f"stored again at short side {SHORT_SIDE}"].see(*resized)
+        see(f"stored again at short side {SHORT_SIDE}", *resized)
     fast_val, exact_val = (build_loaders(config, make_plan(config)).val for config in (fast, exact))
     for (images, _), (expected, _) in zip(fast_val, exact_val, strict=True):
-        deviations["evaluation with DATA.DECODER simplejpeg"].see(images, expected)
-    found = {what: deviation.as_json() for what, deviation in deviations.items()}
+        see("evaluation with DATA.DECODER simplejpeg", images, expected)
+    found = {what: deviation_of(counts) for what, counts in deviations.items()}
     for what, allowed in ALLOWED.items():
         mean, largest = found[what]["mean"], found[what]["max"]
         if allowed is not None and (mean > allowed[0] or largest > allowed[1]):
@@ -312,7 +308,9 @@ def measure_loaders(folder: Path, options: argparse.Namespace) -> dict[str, Any]
         name: baseline_loader(config) if name == BASELINE else our_loader(config) for name, config in configs.items()
     }
     torch.manual_seed(0), random.seed(0), np.random.seed(0)  # the baseline draws from the process's generators
-    seconds = interleaved({name: OnePass(loader).seconds for name, loader in loaders.items()}, options.repeats)
+    seconds = interleaved(
+        {name: partial(one_pass, each, itertools.count()) for name, each in loaders.items()}, options.repeats
+    )
     return {
         name: {
             "images_per_s": Spread.of(1 / each for each in seconds[name]),
@@ -323,27 +321,20 @@ def measure_loaders(folder: Path, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
-class OnePass:
-    """Reads a loader from beginning to end; every call is another epoch."""
-
-    def __init__(self, loader: DataLoader | Batches) -> None:
-        self.loader, self.epoch = loader, 0
-
-    def seconds(self) -> float:
-        """Per image."""
-        if isinstance(self.loader, Batches):
-            self.loader.set_epoch(self.epoch)
-        self.epoch += 1
-        seconds, images = timed(CPU, lambda: sum(len(batch[0]) for batch in self.loader))
-        return seconds / images
+def one_pass(loader: DataLoader | Batches, epochs: Iterator[int]) -> float:
+    """Seconds per image of reading a loader from beginning to end; every call is another epoch."""
+    if isinstance(loader, Batches):
+        loader.set_epoch(next(epochs))
+    seconds, images = timed(CPU, lambda: sum(len(batch[0]) for batch in loader))
+    return seconds / images
 
 
 def measure_steps(folder: Path, options: argparse.Namespace) -> dict[str, Spread]:
     """Milliseconds per image of single steps, over one batch."""
     exact, fast = (configuration(folder / "plain", decoder, options.batch_size) for decoder in ("pillow", "simplejpeg"))
     sources = {name: FolderSource(folder / name / "train") for name in ("plain", "prepared")}
-    count = options.batch_size
-    files = {name: [Path(source.name(i)).read_bytes() for i in range(count)] for name, source in sources.items()}
+    size = options.batch_size
+    files = {name: [Path(source.name(i)).read_bytes() for i in range(size)] for name, source in sources.items()}
     images, tensors = ([decoder(data, "") for data in files["plain"]] for decoder in (decode, decode_fast))
     crop, _, policy, _ = training_transform(exact, image_size(exact)).transforms  # type: ignore[attr-defined]
     fast_crop = training_transform(fast, image_size(fast)).transforms[0]  # type: ignore[attr-defined]
@@ -351,10 +342,10 @@ def measure_steps(folder: Path, options: argparse.Namespace) -> dict[str, Spread
     device_part = TrainBatch(exact, 2, CPU)
     device_part.mixup = None  # on both sides mixing comes later
     batch = torch.stack([_tensor(image) for image in crops])
-    labels = torch.zeros(count, dtype=torch.int64)
+    labels = torch.zeros(size, dtype=torch.int64)
 
     def over(step: Callable, items: Sequence[Any]) -> Callable[[], float]:
-        return lambda: 1e3 * timed(CPU, lambda: [step(item) for item in items])[0] / count
+        return lambda: 1e3 * timed(CPU, lambda: [step(item) for item in items])[0] / size
 
     contenders = {
         "decode, Pillow": over(lambda data: decode(data, ""), files["plain"]),

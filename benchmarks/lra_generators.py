@@ -123,11 +123,10 @@ def measure(options: Namespace) -> Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.argument_parser("lra_generators", __doc__ or "", threads=1)
+    parser = common.argument_parser("lra_generators", __doc__, threads=1, repeats=9)
     parser.add_argument("--samples", type=int, default=100_000, help="of ListOps")
     parser.add_argument("--workers", type=int, default=2, help="processes for ListOps")
     parser.add_argument("--images", type=int, default=100, help="of each contour length, in each round")
-    parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
     common.run(parser.parse_args(arguments), measure, packages=["numpy", "pillow"])
 
 

@@ -215,7 +215,7 @@ def measure(options: Namespace) -> Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.argument_parser("lra_speed", __doc__ or "", device=True)
+    parser = common.argument_parser("lra_speed", __doc__, device=True)
     add = parser.add_argument
     add("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], metavar="N")
     add("--batch-size", type=int, help="default: 2 on a CPU, 32 on a GPU")

@@ -83,25 +83,14 @@ def measure(options: argparse.Namespace) -> Outcome:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = common.argument_parser("model_step", __doc__ or "", device=True)
+    parser = common.argument_parser("model_step", __doc__, device=True, batch_size=8, image_size=224, repeats=9)
     add = parser.add_argument
     add("--models", nargs="+", default=["pola_pvt_t", "pola_swin_t"], help="names of files in configs/")
-    add("--batch-size", type=int, default=8)
-    add("--image-size", type=int, default=224)
     add("--precision", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    add(
-        "--compile",
-        nargs="*",
-        choices=tuple(OPS),
-        help="also whole models under torch.compile, ours (the default) or the baseline's too: minutes each",
-    )
-    add("--repeats", type=int, default=9, help="timed rounds")
-    add(
-        "--timm-sizes",
-        nargs="*",
-        type=int,
-        help="image sizes at which Pola-Swin-T trains against timm's Swin-T; default: 224 and 512 on a GPU, else none",
-    )
+    what = "also whole models under torch.compile, ours (the default) or the baseline's too: minutes each"
+    add("--compile", nargs="*", choices=tuple(OPS), help=what)
+    what = "image sizes at which Pola-Swin-T trains against timm's Swin-T; default: 224 and 512 on a GPU, else none"
+    add("--timm-sizes", nargs="*", type=int, help=what)
     add("--timm-batch-size", type=int, default=128, help="halved until it fits the GPU's memory")
     options = parser.parse_args(arguments)
     if options.compile is None:

@@ -11,11 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
-import zipfile
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +22,8 @@ from PIL import Image
 from benchmarks import common
 from benchmarks.common import CPU, ROOT, Bar, Outcome, Spread, WrongResultError
 from models import build_model
+from utils.predictions import Predictions
+from utils.predictions import write_predictions as store_predictions
 
 SECONDS_BAR = 10.0
 SIZE_BAR_MB = 8.0
@@ -75,28 +75,17 @@ def write_predictions(
     k = min(5, classes)
     guesses = (np.where(right, label, neighbour)[:, None] + np.arange(k)) % classes
     probability = np.sort(draw.dirichlet(np.ones(k + 1), images)[:, :k], axis=1)[:, ::-1].astype(np.float32)
-    names = [f"n{number:08d}" for number in range(classes)]
-    arrays = {
-        "index": np.arange(images),
-        "label": label,
-        "top5": guesses,
-        "probability": probability,
-        "loss": np.where(right, 0.3, 3.0).astype(np.float32) * draw.gamma(2, 0.5, images).astype(np.float32),
-        "file": np.array([f"val/{names[c]}/ILSVRC2012_val_{i:08d}.JPEG" for i, c in enumerate(label.tolist())]),
-        "classes": np.array(names),
-        "epoch": np.int64(EPOCHS),
-        "checkpoint": np.str_("max_acc.pth"),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    store_arrays(folder / "predictions.npz", arrays)
-
-
-def store_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write an .npz, whose arrays may also be called `file`, as an argument of numpy.savez is."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w") as file:
-                np.lib.format.write_array(file, np.asarray(array))
+    names = tuple(f"n{number:08d}" for number in range(classes))
+    predictions = Predictions(
+        index=np.arange(images),
+        label=label,
+        top5=guesses,
+        probability=probability,
+        loss=np.where(right, 0.3, 3.0).astype(np.float32) * draw.gamma(2, 0.5, images).astype(np.float32),
+        file=np.array([f"val/{names[c]}/ILSVRC2012_val_{i:08d}.JPEG" for i, c in enumerate(label.tolist())]),
+    )
+    written = folder / "predictions.npz"
+    store_predictions(written, predictions, root="", classes=names, epoch=EPOCHS, checkpoint="max_acc.pth")
 
 
 def write_run(folder: Path, root: Path) -> None:
@@ -157,8 +146,7 @@ def measure(options: Namespace) -> Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.argument_parser("report", __doc__ or "")
-    parser.add_argument("--repeats", type=int, default=3, help="reports that are timed")
+    parser = common.argument_parser("report", __doc__, repeats=3)
     common.run(parser.parse_args(arguments), measure, recorded="repeats")
 
 

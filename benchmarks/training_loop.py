@@ -189,12 +189,10 @@ def measure(options: Namespace) -> Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.argument_parser("training_loop", __doc__ or "")
+    parser = common.argument_parser("training_loop", __doc__, batch_size=1, repeats=9)
     add = parser.add_argument
     add("--steps", type=int, default=100, help="steps of a timed loop of the small model")
-    add("--repeats", type=int, default=9, help="timed rounds of the small model")
-    add("--checkpoint-repeats", type=int, default=5, help="timed rounds of 100 steps; 0 leaves them out")
-    add("--batch-size", type=int, default=1, help="of Pola-PVT-T")
+    add("--checkpoint-repeats", type=int, default=5, help="timed rounds of Pola-PVT-T; 0: none")
     common.run(parser.parse_args(arguments), measure)
 
 

@@ -7,9 +7,9 @@ import timm
 from yacs.config import CfgNode
 
 from config import image_size, load_config
+from data.imagenet import readable_names
 from models import model_arguments
 from models.registry import VARIANTS
-from tools.class_names import readable_names
 from tools.pages import render_page
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -29,13 +29,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from config import evaluation_config, image_size
+from data.imagenet import readable_names
 from data.sources.base import DataError, Picture, UnreadableImage, decode
 from data.transforms import Normalise, evaluation_transform
 from models import build_model
 from models.classifier import Classifier
 from models.loading import load_resized
 from tools.checkpoints import LoadedModel, add_checkpoint_arguments, find_images, open_checkpoint
-from tools.class_names import readable_names
 from tools.command_line import answer, program, whole
 from utils.files import file_digest
 from utils.precision import autocast, autocast_dtype, exact_float32

@@ -4,7 +4,7 @@ python tools/prepare_lra.py listops --out DIR                            generat
 python tools/prepare_lra.py listops --out DIR --samples 20000 2000 2000 --min-length 0 --max-length 65 --max-depth 3
 python tools/prepare_lra.py pathfinder --out DIR --images 20000          generate Pathfinder images
 python tools/prepare_lra.py pathfinder --out DIR --source lra_release    convert the release's
-python tools/prepare_lra.py text --source aclImdb_v1.tar.gz --out DIR    convert what you downloaded
+python tools/prepare_lra.py text --source aclImdb_v1.tar.gz --out data/imdb    convert what you downloaded
 python tools/prepare_lra.py fashion-mnist --out DIR                      a stand-in for image, from Debian's package
 
 Generated data is also left in the release's own files. It is the same for every number of workers. An interrupted
