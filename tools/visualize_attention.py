@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a file: the repository root is not on the path then
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -166,27 +167,19 @@ def _layer_rows(
         for head in [None] if chosen is None else chosen:
             assert not isinstance(head, str)
             weights = layer.rows(queries, head=head, stream=stream, depthwise=depthwise)[0].mean(dim=0)
-            panels = [
-                Panel(_panel(base, pixels, layer, row, depthwise, point), f"query {number}", _range(row, depthwise))
-                for number, (point, row) in enumerate(zip(points, weights, strict=True), start=1)
-            ]
+            shown = {f"query {number}": row for number, row in enumerate(weights, start=1)}
             if not depthwise:
-                received = layer.received(head=head, stream=stream)[0].mean(dim=0)
-                panels.append(
-                    Panel(_panel(base, pixels, layer, received, False), "all queries", _range(received, False))
-                )
+                shown["all queries"] = layer.received(head=head, stream=stream)[0].mean(dim=0)
+            gamma = SIGNED_GAMMA if depthwise else 1.0
+            panels = [
+                Panel(paint(base, key_map(layer, row), gamma=gamma), where, _range(row, depthwise))
+                for where, row in shown.items()
+            ]
+            for panel, point in zip(panels, points, strict=False):  # all queries have no ring
+                _ring(panel.picture, point, pixels)
             uniform = 1 / layer.k.shape[3]
             rows.append(Row(layer.name, layer.kind, layer.key_grid, head, name, uniform, panels))
     return rows
-
-
-def _panel(
-    base: np.ndarray, pixels: Tensor, layer: LayerRecord, weights: Tensor, depthwise: bool, point: Point | None = None
-) -> Image.Image:
-    picture = paint(base, key_map(layer, weights), gamma=SIGNED_GAMMA if depthwise else 1.0)
-    if point is not None:
-        _ring(picture, point, pixels)
-    return picture
 
 
 def _ring(picture: Image.Image, point: Point, pixels: Tensor, number: int | None = None) -> None:
@@ -237,35 +230,34 @@ def draw_grid(page: Page) -> Image.Image:
     columns = max(len(row.panels) for row in page.rows)
     pitch = max(height, SMALLEST_SIZE) + caption + gap
     top = margin + max(height, SMALLEST_SIZE) + 2 * margin
-    canvas = Image.new(
-        "RGB",
-        (2 * margin + label + columns * (width + gap) - gap, top + len(page.rows) * pitch + margin),
-        "#ffffff",
-    )
+    size = (2 * margin + label + columns * (width + gap) - gap, top + len(page.rows) * pitch + margin)
+    canvas = Image.new("RGB", size, "#ffffff")
     draw = ImageDraw.Draw(canvas)
+
+    def text(x: float, y: float, words: str, size: int, fill: str, *, bold: bool = False, **named: Any) -> None:
+        draw.text((x, y), words, fill=fill, font=_font(size, bold), **named)
+
     canvas.paste(page.picture, (margin + label, margin))
     x = margin + label + width + 16
-    draw.text((margin, margin), page.name, fill="#111111", font=_font(15, bold=True))
-    draw.text((x, margin), "\n".join(page.prediction.split(", ")), fill="#333333", font=_font(13), spacing=6)
+    text(margin, margin, page.name, 15, "#111111", bold=True)
+    text(x, margin, page.prediction.replace(", ", "\n"), 13, "#333333", spacing=6)
     legend = Image.fromarray((COLOURS(np.linspace(0, 1, 180))[None, :, :3] * 255).astype(np.uint8)).resize((180, 12))
     canvas.paste(legend, (x, top - 74))
-    draw.text((x, top - 57), "−largest", fill="#333333", font=_font(11))
-    draw.text((x + 90, top - 57), "0", fill="#333333", font=_font(11), anchor="ma")
-    draw.text((x + 180, top - 57), "largest", fill="#333333", font=_font(11), anchor="ra")
-    for number, row in enumerate(page.rows):
-        y = top + number * pitch
-        first = number == 0 or page.rows[number - 1].layer != row.layer
-        if first:
-            draw.line((margin, y - gap, canvas.width - margin, y - gap), fill="#bbbbbb")
-            draw.text((margin, y), row.layer, fill="#111111", font=_font(14, bold=True))
-            draw.text((margin, y + 20), f"{row.kind}, {row.grid[0]}×{row.grid[1]} keys", "#555555", _font(12))
-        draw.text((margin, y + 52), row.stream.replace("+", "\n+ "), fill="#111111", font=_font(14), spacing=4)
-        note = f"{row.head_name}\nuniform {row.uniform * 100:.2g} %"
-        draw.text((margin, y + 94), note, fill="#555555", font=_font(12), spacing=4)
-        for column, panel in enumerate(row.panels):
-            left = margin + label + column * (width + gap)
-            canvas.paste(panel.picture, (left, y))
-            draw.text((left, y + height + 3), panel.caption, fill="#333333", font=_font(12))
+    for place, words, anchor in ((0, "−largest", "la"), (90, "0", "ma"), (180, "largest", "ra")):
+        text(x + place, top - 57, words, 11, "#333333", anchor=anchor)
+    y = top
+    for rows in page.layers:
+        draw.line((margin, y - gap, canvas.width - margin, y - gap), fill="#bbbbbb")
+        text(margin, y, rows[0].layer, 14, "#111111", bold=True)
+        text(margin, y + 20, f"{rows[0].kind}, {rows[0].grid[0]}×{rows[0].grid[1]} keys", 12, "#555555")
+        for row in rows:
+            text(margin, y + 52, row.stream.replace("+", "\n+ "), 14, "#111111", spacing=4)
+            text(margin, y + 94, f"{row.head_name}\nuniform {row.uniform * 100:.2g} %", 12, "#555555", spacing=4)
+            for column, panel in enumerate(row.panels):
+                left = margin + label + column * (width + gap)
+                canvas.paste(panel.picture, (left, y))
+                text(left, y + height + 3, panel.caption, 12, "#333333")
+            y += pitch
     return canvas
 
 

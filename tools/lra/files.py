@@ -90,7 +90,7 @@ class Line(NamedTuple):
     columns: list[bytes]
 
 
-def table(path: Path, name: str, columns: int, source: dict[str, Any]) -> Iterator[Line]:
+def table(path: Path, columns: int, source: dict[str, Any]) -> Iterator[Line]:
     """The lines of a tab-separated file: no quoting, and fields of any length.
 
     The file's digest is noted in `source` at the end. Raises DataError for a line with another number of columns. A
@@ -111,7 +111,7 @@ def table(path: Path, name: str, columns: int, source: dict[str, Any]) -> Iterat
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if not line.endswith(b"\n"):
         tqdm.write(f"warning: {where} ends without a newline; is the file truncated?", file=sys.stderr)
-    note(source, name, FileRecord(size, digest.hexdigest()))
+    note(source, path.name, FileRecord(size, digest.hexdigest()))
 
 
 def label_of(text: bytes, classes: int, where: str) -> int:
