@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from yacs.config import CfgNode
 
 from config import load_config
 from utils.curves import PALETTE, plain_axes
 from utils.environment import commit, cpu_field
+from utils.precision import autocast
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -258,6 +261,29 @@ def interleaved_seconds(
 ) -> dict[Name, list[float]]:
     """Of every call on the device, by round."""
     return interleaved({name: partial(seconds, device, call) for name, call in calls.items()}, repeats, warmup)
+
+
+class TrainingStep:
+    """Forward pass under autocast, cross entropy, backward pass and update on a fixed batch; one call is one step."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor, dtype: torch.dtype
+    ) -> None:
+        self.model, self.optimizer, self.inputs, self.labels = model, optimizer, inputs, labels
+        self.autocast_dtype = None if dtype == torch.float32 else dtype
+
+    def attention(self) -> AbstractContextManager[object]:
+        """What the forward pass runs in."""
+        return nullcontext()
+
+    def forward(self) -> Tensor:
+        with self.attention(), autocast(self.inputs.device, self.autocast_dtype):
+            return self.model(self.inputs)
+
+    def __call__(self) -> None:
+        cross_entropy(self.forward().float(), self.labels).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:

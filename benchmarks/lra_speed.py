@@ -10,6 +10,7 @@ which would keep softmax from its fused kernel. A gate comes first: padding that
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
 from benchmarks import common
 from benchmarks.common import DTYPES, MEBIBYTE, Bar, Outcome, Spread, WrongResultError, interleaved_seconds, ratios
 from models import build_model
 from models.classifier import TrainableModel
-from utils.precision import autocast
 
 PLAIN = "MODEL.LA.GATE False MODEL.LRA.LEARN_SCALE False"
 UNMASKED, FLASH = "polarity, no mask", "softmax, no mask (flash)"
@@ -68,28 +68,20 @@ def gate(length: int, device: torch.device) -> None:
             raise WrongResultError(f"{kind}: padding changes the result by {(short - padded).abs().max():.2g}")
 
 
-class Steps:
-    """Full training steps of one kind at one length, on ids that end in a little padding."""
+class Steps(common.TrainingStep):
+    """Of one kind at one length, on ids that end in a little padding."""
 
     def __init__(
         self, kind: str, length: int, batch_size: int, alpha: float, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.kind, self.device, self.dtype = kind, device, dtype
-        self.model = build(kind, length, alpha, device).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-        self.ids = torch.randint(1, 257, (batch_size, length), device=device)
-        self.ids[:, length - length // 32 :] = 0
-        self.labels = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.kind, model = kind, build(kind, length, alpha, device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+        ids = torch.randint(1, 257, (batch_size, length), device=device)
+        ids[:, length - length // 32 :] = 0
+        super().__init__(model, optimizer, ids, torch.zeros(batch_size, dtype=torch.long, device=device), dtype)
 
-    def __call__(self) -> None:
-        with (
-            sdpa_kernel(backends(self.kind)),
-            autocast(self.device, None if self.dtype == torch.float32 else self.dtype),
-        ):
-            loss = cross_entropy(self.model(self.ids), self.labels)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def attention(self) -> AbstractContextManager[None]:
+        return sdpa_kernel(backends(self.kind))
 
 
 def backends(kind: str) -> list[SDPBackend]:

@@ -10,13 +10,13 @@ import argparse
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from yacs.config import CfgNode
 
 from benchmarks import common
@@ -26,7 +26,7 @@ from models import build_model
 from models.classifier import Classifier
 from models.ops.polarity_attention import polarity_attention
 from optimizer import build_optimizer
-from utils.precision import autocast, exact_float32
+from utils.precision import exact_float32
 
 TIMM_SWIN = "swin_tiny_patch4_window7_224"
 OPS: dict[str, Callable[..., Tensor]] = {"baseline": literal_polarity_attention, "ours": polarity_attention}
@@ -107,28 +107,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Trainer:
-    """A copy of a model with its optimizer, and one training step of it on a fixed batch."""
+class Trainer(common.TrainingStep):
+    """Of a copy of a model with its optimizer, whose attention is that of one side."""
 
     def __init__(
         self, model: nn.Module, config: CfgNode, images: Tensor, side: str, precision: str, compiled: bool = False
     ) -> None:
-        self.bare_model = copy.deepcopy(model).to(images.device).train()
-        self.model = torch.compile(self.bare_model) if compiled else self.bare_model
-        self.optimizer = build_optimizer(config, cast(Classifier, self.bare_model))  # or timm's, alike in what it reads
-        self.images = images
-        self.labels = torch.arange(len(images), device=images.device)
-        self.op = OPS[side]
-        self.dtype = None if precision == "float32" else DTYPES[precision]
+        self.bare_model, self.op = copy.deepcopy(model).to(images.device).train(), OPS[side]
+        optimizer = build_optimizer(config, cast(Classifier, self.bare_model))  # or timm's, alike in what it reads
+        labels = torch.arange(len(images), device=images.device)
+        model = cast(nn.Module, torch.compile(self.bare_model)) if compiled else self.bare_model
+        super().__init__(model, optimizer, images, labels, DTYPES[precision])
 
-    def forward(self) -> Tensor:
-        with patched_model_attention(self.op), autocast(self.images.device, self.dtype):
-            return self.model(self.images)
-
-    def step(self) -> None:
-        F.cross_entropy(self.forward().float(), self.labels).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def attention(self) -> AbstractContextManager[None]:
+        return patched_model_attention(self.op)
 
     def logits(self) -> Tensor:
         """In evaluation mode, where no stochastic depth is in the way."""
@@ -201,16 +193,15 @@ def measure_compiled(setting: Setting, side: str, precision: str) -> dict[str, A
         for each in dict.fromkeys(["float32", precision])
     }
     compiled = Trainer(model, config, images, side, precision, compiled=True)
-    first_step = common.seconds(images.device, compiled.step)
+    first_step = common.seconds(images.device, compiled)
     contenders[side, precision, True] = compiled
     return {**step_record(setting, contenders), "first_compiled_step_s": first_step}
 
 
 def step_record(setting: Setting, contenders: Mapping[tuple[str, str, bool], Trainer]) -> dict[str, Any]:
     """Time all contenders, by (side, precision, compiled), interleaved."""
-    calls = {key: trainer.step for key, trainer in contenders.items()}
     device = torch.device(setting.device)
-    samples = common.interleaved_seconds(device, calls, setting.repeats, warmup=3 if device.type == "cuda" else 1)
+    samples = common.interleaved_seconds(device, contenders, setting.repeats, warmup=3 if device.type == "cuda" else 1)
     steps = [
         {
             "side": side,
@@ -249,8 +240,7 @@ def _measure_against_timm(setting: Setting) -> dict[str, Any]:
         setting.model: Trainer(build_model(config), config, images, "ours", "bfloat16"),
         TIMM_SWIN: Trainer(swin, config, images, "ours", "bfloat16"),
     }
-    calls = {name: trainer.step for name, trainer in contenders.items()}
-    samples = common.interleaved_seconds(images.device, calls, setting.repeats, warmup=3)
+    samples = common.interleaved_seconds(images.device, contenders, setting.repeats, warmup=3)
     rates = {name: Spread.of(setting.batch_size / each for each in seconds) for name, seconds in samples.items()}
     ratio = ratios(samples[TIMM_SWIN], samples[setting.model])
     return {**asdict(setting), "precision": "bfloat16", "images_per_s": rates, "ratio": ratio}

@@ -299,7 +299,11 @@ def write_page(runs: Sequence[TrainingRun], docs: Path, jobs: int) -> Path:
         busy=sum(entry["load"] > jobs + 1 for entry in times),
         timed=len(times),
         variants=[VARIANTS[name] for name in dict.fromkeys(run.variant for run in runs)],
-        settings=[_setting(next(r for r in runs if r.dataset == dataset)) for dataset in results],
+        settings=[
+            (DATASETS[each], config, image_size(config))
+            for each in results
+            for config in [next(run.config for run in runs if run.dataset == each)]
+        ],
         device=machine["cpu"] or "CPU",
         torch=machine["torch"],
         git_revision=machine["commit"],
@@ -309,19 +313,6 @@ def write_page(runs: Sequence[TrainingRun], docs: Path, jobs: int) -> Path:
     path = docs / "ablation.md"
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def _setting(run: TrainingRun) -> str:
-    config = run.config
-    height, width = image_size(config)
-    share, steps = config.DATA.TRAIN_FRACTION, config.TRAIN.STEPS
-    duration = f"{config.TRAIN.EPOCHS} epochs" if steps is None else f"{steps} steps"
-    return (
-        f"{DATASETS[run.dataset]} at {height}×{width} pixels, "
-        + (f"{share:.0%} of the training images, " if share < 1 else "")
-        + f"{duration}, batch {config.DATA.BATCH_SIZE}, peak learning rate"
-        f" {config.TRAIN.BASE_LR * config.DATA.BATCH_SIZE / 512:g}"
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
