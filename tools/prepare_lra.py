@@ -109,17 +109,14 @@ def _listops_job(options: argparse.Namespace) -> Job:
 
     def content(state: Path) -> Content:
         made = read_listops(generate_listops(options.out, state, parameters, samples, seed, options.workers))
-        made.title = f"ListOps (regenerated, seed {seed})"
+        words = "regenerated"
         if parameters != listops.Parameters():
-            made.title = (
-                f"ListOps (regenerated with lengths {parameters.min_length + 1} to {parameters.max_length - 1}, depth"
-                f" {parameters.max_depth}, up to {parameters.max_args} arguments, seed {seed})"
-            )
-        made.source = _generator("listops", listops.VERSION, settings, made.source)
-        made.sizes, made.published = samples, {}
+            words += f" with lengths {parameters.min_length + 1} to {parameters.max_length - 1}, depth"
+            words += f" {parameters.max_depth}, up to {parameters.max_args} arguments"
+        made.title, made.sizes = f"ListOps ({words}, seed {seed})", samples
         return made
 
-    return Job("listops", {"version": listops.VERSION, **settings}, seed, content, generated=True)
+    return _generated("listops", listops.VERSION, settings, content)
 
 
 def _pathfinder_job(options: argparse.Namespace) -> Job:
@@ -141,15 +138,24 @@ def _pathfinder_job(options: argparse.Namespace) -> Job:
     def content(state: Path) -> Content:
         root = generate_pathfinder(options.out, parameters, images, seed, options.workers)
         made = read_pathfinder(root, folder, parameters.contour_length, seed, options.workers)
-        contrast = f", target contrast {parameters.target_contrast:g}"
-        made.title += (
-            f" (regenerated{contrast if parameters.target_contrast != 0.75 else ''}, {images:,} images, seed {seed})"
-        )
-        made.source = _generator("pathfinder", pathfinder.VERSION, settings, made.source)
-        made.published = {}
+        contrast = f", target contrast {parameters.target_contrast:g}" if parameters.target_contrast != 0.75 else ""
+        made.title += f" (regenerated{contrast}, {images:,} images, seed {seed})"
         return made
 
-    return Job("pathfinder", {"version": pathfinder.VERSION, **settings}, seed, content, generated=True)
+    return _generated("pathfinder", pathfinder.VERSION, settings, content)
+
+
+def _generated(task: str, version: int, settings: dict[str, Any], read: Callable[[Path], Content]) -> Job:
+    """What is read back from the files that were made; the manifest's source are parameters and these files."""
+
+    def content(state: Path) -> Content:
+        made = read(state)
+        parameters = {key: value for key, value in settings.items() if key != "seed"}
+        about = {"kind": "generator", "generator": task, "version": version, "parameters": parameters}
+        made.source, made.published = {**about, "files": made.source["files"]}, {}
+        return made
+
+    return Job(task, {"version": version, **settings}, settings["seed"], content, generated=True)
 
 
 def _conversion(
@@ -169,13 +175,6 @@ def _converted(task: str, options: argparse.Namespace, read: Callable[[Path], Co
         raise DataError(f"{task} needs --source: {ADVICE[task]}")
     settings = {"source": str(options.source.resolve()), **settings}
     return Job(task, settings, settings.get("seed", 0), lambda state: read(options.source))
-
-
-def _generator(name: str, version: int, settings: dict[str, Any], read: dict[str, Any]) -> dict[str, Any]:
-    """The manifest's source of generated data: parameters, and the files that came of them."""
-    parameters = {key: value for key, value in settings.items() if key != "seed"}
-    made = {"kind": "generator", "generator": name, "version": version}
-    return {**made, "parameters": parameters, "files": read["files"]}
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
