@@ -9,7 +9,6 @@ Letters: B batch, N tokens (as many queries as keys), h heads, d channels per he
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,27 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import common
 from benchmarks.baseline import literal_polarity_attention
-from benchmarks.common import (
-    DTYPES,
-    MEBIBYTE,
-    Bar,
-    Spread,
-    WrongResultError,
-    argument_parser,
-    copy_bandwidth,
-    environment,
-    gated,
-    interleaved,
-    prepare_process,
-    print_bars,
-    print_table,
-    ratios,
-    relative_error,
-    saved_bytes,
-    timed,
-    write_result,
-)
+from benchmarks.common import DTYPES, MEBIBYTE, Bar, Outcome, Spread, WrongResultError, interleaved, ratios, timed
 from models.ops.polarity_attention import polarity_attention
 from utils.precision import autocast, exact_float32
 
@@ -52,18 +33,15 @@ SHAPES: dict[str, list[Shape]] = {
 BACKENDS = {"cpu": ["eager"], "cuda": ["eager", "triton"]}
 LENGTHS = [2**power for power in range(8, 17)]
 HEADS_OF_LENGTHS = (3, 32)
+OF_LENGTHS = f"(1, N, {HEADS_OF_LENGTHS[0]}, {HEADS_OF_LENGTHS[1]})"
 # The length sweep leaves out softmax attention from where one forward and backward pass would take longer.
 SOFTMAX_SECONDS = 2.0
+LABELS = {"baseline": "literal formulation", "softmax": "softmax (SDPA)"}  # in the picture
 # Queries and keys of the correctness gate: neither divides by a block size, and they differ.
 GATE_BATCH, GATE_QUERIES, GATE_KEYS = 2, 500, 333
 
 # Forward + backward of the eager backend over the baseline, float32, two cores.
-CPU_SPEEDUPS: dict[Shape, float] = {
-    (8, 3136, 3, 32): 2.4,
-    (8, 3136, 1, 64): 2.4,
-    (8, 784, 6, 32): 2.0,
-    (8, 196, 5, 64): 2.0,
-}
+CPU_SPEEDUPS: dict[Shape, float] = dict(zip(SHAPES["cpu"], (2.4, 2.4, 2.0, 2.0), strict=True))
 CPU_COMPILED_SPEEDUPS: dict[Shape, float] = {(8, 3136, 3, 32): 4.0}
 GPU_SHAPE: Shape = (128, 3136, 3, 32)  # of the bars against memory floor and baseline, bfloat16
 SAVED_BYTES_RATIO = 0.25
@@ -80,66 +58,81 @@ class Seconds(NamedTuple):
         return self.forward + self.backward
 
 
+class Setting(NamedTuple):
+    """What every measurement needs to know."""
+
+    backends: Mapping[str, Op]
+    dtype: torch.dtype
+    device: torch.device
+    repeats: int
+    surroundings: bool
+    graphs: bool
+
+    def contender(self, function: Op, inputs: Mapping[str, Tensor]) -> "Contender":
+        return (GraphedContender if self.graphs else Contender)(function, inputs, self.dtype)
+
+    def contenders(self, shape: Shape, ops: Mapping[str, Op], *, softmax: bool) -> "dict[str, Contender]":
+        """Each op on the same inputs, and softmax attention."""
+        inputs = make_inputs(shape, self.dtype, self.device, surroundings=self.surroundings)
+        contenders = {name: self.contender(op, inputs) for name, op in ops.items()}
+        if softmax:
+            contenders["softmax"] = self.contender(softmax_attention, {name: inputs[name] for name in "qkv"})
+        return contenders
+
+    def samples(self, contenders: "Mapping[common.Name, Contender]") -> dict[common.Name, list[Seconds]]:
+        return interleaved({name: contender.seconds for name, contender in contenders.items()}, self.repeats)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Gate, measure, print, write. Exits with the reason, before anything is timed, when the gate finds an error."""
     options = parse_arguments(arguments)
-    prepare_process(options.threads)
+    recorded = "dtype backends repeats surroundings"
+    common.run(options, measure, recorded=recorded, variant=f"-{options.dtype}")
+
+
+def measure(options: argparse.Namespace) -> Outcome:
+    """Gate, then all shapes, lengths and growth, a table of each."""
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     backends: dict[str, Op] = {name: partial(polarity_attention, backend=name) for name in options.backends}
-    with gated():
-        errors = {
-            f"{h} heads of {d}": require_correct(backends, (h, d), dtype, device) for _, _, h, d in options.shapes
-        }
-        print_gate(errors)
-        copied = copy_bandwidth(device)
-        print(f"\nmeasured copy: {copied.text(1e-9)} GB/s, bytes read and written", flush=True)
-        shapes = []
-        for index, shape in enumerate(options.shapes):
-            compiled = options.compile == "all" or (options.compile == "first" and index == 0)
-            shapes.append(measure_shape(shape, backends, dtype, device, options, compiled, copied.median))
-            print_shape(shapes[-1])
-    lengths = measure_lengths(options.lengths, backends, dtype, device, options)
+    graphs = device.type == "cuda" and options.graphs
+    setting = Setting(backends, dtype, device, options.repeats, options.surroundings, graphs)
+    errors = {f"{h} heads of {d}": require_correct(backends, (h, d), dtype, device) for _, _, h, d in options.shapes}
+    print_gate(errors)
+    copied = common.copy_bandwidth(device)
+    print(f"\nmeasured copy: {copied.text(1e-9)} GB/s, bytes read and written", flush=True)
+    shapes = []
+    for index, shape in enumerate(options.shapes):
+        compiled = options.compile == "all" or (options.compile == "first" and index == 0)
+        shapes.append(measure_shape(shape, setting, compiled, copied.median))
+        print_shape(shapes[-1])
+    setting = setting._replace(surroundings=False)
+    lengths = measure_lengths(options.lengths, setting)
     print_lengths(lengths)
-    bars = [bar for record in shapes for bar in shape_bars(record, device, options.dtype)]
-    growth = measure_growth(backends, dtype, device, options) if set(GROWTH) <= set(options.lengths) else {}
-    bars += growth_bars(growth)
-    print_bars(bars)
-
-    variant = f"-{options.dtype}"
+    growth = measure_growth(setting) if set(GROWTH) <= set(options.lengths) else {}
+    bars = [bar for record in shapes for bar in shape_bars(record, device, options.dtype)] + growth_bars(growth)
     content = {
-        "dtype": options.dtype,
-        "backends": options.backends,
-        "repeats": options.repeats,
-        "surroundings": options.surroundings,
-        "cuda_graphs": device.type == "cuda" and options.graphs,
+        "cuda_graphs": graphs,
         "gate": errors,
-        "copy_bytes_per_s": asdict(copied),
+        "copy_bytes_per_s": copied,
         "shapes": shapes,
         "lengths": lengths,
         "growth": growth,
     }
-    path = write_result(options.output, "attention", device, content, bars, variant=variant)
-    picture = path.with_suffix(".png")
-    draw_lengths(lengths, picture, f"{environment(device)['device_name']}, {options.dtype}")
-    print(f"\nwrote {path.name} and {picture.name} to {options.output}")
+    title = f"(B, N, h, d) = {OF_LENGTHS}, {common.environment(device)['device_name']}, {options.dtype}"
+    return Outcome(content, bars, partial(draw_lengths, lengths, title))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argument_parser("attention", __doc__, device=True)
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="B,N,h,d", help="default: those of the bars")
-    parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: eager, and triton on a GPU")
-    parser.add_argument(
-        "--compile",
-        nargs="?",
-        choices=("first", "all"),
-        const="all",
-        help="also time baseline and backends under torch.compile, at all shapes or only at the first",
-    )
-    parser.add_argument("--repeats", type=_repeats, default=9, help="timed rounds, at least 9")
-    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N", help="of the length sweep")
-    parser.add_argument("--surroundings", action="store_true", help="with division by scale and position of keys")
-    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="on a GPU, time without CUDA graphs")
+    parser = common.argument_parser("attention", __doc__, device=True)
+    add = parser.add_argument
+    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+    add("--shapes", nargs="+", type=_shape, metavar="B,N,h,d", help="default: those of the bars")
+    add("--backends", nargs="+", metavar="NAME", help="default: eager, and triton on a GPU")
+    what = "also time baseline and backends under torch.compile, at all shapes or only at the first"
+    add("--compile", nargs="?", choices=("first", "all"), const="all", help=what)
+    add("--repeats", type=_repeats, default=9, help="timed rounds, at least 9")
+    add("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N", help="of the length sweep")
+    add("--surroundings", action="store_true", help="with division by scale and position of keys")
+    add("--no-graphs", dest="graphs", action="store_false", help="on a GPU, time without CUDA graphs")
     options = parser.parse_args(arguments)
     options.dtype = options.dtype or {"cpu": "float32", "cuda": "bfloat16"}[options.device]
     options.shapes = options.shapes or SHAPES[options.device]
@@ -224,7 +217,7 @@ class Contender:
     def saved_bytes(self) -> int:
         """For the backward pass; exponent, scale and position are parameters and not counted."""
         parameters = [tensor for name, tensor in self.inputs.items() if name in ("exponent", "scale", "position")]
-        return saved_bytes(self.forward, excluded=parameters)
+        return common.saved_bytes(self.forward, excluded=parameters)
 
     def peak_bytes(self) -> int | None:
         """Most memory that both passes need beyond the inputs, on a GPU; None on a CPU, which does not count it."""
@@ -296,7 +289,7 @@ def require_correct(
                 results = _results(contender)
             for tensor, result in results.items():
                 key = f"{tensor}, with scale and position" if surroundings else tensor
-                entry = {"error": relative_error(result, expected[tensor])}
+                entry = {"error": common.relative_error(result, expected[tensor])}
                 errors[name][key] = entry
                 if name == "baseline":
                     continue
@@ -321,51 +314,36 @@ def _results(contender: Contender) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def measure_shape(
-    shape: Shape,
-    backends: Mapping[str, Op],
-    dtype: torch.dtype,
-    device: torch.device,
-    options: argparse.Namespace,
-    compiled: bool,
-    copy_bytes_per_s: float,
-) -> dict[str, Any]:
+def measure_shape(shape: Shape, setting: Setting, compiled: bool, copy_bytes_per_s: float) -> dict[str, Any]:
     """Times, ratios over the baseline, bytes per second and bytes saved of all contenders at one shape."""
-    B, N, h, d = shape
-    ops: dict[str, Op] = {"baseline": literal_polarity_attention, **backends}
+    (B, N, h, d), dtype, device = shape, setting.dtype, setting.device
+    ops: dict[str, Op] = {"baseline": literal_polarity_attention, **setting.backends}
     if compiled:
-        compiled_backends = {name: torch.compile(op, fullgraph=True) for name, op in backends.items()}
-        require_correct(compiled_backends, (h, d), dtype, device, (options.surroundings,))
+        compiled_backends = {name: torch.compile(op, fullgraph=True) for name, op in setting.backends.items()}
+        require_correct(compiled_backends, (h, d), dtype, device, (setting.surroundings,))
         torch.compiler.reset()  # so that the timed shape is compiled for itself, not as a second one with dynamic sizes
         ops |= {f"{name}, compiled": torch.compile(op, fullgraph=True) for name, op in ops.items()}
-    make = GraphedContender if device.type == "cuda" and options.graphs else Contender
-    inputs = make_inputs(shape, dtype, device, surroundings=options.surroundings)
-    contenders = {name: make(op, inputs, dtype) for name, op in ops.items()}
-    contenders["softmax"] = make(softmax_attention, {name: inputs[name] for name in "qkv"}, dtype)
+    contenders = setting.contenders(shape, ops, softmax=True)
     widths = {"query_features": 2 * d, "key_features": 2 * d, "values": d}
-    materialised = {name: torch.rand(B * h, N, width, device=device).to(dtype) for name, width in widths.items()}
-    materialised = {name: tensor.requires_grad_() for name, tensor in materialised.items()}
-    contenders["materialised features"] = make(materialised_linear_attention, materialised, dtype)
+    features = {name: torch.rand(B * h, N, width, device=device).to(dtype) for name, width in widths.items()}
+    features = {name: tensor.requires_grad_() for name, tensor in features.items()}
+    contenders["materialised features"] = setting.contender(materialised_linear_attention, features)
 
-    samples = interleaved({name: contender.seconds for name, contender in contenders.items()}, options.repeats)
+    samples = setting.samples(contenders)
     tensor_bytes = B * N * h * d * dtype.itemsize
     moved = Seconds(4 * tensor_bytes, 7 * tensor_bytes)  # q, k, v, o; then q, k, v, dO, dq, dk, dv
-    record: dict[str, Any] = {
-        "shape": shape,
-        "bytes": {**moved._asdict(), "total": moved.total},
-        "floor_ms": {name: 1e3 * value / copy_bytes_per_s for name, value in moved._asdict().items()},
-        "contenders": {},
-    }
-    record["floor_ms"]["total"] = 1e3 * moved.total / copy_bytes_per_s
+    byte_counts = {**moved._asdict(), "total": moved.total}
+    floors = {name: 1e3 * value / copy_bytes_per_s for name, value in byte_counts.items()}
+    record: dict[str, Any] = {"shape": shape, "bytes": byte_counts, "floor_ms": floors, "contenders": {}}
     baseline = [sample.total for sample in samples["baseline"]]
     for name, contender in contenders.items():
         entry: dict[str, Any] = {}
         for part in ("forward", "backward", "total"):
             seconds = [getattr(sample, part) for sample in samples[name]]
-            entry[f"{part}_ms"] = asdict(Spread.of(1e3 * each for each in seconds))
-            entry[f"{part}_bytes_per_s"] = getattr(moved, part) / Spread.of(seconds).median
-        entry["speedup"] = asdict(ratios(baseline, [sample.total for sample in samples[name]]))
-        entry["times_floor"] = entry["total_ms"]["median"] / record["floor_ms"]["total"]
+            entry[f"{part}_ms"] = Spread.of(seconds, 1e3)
+            entry[f"{part}_bytes_per_s"] = byte_counts[part] / Spread.of(seconds).median
+        entry["speedup"] = ratios(baseline, [sample.total for sample in samples[name]])
+        entry["times_floor"] = entry["total_ms"].median / floors["total"]
         # torch.compile would compile again under the hooks that count
         entry["saved_bytes"] = None if name.endswith("compiled") else contender.saved_bytes()
         entry["peak_bytes"] = contender.peak_bytes()
@@ -373,36 +351,25 @@ def measure_shape(
     return record
 
 
-def measure_lengths(
-    lengths: Sequence[int],
-    backends: Mapping[str, Op],
-    dtype: torch.dtype,
-    device: torch.device,
-    options: argparse.Namespace,
-) -> list[dict[str, Any]]:
+def measure_lengths(lengths: Sequence[int], setting: Setting) -> list[dict[str, Any]]:
     """Forward + backward time and memory at (1, N, 3, 32): one record for each contender and length.
 
     Contenders are interleaved at each length; softmax attention takes part as far as it is feasible.
     """
-    make = GraphedContender if device.type == "cuda" and options.graphs else Contender
-    ops: dict[str, Op] = {"baseline": literal_polarity_attention, **backends}
+    ops: dict[str, Op] = {"baseline": literal_polarity_attention, **setting.backends}
     records = []
     expected_softmax = 0.0  # seconds
     for N in sorted(lengths):
-        inputs = make_inputs((1, N, *HEADS_OF_LENGTHS), dtype, device)
-        contenders = {name: make(op, inputs, dtype) for name, op in ops.items()}
-        if expected_softmax <= SOFTMAX_SECONDS:
-            contenders["softmax"] = make(softmax_attention, {name: inputs[name] for name in "qkv"}, dtype)
-        samples = interleaved({name: contender.seconds for name, contender in contenders.items()}, options.repeats)
-        if "softmax" in samples:
-            expected_softmax = (
-                4 * Spread.of(sample.total for sample in samples["softmax"]).median
-            )  # at twice the length
+        feasible = expected_softmax <= SOFTMAX_SECONDS
+        contenders = setting.contenders((1, N, *HEADS_OF_LENGTHS), ops, softmax=feasible)
+        samples = setting.samples(contenders)
+        if feasible:  # at twice the length
+            expected_softmax = 4 * Spread.of(sample.total for sample in samples["softmax"]).median
         records += [
             {
                 "contender": name,
                 "N": N,
-                "total_ms": asdict(Spread.of(1e3 * sample.total for sample in samples[name])),
+                "total_ms": Spread.of((sample.total for sample in samples[name]), 1e3),
                 "saved_bytes": contender.saved_bytes(),
                 "peak_bytes": contender.peak_bytes(),
             }
@@ -411,17 +378,16 @@ def measure_lengths(
     return records
 
 
-def measure_growth(
-    backends: Mapping[str, Op], dtype: torch.dtype, device: torch.device, options: argparse.Namespace
-) -> dict[str, dict[str, float]]:
+def measure_growth(setting: Setting) -> dict[str, Spread]:
     """By backend, forward + backward time at the longer length of GROWTH over that at the shorter, interleaved."""
-    make = GraphedContender if device.type == "cuda" and options.graphs else Contender
-    inputs = {N: make_inputs((1, N, *HEADS_OF_LENGTHS), dtype, device) for N in GROWTH}
-    contenders = {(name, N): make(op, inputs[N], dtype) for name, op in backends.items() for N in GROWTH}
-    samples = interleaved({key: contender.seconds for key, contender in contenders.items()}, options.repeats)
-    totals = {key: [sample.total for sample in each] for key, each in samples.items()}
+    contenders = {
+        (name, N): contender
+        for N in GROWTH
+        for name, contender in setting.contenders((1, N, *HEADS_OF_LENGTHS), setting.backends, softmax=False).items()
+    }
+    totals = {key: [sample.total for sample in each] for key, each in setting.samples(contenders).items()}
     short, long = GROWTH
-    return {name: asdict(ratios(totals[name, long], totals[name, short])) for name in backends}
+    return {name: ratios(totals[name, long], totals[name, short]) for name in setting.backends}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,17 +407,17 @@ def shape_bars(record: Mapping[str, Any], device: torch.device, dtype: str) -> l
 
     def faster_than(other: str, bound: float) -> None:
         if other in contenders:
-            measured = contenders[other]["total_ms"]["median"] / ours["total_ms"]["median"]
+            measured = contenders[other]["total_ms"].median / ours["total_ms"].median
             bars.append(Bar(f"{label}: {fastest}, forward + backward over {other}", measured, bound))
 
+    def speedup(name: str, bound: float | None) -> None:
+        if bound is not None and name in contenders:
+            what = f"{label}: {name}, forward + backward over baseline"
+            bars.append(Bar(what, contenders[name]["speedup"].median, bound))
+
     if device.type == "cpu" and dtype == "float32":
-        if shape in CPU_SPEEDUPS:
-            what = f"{label}: {fastest}, forward + backward over baseline"
-            bars.append(Bar(what, ours["speedup"]["median"], CPU_SPEEDUPS[shape]))
-        if shape in CPU_COMPILED_SPEEDUPS and "eager, compiled" in contenders:
-            speedup = contenders["eager, compiled"]["speedup"]["median"]
-            what = f"{label}: eager, compiled, forward + backward over baseline"
-            bars.append(Bar(what, speedup, CPU_COMPILED_SPEEDUPS[shape]))
+        speedup(fastest, CPU_SPEEDUPS.get(shape))
+        speedup("eager, compiled", CPU_COMPILED_SPEEDUPS.get(shape))
     if device.type == "cuda" and dtype == "bfloat16" and fastest == "triton":
         if shape == GPU_SHAPE:
             bars.append(Bar(f"{label}: triton, times the memory floor", ours["times_floor"], 1.4, "at most"))
@@ -465,10 +431,9 @@ def shape_bars(record: Mapping[str, Any], device: torch.device, dtype: str) -> l
     return bars
 
 
-def growth_bars(growth: Mapping[str, Mapping[str, float]]) -> list[Bar]:
-    heads, channels = HEADS_OF_LENGTHS
-    what = f"(1, N, {heads}, {channels}): {{}}, time at N = {GROWTH[1]} over N = {GROWTH[0]}"
-    return [Bar(what.format(name), ratio["median"], GROWTH_BAR, "at most") for name, ratio in growth.items()]
+def growth_bars(growth: Mapping[str, Spread]) -> list[Bar]:
+    what = f"{OF_LENGTHS}: {{}}, time at N = {GROWTH[1]} over N = {GROWTH[0]}"
+    return [Bar(what.format(name), ratio.median, GROWTH_BAR, "at most") for name, ratio in growth.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,16 +442,16 @@ def growth_bars(growth: Mapping[str, Mapping[str, float]]) -> list[Bar]:
 
 
 def print_gate(errors: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> None:
-    def worst(name: str, entries: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
-        share = max(entries, key=lambda tensor: entries[tensor]["error"] / entries[tensor].get("allowed", 1.0))
-        allowed = entries[share].get("allowed")
-        limit = "" if allowed is None else f", allowed {allowed:.1e}"
-        return f"{entries[share]['error']:.1e} ({share}{limit})", name
-
-    rows = [
-        (heads, name, worst(name, entries)[0]) for heads, by_op in errors.items() for name, entries in by_op.items()
-    ]
-    print_table("Relative L2 error against the float64 reference, the worst of all tensors", ("", "op", "error"), rows)
+    rows = []
+    for heads, by_op in errors.items():
+        for name, entries in by_op.items():
+            shares = {tensor: entry["error"] / entry.get("allowed", 1.0) for tensor, entry in entries.items()}
+            tensor = max(shares, key=shares.__getitem__)
+            worst = entries[tensor]
+            limit = f", allowed {worst['allowed']:.1e}" if "allowed" in worst else ""
+            rows.append((heads, name, f"{worst['error']:.1e} ({tensor}{limit})"))
+    title = "Relative L2 error against the float64 reference, the worst of all tensors"
+    common.print_table(title, ("", "op", "error"), rows)
 
 
 def print_shape(record: Mapping[str, Any]) -> None:
@@ -496,15 +461,15 @@ def print_shape(record: Mapping[str, Any]) -> None:
         rows.append(
             (
                 name,
-                *(Spread(**entry[f"{part}_ms"]).text(digits=2) for part in ("forward", "backward", "total")),
-                Spread(**entry["speedup"]).text(digits=2),
+                *(entry[f"{part}_ms"].text(digits=2) for part in ("forward", "backward", "total")),
+                entry["speedup"].text(digits=2),
                 f"{entry['total_bytes_per_s'] / 1e9:.1f}",
                 f"{entry['times_floor']:.1f}",
                 "" if saved is None else f"{saved / MEBIBYTE:.1f}",
             )
         )
     header = ("", "forward ms", "backward ms", "total ms", "× baseline's speed", "GB/s", "× floor", "saved MiB")
-    print_table(f"(B, N, h, d) = {tuple(record['shape'])}: median (smallest to largest)", header, rows)
+    common.print_table(f"(B, N, h, d) = {tuple(record['shape'])}: {common.SPREAD}", header, rows)
 
 
 def print_lengths(lengths: Sequence[Mapping[str, Any]]) -> None:
@@ -513,49 +478,24 @@ def print_lengths(lengths: Sequence[Mapping[str, Any]]) -> None:
     rows = []
     for N in dict.fromkeys(record["N"] for record in lengths):
         found = [by_key.get((name, N)) for name in names]
-        times = ("" if record is None else f"{record['total_ms']['median']:.2f}" for record in found)
+        times = ("" if record is None else f"{record['total_ms'].median:.2f}" for record in found)
         saved = ("" if record is None else f"{record['saved_bytes'] / MEBIBYTE:.2f}" for record in found)
         rows.append((str(N), *times, *saved))
     header = ("N", *(f"{name} ms" for name in names), *(f"{name} saved MiB" for name in names))
-    print_table(f"(1, N, {HEADS_OF_LENGTHS[0]}, {HEADS_OF_LENGTHS[1]}), forward + backward", header, rows)
+    common.print_table(f"{OF_LENGTHS}, forward + backward", header, rows)
 
 
-def draw_lengths(lengths: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Time and memory against N, log-log."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    styles = {
-        "baseline": ("literal formulation", "#888888", "s"),
-        "eager": ("eager", "#1f6fb2", "o"),
-        "triton": ("triton", "#1a8a4a", "D"),
-        "softmax": ("softmax (SDPA)", "#c8442f", "^"),
-    }
+def draw_lengths(lengths: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Time and memory against N."""
     memory = "peak_bytes" if all(record["peak_bytes"] for record in lengths) else "saved_bytes"
-    labels = {"peak_bytes": "peak memory beyond the inputs", "saved_bytes": "saved for the backward pass"}
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for name in dict.fromkeys(record["contender"] for record in lengths):
-        label, colour, marker = styles.get(name, (name, "#7a4fb0", "v"))
-        records = [record for record in lengths if record["contender"] == name]
-        N = [record["N"] for record in records]
-        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.8}
-        left.plot(N, [record["total_ms"]["median"] for record in records], label=label, **style)
-        low, high = ([record["total_ms"][end] for record in records] for end in ("low", "high"))
-        left.fill_between(N, low, high, color=colour, alpha=0.15, linewidth=0)
-        right.plot(N, [record[memory] / MEBIBYTE for record in records], label=label, **style)
-    for axes, heading, unit in ((left, "Time, forward + backward", "ms"), (right, f"Memory, {labels[memory]}", "MiB")):
-        axes.set(yscale="log", title=heading, xlabel="tokens N", ylabel=unit)
-        axes.set_xscale("log", base=2)
-        ticks = sorted({record["N"] for record in lengths})[::2]
-        axes.set_xticks(ticks, [f"{N:,}" for N in ticks])
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False)
-    figure.suptitle(f"(B, N, h, d) = (1, N, {HEADS_OF_LENGTHS[0]}, {HEADS_OF_LENGTHS[1]}), {title}", fontsize=10)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    headings = {"peak_bytes": "MiB of peak memory beyond the inputs", "saved_bytes": "MiB saved for the backward pass"}
+    times: dict[str, dict[int, Spread]] = {}
+    sizes: dict[str, dict[int, float]] = {}
+    for record in lengths:
+        label = LABELS.get(record["contender"], record["contender"])
+        times.setdefault(label, {})[record["N"]] = record["total_ms"]
+        sizes.setdefault(label, {})[record["N"]] = record[memory] / MEBIBYTE
+    common.draw_over_length(path, title, {"ms, forward + backward": times, headings[memory]: sizes})
 
 
 if __name__ == "__main__":

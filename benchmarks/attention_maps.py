@@ -6,33 +6,17 @@ model has a process of its own, whose largest resident memory is what counts. A 
 layers, applied to the values, give what the op gives.
 """
 
-import argparse
-import multiprocessing
 import resource
 import time
+from argparse import Namespace
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from benchmarks.common import (
-    ROOT,
-    Bar,
-    Spread,
-    WrongResultError,
-    argument_parser,
-    gated,
-    interleaved,
-    prepare_process,
-    print_bars,
-    print_table,
-    relative_error,
-    timed,
-    write_result,
-)
-from config import image_size, load_config
+from benchmarks import common
+from benchmarks.common import CPU, Bar, Outcome, Spread, WrongResultError, relative_error
+from config import image_size
 from data.transforms import Normalise
 from models import build_model
 from models.attention_maps import LayerRecord, attention_layers, record
@@ -42,29 +26,25 @@ from tools.checkpoints import LoadedModel
 from tools.visualize_attention import DEFAULT_MAPS, DEFAULT_POINTS, draw_page
 
 MODELS = ("pola_swin_t", "pola_pvt_t", "pola_swin_b")
-CPU = torch.device("cpu")
 SECONDS_BAR = 2.0
 MEMORY_BAR = 1024  # MiB, libraries and model included
 ROWS_ERROR = 1e-5  # largest relative L2 difference of float32 outputs that passes the gate
 GATE_QUERIES = 64
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Gate, measure, print, write. Exits with the reason, before anything is timed, when the gate finds an error."""
-    options = parse_arguments(arguments)
-    prepare_process(options.threads)
-    records = []
-    for name in options.models:
-        with gated(), ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            records.append(pool.submit(measure, name, options.repeats, options.threads).result())
-    print_table(
+def measure_models(options: Namespace) -> Outcome:
+    """Each in a process of its own, and a table of them."""
+    records = [
+        common.in_fresh_process(measure, name, options.repeats, threads=options.threads) for name in options.models
+    ]
+    common.print_table(
         "Attention maps of one image: all layers, 3 query points and all queries, mean of heads",
         ("model", "layers", "forward (ms)", "recording (ms)", "all maps, painted (ms)", "CPU time", "MiB", "before"),
         (
             (
                 f"{each['model']}, {each['image_size']}²",
                 str(each["layers"]),
-                *(Spread(**each[key]).text(1e3, 0) for key in ("forward", "recording", "maps")),
+                *(each[key].text(1e3, 0) for key in ("forward", "recording", "maps")),
                 f"{each['maps_cpu_seconds'] * 1e3:.0f}",
                 f"{each['peak_mib']:.0f}",
                 f"{each['before_mib']:.0f}",
@@ -74,17 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     bars = []
     for each in records:
-        bars.append(Bar(f"{each['model']}: all maps (s)", each["maps"]["median"], SECONDS_BAR, "at most"))
+        bars.append(Bar(f"{each['model']}: all maps (s)", each["maps"].median, SECONDS_BAR, "at most"))
         bars.append(Bar(f"{each['model']}: the whole process (MiB)", each["peak_mib"], MEMORY_BAR, "at most"))
-    print_bars(bars)
-    path = write_result(options.output, "attention_maps", CPU, {"repeats": options.repeats, "models": records}, bars)
-    print(f"\nwrote {path.name} to {options.output}")
+    return Outcome({"models": records}, bars)
 
 
-def measure(name: str, repeats: int, threads: int | None) -> dict[str, Any]:
+def measure(name: str, repeats: int) -> dict[str, Any]:
     """Seconds of a forward pass, of recording one, and of all painted maps; memory of this process before and after."""
-    prepare_process(threads)
-    config = load_config(str(ROOT / "configs" / f"{name}.yaml"))
+    config = common.configuration(name)
     torch.manual_seed(0)
     model = build_model(config)
     assert isinstance(model, Classifier)
@@ -101,14 +78,12 @@ def measure(name: str, repeats: int, threads: int | None) -> dict[str, Any]:
 
     with torch.no_grad():
         check_rows(record(loaded.model, images).layers)
-        samples = interleaved(
-            {
-                "forward": lambda: timed(CPU, lambda: loaded.model(images))[0],
-                "recording": lambda: timed(CPU, lambda: record(loaded.model, images))[0],
-                "maps": lambda: timed(CPU, maps)[0],
-            },
-            repeats,
-        )
+        calls = {
+            "forward": lambda: loaded.model(images),
+            "recording": lambda: record(loaded.model, images),
+            "maps": maps,
+        }
+        samples = common.interleaved_seconds(CPU, calls, repeats)
         start = time.process_time()
         maps()
         cpu_seconds = time.process_time() - start
@@ -116,7 +91,7 @@ def measure(name: str, repeats: int, threads: int | None) -> dict[str, Any]:
         "model": name,
         "image_size": height,
         "layers": len(layers),
-        **{key: asdict(Spread.of(values)) for key, values in samples.items()},
+        **{key: Spread.of(values) for key, values in samples.items()},
         "maps_cpu_seconds": cpu_seconds,
         "before_mib": before,
         "peak_mib": _peak_mib(),
@@ -144,11 +119,10 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argument_parser("attention_maps", __doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.argument_parser("attention_maps", __doc__, repeats=5)
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="CONFIG", help="names in configs/")
-    parser.add_argument("--repeats", type=int, default=5)
-    return parser.parse_args(arguments)
+    common.run(parser.parse_args(arguments), measure_models, recorded="repeats")
 
 
 if __name__ == "__main__":

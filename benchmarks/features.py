@@ -6,28 +6,16 @@ time shows what the machine's unrest makes of equal work. A gate comes first: th
 of `forward_features`, and both ways give the same maps.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from argparse import Namespace
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import timm
 import torch
 
-from benchmarks.common import (
-    Bar,
-    Spread,
-    WrongResultError,
-    argument_parser,
-    gated,
-    interleaved,
-    prepare_process,
-    print_bars,
-    print_table,
-    ratios,
-    timed,
-    write_result,
-)
+from benchmarks import common
+from benchmarks.common import Bar, Outcome, Spread, WrongResultError, ratios
 from models import list_models
 
 FEATURES_BAR = 1.03  # times the forward pass, at most
@@ -51,53 +39,38 @@ def measure(name: str, batch_size: int, image_size: int, repeats: int, device: t
     if not all(torch.equal(a, b) for a, b in zip(maps, backbone(images), strict=True)):
         raise WrongResultError(f"{name}: forward_intermediates and features_only differ")
     calls = (model, model, model.forward_intermediates, backbone)
-    runs = {key: partial(_seconds, device, partial(call, images)) for key, call in zip(CONTENDERS, calls, strict=True)}
-    samples = interleaved(runs, repeats, warmup=2)
+    runs = {key: partial(call, images) for key, call in zip(CONTENDERS, calls, strict=True)}
+    samples = common.interleaved_seconds(device, runs, repeats, warmup=2)
     return {
         "model": name,
-        "milliseconds": {key: asdict(Spread.of(1e3 * each for each in samples[key])) for key in CONTENDERS},
-        "ratio": {key: asdict(ratios(samples[key], samples["forward"])) for key in CONTENDERS[1:]},
+        "milliseconds": {key: Spread.of(samples[key], 1e3) for key in CONTENDERS},
+        "ratio": {key: ratios(samples[key], samples["forward"]) for key in CONTENDERS[1:]},
     }
 
 
-def _seconds(device: torch.device, call: Callable[[], object]) -> float:
-    return timed(device, call)[0]
+def measure_models(options: Namespace) -> Outcome:
+    """All variants that are asked for, and a table of them."""
+    setting = (options.batch_size, options.image_size, options.repeats, torch.device(options.device))
+    records = [measure(name, *setting) for name in options.models]
+    rows, bars = [], []
+    for record in records:
+        for key in CONTENDERS:
+            ratio = record["ratio"][key].text(digits=3) if key != "forward" else "1"
+            rows.append((record["model"], key, record["milliseconds"][key].text(), ratio))
+        for key in CONTENDERS[2:]:
+            measured = record["ratio"][key].median
+            bars.append(Bar(f"{record['model']}: {key} over forward", measured, FEATURES_BAR, "at most"))
+    title = f"batch {options.batch_size}, {options.image_size}²: {common.SPREAD}"
+    common.print_table(title, ("model", "call", "ms", "× forward"), rows)
+    return Outcome({"models": records}, bars)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Gate, measure, print, write. Exits with the reason, before anything is timed, when the gate finds an error."""
-    parser = argument_parser("features", __doc__ or "", device=True)
+    parser = common.argument_parser("features", __doc__, device=True, batch_size=1, image_size=224, repeats=101)
     defaults = ["pola_swin_tiny", "pola_pvt_tiny"]
     parser.add_argument("--models", nargs="+", choices=list_models(), default=defaults, metavar="NAME")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
-    parser.add_argument("--repeats", type=int, default=101, help="timed rounds")
     options = parser.parse_args(arguments)
-    prepare_process(options.threads)
-    device = torch.device(options.device)
-    with gated():
-        setting = (options.batch_size, options.image_size, options.repeats, device)
-        records = [measure(name, *setting) for name in options.models]
-    rows = []
-    bars = []
-    for record in records:
-        for key in CONTENDERS:
-            ratio = Spread(**record["ratio"][key]).text(digits=3) if key != "forward" else "1"
-            rows.append((record["model"], key, Spread(**record["milliseconds"][key]).text(), ratio))
-        for key in CONTENDERS[2:]:
-            measured = record["ratio"][key]["median"]
-            bars.append(Bar(f"{record['model']}: {key} over forward", measured, FEATURES_BAR, "at most"))
-    title = f"batch {options.batch_size}, {options.image_size}²: median (smallest to largest)"
-    print_table(title, ("model", "call", "ms", "× forward"), rows)
-    print_bars(bars)
-    content = {
-        "batch_size": options.batch_size,
-        "image_size": options.image_size,
-        "repeats": options.repeats,
-        "models": records,
-    }
-    path = write_result(options.output, "features", device, content, bars, packages=["timm"])
-    print(f"\nwrote {path.name} to {options.output}")
+    common.run(options, measure_models, recorded="batch_size image_size repeats", packages=["timm"])
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ Images are made from the two photographs that ship with scikit-learn, in a tempo
 
 import argparse
 import io
+import itertools
 import random
 import tempfile
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +28,9 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from yacs.config import CfgNode
 
-from benchmarks.common import (
-    MEBIBYTE,
-    ROOT,
-    Bar,
-    Spread,
-    WrongResultError,
-    argument_parser,
-    gated,
-    interleaved,
-    prepare_process,
-    print_bars,
-    print_table,
-    ratios,
-    timed,
-    write_result,
-)
-from config import image_size, load_config, make_plan
+from benchmarks import common
+from benchmarks.common import CPU, MEBIBYTE, Bar, Outcome, Spread, WrongResultError, interleaved, ratios, timed
+from config import image_size, make_plan
 from data.datasets import SampleRandomness
 from data.loaders import Batches, DataError, build_loaders
 from data.samplers import Draw
@@ -52,8 +39,7 @@ from data.sources.folder import FolderSource
 from data.sources.zip import ZipSource
 from data.transforms import TrainBatch, repair_posterize, training_transform
 
-CPU = torch.device("cpu")
-RECIPE = "configs/pola_swin_t.yaml"
+MODEL = "pola_swin_t"
 SIZE = (500, 375)  # width, height
 SHORT_SIDE = 256
 QUALITY = 95
@@ -83,9 +69,12 @@ KEPT_BAR = 1.0  # bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Gate, measure, print, write. Exits with the reason, before anything is timed, when the gate finds an error."""
-    options = parse_arguments(arguments)
-    prepare_process(threads=1)
+    packages = ("torchvision", "timm", "pillow", "simplejpeg", "numpy")
+    common.run(parse_arguments(arguments), measure, recorded="batch_size repeats", packages=packages)
+
+
+def measure(options: argparse.Namespace) -> Outcome:
+    """Gate, then loaders, single steps and memory, a table of each."""
     try:
         training_decoder("simplejpeg")
     except DataError as error:
@@ -97,37 +86,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{options.images} JPEGs of {SIZE[0]}×{SIZE[1]}, quality {QUALITY}, 4:2:0: {data['mean_kb']:.0f} kB each,"
             f" {data['prepared_mean_kb']:.0f} kB at short side {SHORT_SIDE}"
         )
-        with gated():
-            deviations = require_correct(folder)
+        deviations = require_correct(folder)
         print_deviations(deviations)
         loaders = measure_loaders(folder, options)
         print_loaders(loaders)
         steps = measure_steps(folder, options)
-        print_steps(steps)
-    memory = measure_memory(options.entries)
+        rows = [(name, spread.text(digits=3)) for name, spread in steps.items()]
+        common.print_table("Single steps", ("", "ms an image"), rows)
+    memory = [measure_zip(count) for count in options.entries]
     print_memory(memory)
-    bars = speed_bars(loaders) + memory_bars(memory)
-    print_bars(bars)
     content = {
-        "recipe": RECIPE,
-        "batch_size": options.batch_size,
-        "repeats": options.repeats,
+        "recipe": f"configs/{MODEL}.yaml",
         "data": data,
         "deviations": deviations,
         "loaders": loaders,
         "steps": steps,
         "memory": memory,
     }
-    packages = ("torchvision", "timm", "pillow", "simplejpeg", "numpy")
-    path = write_result(options.output, "input_pipeline", CPU, content, bars, packages=packages)
-    print(f"\nwrote {path.name} to {options.output}")
+    return Outcome(content, speed_bars(loaders) + memory_bars(memory))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argument_parser("input_pipeline", __doc__, threads=False)
+    parser = common.argument_parser("input_pipeline", __doc__, threads=1, batch_size=64, repeats=15)
     parser.add_argument("--images", type=int, default=320, help="that are made and read in each round")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=15, help="timed rounds, at least 9")
     parser.add_argument(
         "--entries", nargs=2, type=int, default=(2000, 20000), metavar=("FEW", "MANY"), help="of the zip files"
     )
@@ -199,13 +180,8 @@ def _varied(photograph: Image.Image, generator: np.random.Generator) -> Image.Im
 
 
 def configuration(root: Path, decoder: str, batch_size: int = 1) -> CfgNode:
-    options = {
-        "DATA.DATA_PATH": root,
-        "DATA.DECODER": decoder,
-        "DATA.BATCH_SIZE": batch_size,
-        "DATA.NUM_WORKERS": 0,
-    }
-    return load_config(str(ROOT / RECIPE), [str(word) for pair in options.items() for word in pair])
+    options = f"DATA.DECODER {decoder} DATA.BATCH_SIZE {batch_size} DATA.NUM_WORKERS 0"
+    return common.configuration(MODEL, options, DATA__DATA_PATH=root)
 
 
 def timm_recipe(config: CfgNode, *, whole: bool) -> Callable:
@@ -243,23 +219,14 @@ def our_loader(config: CfgNode) -> Batches:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Deviation:
-    """Of uint8 images from what they should be, in grey levels."""
-
-    def __init__(self) -> None:
-        self.counts = np.zeros(256, dtype=np.int64)  # of values, by deviation
-
-    def see(self, image: torch.Tensor, expected: torch.Tensor) -> None:
-        difference = (image.short() - expected.short()).abs()
-        self.counts += torch.bincount(difference.flatten(), minlength=256).numpy()
-
-    def as_json(self) -> dict[str, float]:
-        total = int(self.counts.sum())
-        return {
-            "mean": float(self.counts @ np.arange(256) / total),
-            "max": int(np.flatnonzero(self.counts)[-1]),
-            "share_differing": float(1 - self.counts[0] / total),
-        }
+def deviation_of(counts: np.ndarray) -> dict[str, float]:
+    """Of uint8 images from what they should be, in grey levels; `counts` are the values by how far they are off."""
+    total = int(counts.sum())
+    return {
+        "mean": float(counts @ np.arange(256) / total),
+        "max": int(np.flatnonzero(counts)[-1]),
+        "share_differing": float(1 - counts[0] / total),
+    }
 
 
 def require_correct(folder: Path) -> dict[str, dict[str, float]]:
@@ -276,11 +243,16 @@ def require_correct(folder: Path) -> dict[str, dict[str, float]]:
     )
     source = FolderSource(folder / "plain" / "train")
     prepared = FolderSource(folder / "prepared" / "train")
-    deviations = {what: Deviation() for what in ALLOWED}
+    deviations = {what: np.zeros(256, dtype=np.int64) for what in ALLOWED}
+
+    def see(what: str, image: torch.Tensor, expected: torch.Tensor) -> None:
+        difference = (image.short() - expected.short()).abs()
+        deviations[what] += torch.bincount(difference.flatten(), minlength=256).numpy()
+
     for position in range(len(source.labels)):
         data = Path(source.name(position)).read_bytes()
         image, tensor = decode(data, ""), decode_fast(data, "")
-        deviations["decoding"].see(tensor, _tensor(image))
+        see("decoding", tensor, _tensor(image))
 
         def run(steps: Iterable[Callable], picture: Any, position: int = position) -> torch.Tensor:
             with SampleRandomness(seed=0, draw=Draw(0, position)):
@@ -289,16 +261,16 @@ def require_correct(folder: Path) -> dict[str, dict[str, float]]:
             return _tensor(picture)
 
         for what, count in (("random resized crop", 1), ("flip after it", 2), ("the whole recipe", None)):
-            deviations[what].see(run(fast_steps[:count], tensor), run(exact_steps[:count], image))
-        deviations["ours with pillow against timm's recipe"].see(run(exact_steps, image), run([timm_steps], image))
+            see(what, run(fast_steps[:count], tensor), run(exact_steps[:count], image))
+        see("ours with pillow against timm's recipe", run(exact_steps, image), run([timm_steps], image))
         resized = (
             _tensor(each.resize((224, 224), Image.Resampling.BICUBIC)) for each in (prepared.load(position), image)
         )
-        deviations[f"stored again at short side {SHORT_SIDE}"].see(*resized)
+        see(f"stored again at short side {SHORT_SIDE}", *resized)
     fast_val, exact_val = (build_loaders(config, make_plan(config)).val for config in (fast, exact))
     for (images, _), (expected, _) in zip(fast_val, exact_val, strict=True):
-        deviations["evaluation with DATA.DECODER simplejpeg"].see(images, expected)
-    found = {what: deviation.as_json() for what, deviation in deviations.items()}
+        see("evaluation with DATA.DECODER simplejpeg", images, expected)
+    found = {what: deviation_of(counts) for what, counts in deviations.items()}
     for what, allowed in ALLOWED.items():
         mean, largest = found[what]["mean"], found[what]["max"]
         if allowed is not None and (mean > allowed[0] or largest > allowed[1]):
@@ -336,38 +308,33 @@ def measure_loaders(folder: Path, options: argparse.Namespace) -> dict[str, Any]
         name: baseline_loader(config) if name == BASELINE else our_loader(config) for name, config in configs.items()
     }
     torch.manual_seed(0), random.seed(0), np.random.seed(0)  # the baseline draws from the process's generators
-    seconds = interleaved({name: OnePass(loader).seconds for name, loader in loaders.items()}, options.repeats)
+    seconds = interleaved(
+        {name: partial(one_pass, each, itertools.count()) for name, each in loaders.items()}, options.repeats
+    )
     return {
         name: {
-            "images_per_s": asdict(Spread.of(1 / each for each in seconds[name])),
-            "ms_per_image": asdict(Spread.of(1e3 * each for each in seconds[name])),
-            "speedup": asdict(ratios(seconds[BASELINE], seconds[name])),
+            "images_per_s": Spread.of(1 / each for each in seconds[name]),
+            "ms_per_image": Spread.of(seconds[name], 1e3),
+            "speedup": ratios(seconds[BASELINE], seconds[name]),
         }
         for name in loaders
     }
 
 
-class OnePass:
-    """Reads a loader from beginning to end; every call is another epoch."""
-
-    def __init__(self, loader: DataLoader | Batches) -> None:
-        self.loader, self.epoch = loader, 0
-
-    def seconds(self) -> float:
-        """Per image."""
-        if isinstance(self.loader, Batches):
-            self.loader.set_epoch(self.epoch)
-        self.epoch += 1
-        seconds, images = timed(CPU, lambda: sum(len(batch[0]) for batch in self.loader))
-        return seconds / images
+def one_pass(loader: DataLoader | Batches, epochs: Iterator[int]) -> float:
+    """Seconds per image of reading a loader from beginning to end; every call is another epoch."""
+    if isinstance(loader, Batches):
+        loader.set_epoch(next(epochs))
+    seconds, images = timed(CPU, lambda: sum(len(batch[0]) for batch in loader))
+    return seconds / images
 
 
-def measure_steps(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measure_steps(folder: Path, options: argparse.Namespace) -> dict[str, Spread]:
     """Milliseconds per image of single steps, over one batch."""
     exact, fast = (configuration(folder / "plain", decoder, options.batch_size) for decoder in ("pillow", "simplejpeg"))
     sources = {name: FolderSource(folder / name / "train") for name in ("plain", "prepared")}
-    count = options.batch_size
-    files = {name: [Path(source.name(i)).read_bytes() for i in range(count)] for name, source in sources.items()}
+    size = options.batch_size
+    files = {name: [Path(source.name(i)).read_bytes() for i in range(size)] for name, source in sources.items()}
     images, tensors = ([decoder(data, "") for data in files["plain"]] for decoder in (decode, decode_fast))
     crop, _, policy, _ = training_transform(exact, image_size(exact)).transforms  # type: ignore[attr-defined]
     fast_crop = training_transform(fast, image_size(fast)).transforms[0]  # type: ignore[attr-defined]
@@ -375,10 +342,10 @@ def measure_steps(folder: Path, options: argparse.Namespace) -> dict[str, dict[s
     device_part = TrainBatch(exact, 2, CPU)
     device_part.mixup = None  # on both sides mixing comes later
     batch = torch.stack([_tensor(image) for image in crops])
-    labels = torch.zeros(count, dtype=torch.int64)
+    labels = torch.zeros(size, dtype=torch.int64)
 
     def over(step: Callable, items: Sequence[Any]) -> Callable[[], float]:
-        return lambda: 1e3 * timed(CPU, lambda: [step(item) for item in items])[0] / count
+        return lambda: 1e3 * timed(CPU, lambda: [step(item) for item in items])[0] / size
 
     contenders = {
         "decode, Pillow": over(lambda data: decode(data, ""), files["plain"]),
@@ -390,7 +357,7 @@ def measure_steps(folder: Path, options: argparse.Namespace) -> dict[str, dict[s
         "normalise and erase (on the device in ours)": over(lambda pair: device_part(*pair), [(batch, labels)]),
     }
     samples = interleaved(contenders, options.repeats)
-    return {name: asdict(Spread.of(each)) for name, each in samples.items()}
+    return {name: Spread.of(each) for name, each in samples.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,12 +365,8 @@ def measure_steps(folder: Path, options: argparse.Namespace) -> dict[str, dict[s
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def measure_memory(entries: Sequence[int]) -> list[dict[str, float]]:
-    """Of zip files with so many entries: bytes of the index, of building it, and kept after reading the images."""
-    return [_measure_zip(count) for count in entries]
-
-
-def _measure_zip(count: int) -> dict[str, float]:
+def measure_zip(count: int) -> dict[str, float]:
+    """Of a zip file with so many entries: bytes of the index, of building it, and kept after reading the images."""
     with tempfile.TemporaryDirectory() as name:
         zip_path, map_path = make_zip(Path(name), count)
         tracemalloc.start()
@@ -449,7 +412,7 @@ def make_zip(folder: Path, count: int) -> tuple[Path, Path]:
 
 def speed_bars(loaders: dict[str, Any]) -> list[Bar]:
     return [
-        Bar(f"{name}: images/s over {BASELINE}", loaders[name]["speedup"]["median"], bound)
+        Bar(f"{name}: images/s over {BASELINE}", loaders[name]["speedup"].median, bound)
         for name, bound in SPEED_BARS.items()
     ]
 
@@ -472,29 +435,24 @@ def print_deviations(deviations: dict[str, dict[str, float]]) -> None:
         limit = "" if allowed is None else f"{allowed[0]:g} / {allowed[1]:g}"
         rows.append((what, f"{found['mean']:.4f}", f"{found['max']}", f"{100 * found['share_differing']:.2f} %", limit))
     header = ("step", "mean", "max", "values that differ", "allowed mean / max")
-    print_table("Deviation of the fast path from the exact one, in grey levels", header, rows)
+    common.print_table("Deviation of the fast path from the exact one, in grey levels", header, rows)
 
 
 def print_loaders(loaders: dict[str, Any]) -> None:
     rows = [
         (
             name,
-            Spread(**entry["images_per_s"]).text(digits=0),
-            Spread(**entry["ms_per_image"]).text(digits=2),
-            Spread(**entry["speedup"]).text(digits=2),
+            entry["images_per_s"].text(digits=0),
+            entry["ms_per_image"].text(digits=2),
+            entry["speedup"].text(digits=2),
         )
         for name, entry in loaders.items()
     ]
     title = (
-        "One core, no workers: median (smallest to largest). Ours leaves normalisation and erasing to the device, where"
+        f"One core, no workers: {common.SPREAD}. Ours leaves normalisation and erasing to the device, where"
         " a training run does them"
     )
-    print_table(title, ("", "images/s", "ms an image", "× baseline's speed"), rows)
-
-
-def print_steps(steps: dict[str, dict[str, float]]) -> None:
-    rows = [(name, Spread(**entry).text(digits=3)) for name, entry in steps.items()]
-    print_table("Single steps", ("", "ms an image"), rows)
+    common.print_table(title, ("", "images/s", "ms an image", "× baseline's speed"), rows)
 
 
 def print_memory(memory: Sequence[dict[str, float]]) -> None:
@@ -505,7 +463,7 @@ def print_memory(memory: Sequence[dict[str, float]]) -> None:
             (f"{record['entries']:,}", *(f"{value:.1f}" for value in each), f"{record['bytes_kept_by_reading']:,}")
         )
     header = ("entries", "index, bytes each", "all kept, bytes each", "peak, bytes each", "kept by reading all, bytes")
-    print_table("Memory of the zip reader", header, rows)
+    common.print_table("Memory of the zip reader", header, rows)
 
 
 if __name__ == "__main__":

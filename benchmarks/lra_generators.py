@@ -10,28 +10,16 @@ import io
 import math
 import statistics
 import tempfile
-import time
+from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
-from benchmarks.common import (
-    Bar,
-    Spread,
-    WrongResultError,
-    argument_parser,
-    gated,
-    interleaved,
-    prepare_process,
-    print_bars,
-    print_table,
-    write_result,
-)
+from benchmarks import common
+from benchmarks.common import CPU, Bar, Outcome, Spread, WrongResultError
 from data.sources.token_cache import Manifest, read_manifest
 from tools.lra import pathfinder
 from tools.prepare_lra import main as prepare_lra
@@ -54,10 +42,8 @@ def measure_listops(samples: int, workers: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         sizes = (samples - 2 * (samples // 50), samples // 50, samples // 50)  # 96 %, 2 %, 2 %
         command = ["listops", "--out", f"{name}/out", "--workers", str(workers), "--samples", *map(str, sizes)]
-        start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
-            status = prepare_lra(command)
-        seconds = time.perf_counter() - start
+            seconds, status = common.timed(CPU, lambda: prepare_lra(command))
         if status:
             raise WrongResultError("the preparation has failed")
         manifest = read_manifest(Path(name) / "out")
@@ -90,36 +76,26 @@ def measure_pathfinder(images: int, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path, number = Path(folder) / "image.png", iter(range(images, 10**9))
 
-        def seconds(length: int) -> float:
-            start = time.perf_counter()
+        def draw_all(length: int) -> None:
             for _ in range(images):
                 drawing = pathfinder.draw(pathfinder.Parameters(length), 0, next(number))
                 Image.fromarray(drawing.image).save(path)
-            return (time.perf_counter() - start) / images
 
-        samples = interleaved({length: partial(seconds, length) for length in ZEROS}, repeats)
+        samples = common.interleaved_seconds(CPU, {length: partial(draw_all, length) for length in ZEROS}, repeats)
     return {
         "images": images,
         "repeats": repeats,
-        "seconds_per_image": {length: asdict(Spread.of(samples[length])) for length in ZEROS},
+        "seconds_per_image": {length: Spread.of(samples[length], 1 / images) for length in ZEROS},
         "zeros": zeros,
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Gate, measure, print, write. Exits with the reason when a generator's output is not what it should be."""
-    parser = argument_parser("lra_generators", __doc__ or "", threads=False)
-    parser.add_argument("--samples", type=int, default=100_000, help="of ListOps")
-    parser.add_argument("--workers", type=int, default=2, help="processes for ListOps")
-    parser.add_argument("--images", type=int, default=100, help="of each contour length, in each round")
-    parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
-    options = parser.parse_args(arguments)
-    prepare_process(threads=1)
-    with gated():
-        drawn = measure_pathfinder(options.images, options.repeats)
-        listops = measure_listops(options.samples, options.workers)
-    per_image = {length: Spread(**spread) for length, spread in drawn["seconds_per_image"].items()}
-    print_table(
+def measure(options: Namespace) -> Outcome:
+    """Both generators, a table of each."""
+    drawn = measure_pathfinder(options.images, options.repeats)
+    listops = measure_listops(options.samples, options.workers)
+    per_image = drawn["seconds_per_image"]
+    common.print_table(
         "Pathfinder, one core",
         ("contour length", "ms per image", "pixels of 0", "200,000 images, hours", "original's ms, elsewhere"),
         (
@@ -133,26 +109,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for length, spread in per_image.items()
         ),
     )
-    print_table(
+    common.print_table(
         f"ListOps, {listops['samples']:,} samples, {listops['workers']} processes: {listops['seconds']:.0f} s",
         ("answer", "right"),
         ((name, f"{share:.1%}") for name, share in listops["answers"].items()),
     )
+    per_samples = listops["seconds"] * 1e5 / listops["samples"]
     bars = [
-        Bar(
-            "ListOps: seconds per 100,000 samples",
-            listops["seconds"] * 1e5 / listops["samples"],
-            LISTOPS_BAR,
-            "at most",
-        ),
+        Bar("ListOps: seconds per 100,000 samples", per_samples, LISTOPS_BAR, "at most"),
         Bar("Pathfinder 14: ms per image and core", per_image[14].median * 1e3, PATHFINDER_BAR * 1e3, "at most"),
     ]
-    print_bars(bars)
-    content = {"listops": listops, "pathfinder": drawn}
-    path = write_result(
-        options.output, "lra_generators", torch.device("cpu"), content, bars, packages=["numpy", "pillow"]
-    )
-    print(f"\nwrote {path.name} to {options.output}")
+    return Outcome({"listops": listops, "pathfinder": drawn}, bars)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.argument_parser("lra_generators", __doc__, threads=1, repeats=9)
+    parser.add_argument("--samples", type=int, default=100_000, help="of ListOps")
+    parser.add_argument("--workers", type=int, default=2, help="processes for ListOps")
+    parser.add_argument("--images", type=int, default=100, help="of each contour length, in each round")
+    common.run(parser.parse_args(arguments), measure, packages=["numpy", "pillow"])
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ and flash attention is measured without a mask, in bfloat16. Memory: a process o
 which would keep softmax from its fused kernel. A gate comes first: padding that follows changes no logit.
 """
 
-import json
-import multiprocessing
+from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,30 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
-from benchmarks.common import (
-    DTYPES,
-    MEBIBYTE,
-    ROOT,
-    Bar,
-    Spread,
-    WrongResultError,
-    argument_parser,
-    gated,
-    interleaved,
-    prepare_process,
-    print_bars,
-    print_table,
-    ratios,
-    result_path,
-    timed,
-    write_result,
-)
-from config import load_config
+from benchmarks import common
+from benchmarks.common import DTYPES, MEBIBYTE, Bar, Outcome, Spread, WrongResultError, interleaved_seconds, ratios
 from models import build_model
 from models.classifier import TrainableModel
-from utils.precision import autocast
 
 PLAIN = "MODEL.LA.GATE False MODEL.LRA.LEARN_SCALE False"
 UNMASKED, FLASH = "polarity, no mask", "softmax, no mask (flash)"
@@ -62,7 +43,7 @@ MATH_LIMIT = 8192  # longer ones need tens of gigabytes for their matrices
 
 def build(kind: str, length: int, alpha: float, device: torch.device) -> TrainableModel:
     options = f"{KINDS[kind]} MODEL.LRA.LENGTH {length} MODEL.DROP_RATE 0.0 MODEL.LRA.ATTENTION_DROP 0.0"
-    config = load_config(str(ROOT / "configs" / "lra" / "text.yaml"), [*options.split(), "MODEL.LA.ALPHA", str(alpha)])
+    config = common.configuration("lra/text", options, MODEL__LA__ALPHA=alpha)
     torch.manual_seed(0)
     model = build_model(config, 2).to(device)
     if "no mask" in kind:
@@ -87,31 +68,20 @@ def gate(length: int, device: torch.device) -> None:
             raise WrongResultError(f"{kind}: padding changes the result by {(short - padded).abs().max():.2g}")
 
 
-class Steps:
-    """Full training steps of one kind at one length, on ids that end in a little padding."""
+class Steps(common.TrainingStep):
+    """Of one kind at one length, on ids that end in a little padding."""
 
     def __init__(
         self, kind: str, length: int, batch_size: int, alpha: float, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.kind, self.device, self.dtype = kind, device, dtype
-        self.model = build(kind, length, alpha, device).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-        self.ids = torch.randint(1, 257, (batch_size, length), device=device)
-        self.ids[:, length - length // 32 :] = 0
-        self.labels = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.kind, model = kind, build(kind, length, alpha, device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+        ids = torch.randint(1, 257, (batch_size, length), device=device)
+        ids[:, length - length // 32 :] = 0
+        super().__init__(model, optimizer, ids, torch.zeros(batch_size, dtype=torch.long, device=device), dtype)
 
-    def __call__(self) -> None:
-        with (
-            sdpa_kernel(backends(self.kind)),
-            autocast(self.device, None if self.dtype == torch.float32 else self.dtype),
-        ):
-            loss = cross_entropy(self.model(self.ids), self.labels)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def seconds(self) -> float:
-        return timed(self.device, self)[0]
+    def attention(self) -> AbstractContextManager[None]:
+        return sdpa_kernel(backends(self.kind))
 
 
 def backends(kind: str) -> list[SDPBackend]:
@@ -124,17 +94,16 @@ def backends(kind: str) -> list[SDPBackend]:
 
 
 def step_memory(
-    kind: str, length: int, batch_size: int, alpha: float, dtype: torch.dtype, device: str, threads: int | None
+    kind: str, length: int, batch_size: int, alpha: float, dtype: torch.dtype, device: torch.device
 ) -> float:
     """MiB that training steps add to their process: allocated on a GPU, resident on a CPU; in a process of its own."""
-    prepare_process(threads)
-    if device == "cpu":
-        Steps(kind, 64, batch_size, alpha, dtype, torch.device(device))()  # what every step loads
+    if device.type == "cpu":
+        Steps(kind, 64, batch_size, alpha, dtype, device)()  # what every step loads
         Path("/proc/self/clear_refs").write_text("5")  # the largest resident size starts anew
         before = _status("VmRSS")
-        Steps(kind, length, batch_size, alpha, dtype, torch.device(device))()
+        Steps(kind, length, batch_size, alpha, dtype, device)()
         return (_status("VmHWM") - before) / 1024
-    steps = Steps(kind, length, batch_size, alpha, dtype, torch.device(device))
+    steps = Steps(kind, length, batch_size, alpha, dtype, device)
     steps()
     torch.cuda.reset_peak_memory_stats()
     steps()
@@ -155,35 +124,32 @@ def kinds_at(length: int, dtype: torch.dtype, device: torch.device) -> list[str]
     return [kind for kind in KINDS if kind not in left_out]
 
 
-def measure(length: int, options: Any, device: torch.device) -> dict[str, Any]:
+def measure_length(length: int, options: Namespace, device: torch.device) -> dict[str, Any]:
     """Seconds of a step of every kind, their ratio to polarity's in each round, and the memory of each."""
-    dtype = DTYPES[options.dtype]
-    setting = (options.batch_size, options.alpha, dtype)
-    kinds = kinds_at(length, dtype, device)
-    contenders = {kind: Steps(kind, length, *setting, device) for kind in kinds}
-    samples = interleaved({kind: steps.seconds for kind, steps in contenders.items()}, options.repeats, options.warmup)
+    setting = (length, options.batch_size, options.alpha, DTYPES[options.dtype], device)
+    kinds = kinds_at(length, DTYPES[options.dtype], device)
+    contenders = {kind: Steps(kind, *setting) for kind in kinds}
+    samples = interleaved_seconds(device, contenders, options.repeats, options.warmup)
     del contenders
-    memory = {}
-    for kind in kinds:
-        if kind == UNMASKED:
-            continue
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            memory[kind] = pool.apply(step_memory, (kind, length, *setting, options.device, options.threads))
     return {
         "length": length,
-        "seconds": {kind: asdict(Spread.of(values)) for kind, values in samples.items()},
-        "times_polarity": {kind: asdict(ratios(values, samples["polarity"])) for kind, values in samples.items()},
-        "memory_mib": memory,
+        "seconds": {kind: Spread.of(values) for kind, values in samples.items()},
+        "times_polarity": {kind: ratios(values, samples["polarity"]) for kind, values in samples.items()},
+        "memory_mib": {
+            kind: common.in_fresh_process(step_memory, kind, *setting, threads=options.threads)
+            for kind in kinds
+            if kind != UNMASKED
+        },
         "samples": samples,
     }
 
 
-def growth(options: Any, device: torch.device) -> Spread:
+def growth(options: Namespace, device: torch.device) -> Spread:
     """Time of a step with polarity attention at GROWTH_TO over that at SPEED_AT, in rounds of both."""
     setting = (options.batch_size, options.alpha, DTYPES[options.dtype], device)
-    contenders = {str(length): Steps("polarity", length, *setting).seconds for length in (SPEED_AT, GROWTH_TO)}
-    samples = interleaved(contenders, 3 * options.repeats, options.warmup)
-    return ratios(samples[str(GROWTH_TO)], samples[str(SPEED_AT)])
+    contenders = {length: Steps("polarity", length, *setting) for length in (SPEED_AT, GROWTH_TO)}
+    samples = interleaved_seconds(device, contenders, 3 * options.repeats, options.warmup)
+    return ratios(samples[GROWTH_TO], samples[SPEED_AT])
 
 
 def bars_of(records: Sequence[dict[str, Any]], grown: Spread | None, device: torch.device) -> list[Bar]:
@@ -193,89 +159,68 @@ def bars_of(records: Sequence[dict[str, Any]], grown: Spread | None, device: tor
         masked = ratios(record["samples"]["polarity"], record["samples"][UNMASKED]).median
         bars.append(Bar(f"with a key mask over without, N = {record['length']}", masked, MASK_BAR, "at most"))
     if device.type == "cpu" and SPEED_AT in by_length:
-        faster = by_length[SPEED_AT]["times_polarity"]["softmax"]["median"]
+        faster = by_length[SPEED_AT]["times_polarity"]["softmax"].median
         bars.append(Bar(f"speed over fused softmax, N = {SPEED_AT}", faster, SPEED_BAR))
     if device.type == "cpu" and grown:
         bars.append(Bar(f"time at N = {GROWTH_TO} over N = {SPEED_AT}", grown.median, GROWTH_BAR, "at most"))
     return bars
 
 
-def draw(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Time and memory over length, both axes logarithmic."""
-    from matplotlib.figure import Figure
+def draw(records: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Time and memory over length."""
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    figure.suptitle(title)
-    time_axes, memory_axes = figure.subplots(1, 2)
-    for kind in KINDS:
-        mine = [record for record in records if kind in record["memory_mib"]]
-        if not mine:
-            continue
-        lengths = [record["length"] for record in mine]
-        time_axes.plot(lengths, [record["seconds"][kind]["median"] for record in mine], "o-", label=kind)
-        memory_axes.plot(lengths, [record["memory_mib"][kind] for record in mine], "o-", label=kind)
-    for axes, what in ((time_axes, "seconds a training step"), (memory_axes, "MiB a training step adds")):
-        axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel=what)
-        ticks = [record["length"] for record in records]
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    time_axes.legend()
-    figure.savefig(path, dpi=120)
+    def panel(what: str) -> dict[str, dict[int, Spread | float]]:
+        drawn = {kind: [record for record in records if kind in record["memory_mib"]] for kind in KINDS}
+        return {kind: {each["length"]: each[what][kind] for each in mine} for kind, mine in drawn.items() if mine}
+
+    panels = {"seconds a training step": panel("seconds"), "MiB a training step adds": panel("memory_mib")}
+    common.draw_over_length(path, title, panels)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Gate, measure, print, draw, write. Exits with the reason when the gate finds an error."""
-    parser = argument_parser("lra_speed", __doc__ or "", device=True)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], metavar="N")
-    parser.add_argument("--batch-size", type=int, help="default: 2 on a CPU, 32 on a GPU")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--alpha", type=float, default=3.0)
-    parser.add_argument("--repeats", type=int, help="timed rounds; default: 5 on a CPU, 50 on a GPU")
-    parser.add_argument("--warmup", type=int, help="rounds before them; default: 1 on a CPU, 10 on a GPU")
-    options = parser.parse_args(arguments)
-    on_cpu = options.device == "cpu"
-    options.batch_size = options.batch_size or (2 if on_cpu else 32)
-    options.repeats = options.repeats or (5 if on_cpu else 50)
-    options.warmup = (1 if on_cpu else 10) if options.warmup is None else options.warmup
-    prepare_process(options.threads)
+def measure(options: Namespace) -> Outcome:
+    """Gate, then all lengths, a table of them."""
     device = torch.device(options.device)
-    with gated():
-        gate(256, device)
+    gate(256, device)
     records = []
     for length in options.lengths:
-        records.append(measure(length, options, device))
-        print(f"N = {length}: {json.dumps(records[-1]['times_polarity']['softmax'])}", flush=True)
+        records.append(measure_length(length, options, device))
+        print(f"N = {length}: {records[-1]['times_polarity']['softmax'].text(digits=2)} × polarity", flush=True)
     rows = [
         (
             f"{record['length']:,}",
             kind,
-            Spread(**record["seconds"][kind]).text(1e3, 0),
-            Spread(**record["times_polarity"][kind]).text(digits=2),
+            record["seconds"][kind].text(1e3, 0),
+            record["times_polarity"][kind].text(digits=2),
             f"{record['memory_mib'][kind]:,.0f}" if kind in record["memory_mib"] else "",
         )
         for record in records
         for kind in record["seconds"]
     ]
     title = f"byte-level text model, batch {options.batch_size}, {options.dtype}, α = {options.alpha:g}"
-    print_table(f"{title}: median (smallest to largest)", ("N", "attention", "ms a step", "× polarity", "MiB"), rows)
+    common.print_table(f"{title}: {common.SPREAD}", ("N", "attention", "ms a step", "× polarity", "MiB"), rows)
     grown = growth(options, device) if {SPEED_AT, GROWTH_TO} <= set(options.lengths) else None
     if grown:
         print(f"\nN = {GROWTH_TO:,} over N = {SPEED_AT:,}, in rounds of both: {grown.text(digits=2)}")
+    lengths = [{name: value for name, value in record.items() if name != "samples"} for record in records]
     bars = bars_of(records, grown, device)
-    print_bars(bars)
-    content = {
-        "batch_size": options.batch_size,
-        "dtype": options.dtype,
-        "alpha": options.alpha,
-        "repeats": options.repeats,
-        "growth": None if grown is None else asdict(grown),
-        "lengths": [{name: value for name, value in record.items() if name != "samples"} for record in records],
-    }
-    path = write_result(options.output, "lra_speed", device, content, bars)
-    picture = result_path(options.output, "lra_speed", device, "png")
-    draw(records, picture, title)
-    print(f"\nwrote {path.name} and {picture.name} to {options.output}")
+    return Outcome({"growth": grown, "lengths": lengths}, bars, partial(draw, records, title))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.argument_parser("lra_speed", __doc__, device=True)
+    add = parser.add_argument
+    add("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], metavar="N")
+    add("--batch-size", type=int, help="default: 2 on a CPU, 32 on a GPU")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--alpha", type=float, default=3.0)
+    add("--repeats", type=int, help="timed rounds; default: 5 on a CPU, 50 on a GPU")
+    add("--warmup", type=int, help="rounds before them; default: 1 on a CPU, 10 on a GPU")
+    options = parser.parse_args(arguments)
+    on_cpu = options.device == "cpu"
+    options.batch_size = options.batch_size or (2 if on_cpu else 32)
+    options.repeats = options.repeats or (5 if on_cpu else 50)
+    options.warmup = (1 if on_cpu else 10) if options.warmup is None else options.warmup
+    common.run(options, measure, recorded="batch_size dtype alpha repeats")
 
 
 if __name__ == "__main__":

@@ -9,46 +9,24 @@ README.md beside this file says what is counted and how results are named.
 import argparse
 import copy
 import itertools
-import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any, cast
 
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from yacs.config import CfgNode
 
+from benchmarks import common
 from benchmarks.baseline import literal_polarity_attention, patched_model_attention
-from benchmarks.common import (
-    DTYPES,
-    MEBIBYTE,
-    ROOT,
-    Bar,
-    Spread,
-    WrongResultError,
-    argument_parser,
-    cpu_flags,
-    gated,
-    interleaved,
-    prepare_process,
-    print_bars,
-    print_table,
-    ratios,
-    relative_error,
-    saved_bytes,
-    timed,
-    write_result,
-)
-from config import load_config
+from benchmarks.common import DTYPES, MEBIBYTE, Bar, Outcome, Spread, WrongResultError, in_fresh_process, ratios
 from models import build_model
 from models.classifier import Classifier
 from models.ops.polarity_attention import polarity_attention
 from optimizer import build_optimizer
-from utils.precision import autocast, exact_float32
+from utils.precision import exact_float32
 
 TIMM_SWIN = "swin_tiny_patch4_window7_224"
 OPS: dict[str, Callable[..., Tensor]] = {"baseline": literal_polarity_attention, "ours": polarity_attention}
@@ -76,67 +54,44 @@ class Setting:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Gate, measure, print, write. Exits with the reason, before anything is timed, when the gate finds an error."""
-    options = parse_arguments(arguments)
-    prepare_process(options.threads)
-    device = torch.device(options.device)
+    common.run(parse_arguments(arguments), measure, recorded="batch_size image_size repeats")
+
+
+def measure(options: argparse.Namespace) -> Outcome:
+    """Steps of all models, gate included, then images per second against timm's, a table of each."""
+
+    def setting(model: str, batch_size: int, image_size: int) -> Setting:
+        return Setting(model, batch_size, image_size, options.repeats, options.device, options.threads)
+
     steps: list[dict[str, Any]] = []
     for name in options.models:
-        setting = Setting(
-            name, options.batch_size, options.image_size, options.repeats, options.device, options.threads
-        )
-        with gated():
-            record = measure_eager(setting, options.precision)
-        print_memory(record)
-        print_steps(record)
-        steps.append(record)
-        for side, precision in itertools.product(options.compile, options.precision):
-            record = in_fresh_process(partial(measure_compiled, setting, side, precision))
-            print_steps(record)
-            steps.append(record)
+        mine = setting(name, options.batch_size, options.image_size)
+        steps.append(measure_eager(mine, options.precision))
+        print_memory(steps[-1])
+        print_steps(steps[-1])
+        for each in itertools.product(options.compile, options.precision):
+            steps.append(in_fresh_process(measure_compiled, mine, *each, threads=options.threads))
+            print_steps(steps[-1])
     throughputs = []
     for size in options.timm_sizes:
-        setting = Setting(
-            "pola_swin_t", options.timm_batch_size, size, options.repeats, options.device, options.threads
-        )
-        throughputs.append(in_fresh_process(partial(measure_against_timm, setting)))
+        mine = setting("pola_swin_t", options.timm_batch_size, size)
+        throughputs.append(in_fresh_process(measure_against_timm, mine, threads=options.threads))
         print_throughput(throughputs[-1])
     bars = [bar for record in steps for bar in step_bars(record)]
     bars += [bar for record in throughputs for bar in throughput_bars(record)]
-    print_bars(bars)
-
-    content = {
-        "batch_size": options.batch_size,
-        "image_size": options.image_size,
-        "precisions": options.precision,
-        "repeats": options.repeats,
-        "steps": steps,
-        "throughput": throughputs,
-    }
-    path = write_result(options.output, "model_step", device, content, bars)
-    print(f"\nwrote {path.name} to {options.output}")
+    return Outcome({"precisions": options.precision, "steps": steps, "throughput": throughputs}, bars)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argument_parser("model_step", __doc__, device=True)
-    parser.add_argument("--models", nargs="+", default=["pola_pvt_t", "pola_swin_t"], help="names of files in configs/")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--precision", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument(
-        "--compile",
-        nargs="*",
-        choices=tuple(OPS),
-        help="also whole models under torch.compile, ours (the default) or the baseline's too: minutes each",
-    )
-    parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
-    parser.add_argument(
-        "--timm-sizes",
-        nargs="*",
-        type=int,
-        help="image sizes at which Pola-Swin-T trains against timm's Swin-T; default: 224 and 512 on a GPU, else none",
-    )
-    parser.add_argument("--timm-batch-size", type=int, default=128, help="halved until it fits the GPU's memory")
+    parser = common.argument_parser("model_step", __doc__, device=True, batch_size=8, image_size=224, repeats=9)
+    add = parser.add_argument
+    add("--models", nargs="+", default=["pola_pvt_t", "pola_swin_t"], help="names of files in configs/")
+    add("--precision", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    what = "also whole models under torch.compile, ours (the default) or the baseline's too: minutes each"
+    add("--compile", nargs="*", choices=tuple(OPS), help=what)
+    what = "image sizes at which Pola-Swin-T trains against timm's Swin-T; default: 224 and 512 on a GPU, else none"
+    add("--timm-sizes", nargs="*", type=int, help=what)
+    add("--timm-batch-size", type=int, default=128, help="halved until it fits the GPU's memory")
     options = parser.parse_args(arguments)
     if options.compile is None:
         options.compile = []
@@ -152,31 +107,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Trainer:
-    """A copy of a model with its optimizer, and one training step of it on a fixed batch."""
+class Trainer(common.TrainingStep):
+    """Of a copy of a model with its optimizer, whose attention is that of one side."""
 
     def __init__(
         self, model: nn.Module, config: CfgNode, images: Tensor, side: str, precision: str, compiled: bool = False
     ) -> None:
-        self.bare_model = copy.deepcopy(model).to(images.device).train()
-        self.model = torch.compile(self.bare_model) if compiled else self.bare_model
-        self.optimizer = build_optimizer(config, cast(Classifier, self.bare_model))  # or timm's, alike in what it reads
-        self.images = images
-        self.labels = torch.arange(len(images), device=images.device)
-        self.op = OPS[side]
-        self.dtype = None if precision == "float32" else DTYPES[precision]
+        self.bare_model, self.op = copy.deepcopy(model).to(images.device).train(), OPS[side]
+        optimizer = build_optimizer(config, cast(Classifier, self.bare_model))  # or timm's, alike in what it reads
+        labels = torch.arange(len(images), device=images.device)
+        model = cast(nn.Module, torch.compile(self.bare_model)) if compiled else self.bare_model
+        super().__init__(model, optimizer, images, labels, DTYPES[precision])
 
-    def forward(self) -> Tensor:
-        with patched_model_attention(self.op), autocast(self.images.device, self.dtype):
-            return self.model(self.images)
-
-    def step(self) -> None:
-        F.cross_entropy(self.forward().float(), self.labels).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def seconds(self) -> float:
-        return timed(self.images.device, self.step)[0]
+    def attention(self) -> AbstractContextManager[None]:
+        return patched_model_attention(self.op)
 
     def logits(self) -> Tensor:
         """In evaluation mode, where no stochastic depth is in the way."""
@@ -188,7 +132,7 @@ class Trainer:
 
     def saved_bytes(self) -> int:
         """For the backward pass, parameters excluded."""
-        return saved_bytes(self.forward, excluded=self.bare_model.parameters())
+        return common.saved_bytes(self.forward, excluded=self.bare_model.parameters())
 
 
 def configuration(setting: Setting) -> CfgNode:
@@ -197,10 +141,8 @@ def configuration(setting: Setting) -> CfgNode:
     The window of Pola-Swin's polarity blocks grows with the image, so that it covers the first map, as in the official
     configurations for 224 and 384.
     """
-    options = ["DATA.IMG_SIZE", str(setting.image_size)]
-    if setting.model.startswith("pola_swin"):
-        options += ["MODEL.SWIN.WINDOW_SIZE", str(setting.image_size // 4)]
-    return load_config(str(ROOT / "configs" / f"{setting.model}.yaml"), options)
+    window = f"MODEL.SWIN.WINDOW_SIZE {setting.image_size // 4}" if setting.model.startswith("pola_swin") else ""
+    return common.configuration(setting.model, f"DATA.IMG_SIZE {setting.image_size} {window}")
 
 
 def synthetic_images(setting: Setting) -> Tensor:
@@ -211,13 +153,6 @@ def synthetic_images(setting: Setting) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Measurements
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def in_fresh_process(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of `measure`, computed in a process that has compiled nothing and holds no memory yet."""
-    torch.cuda.empty_cache()
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure).result()
 
 
 def measure_eager(setting: Setting, precisions: Sequence[str]) -> dict[str, Any]:
@@ -235,7 +170,7 @@ def measure_eager(setting: Setting, precisions: Sequence[str]) -> dict[str, Any]
         for side in OPS
     }
     baseline, ours = trainers["baseline", "float32"], trainers["ours", "float32"]
-    error = relative_error(ours.logits(), baseline.logits())
+    error = common.relative_error(ours.logits(), baseline.logits())
     if not error <= LOGITS_ERROR:
         raise WrongResultError(
             f"float32 logits of {setting.model} are off by {error:.2e} relative to the baseline's, allowed is"
@@ -250,7 +185,6 @@ def measure_eager(setting: Setting, precisions: Sequence[str]) -> dict[str, Any]
 
 def measure_compiled(setting: Setting, side: str, precision: str) -> dict[str, Any]:
     """Steps of one compiled model and of the eager baselines; the only compiled model of its process."""
-    prepare_process(setting.threads)
     config, images = configuration(setting), synthetic_images(setting)
     torch.manual_seed(0)
     model = build_model(config)
@@ -259,29 +193,26 @@ def measure_compiled(setting: Setting, side: str, precision: str) -> dict[str, A
         for each in dict.fromkeys(["float32", precision])
     }
     compiled = Trainer(model, config, images, side, precision, compiled=True)
-    first_step = compiled.seconds()
+    first_step = common.seconds(images.device, compiled)
     contenders[side, precision, True] = compiled
     return {**step_record(setting, contenders), "first_compiled_step_s": first_step}
 
 
 def step_record(setting: Setting, contenders: Mapping[tuple[str, str, bool], Trainer]) -> dict[str, Any]:
     """Time all contenders, by (side, precision, compiled), interleaved."""
-    warmup = 3 if setting.device == "cuda" else 1
-    samples = interleaved({key: trainer.seconds for key, trainer in contenders.items()}, setting.repeats, warmup=warmup)
-    steps = []
-    for (side, precision, compiled), seconds in samples.items():
-        steps.append(
-            {
-                "side": side,
-                "precision": precision,
-                "compiled": compiled,
-                "step_ms": asdict(Spread.of(1e3 * each for each in seconds)),
-                "speedup_over_float32_baseline": asdict(ratios(samples["baseline", "float32", False], seconds)),
-                "speedup_over_baseline_of_same_precision": asdict(
-                    ratios(samples["baseline", precision, False], seconds)
-                ),
-            }
-        )
+    device = torch.device(setting.device)
+    samples = common.interleaved_seconds(device, contenders, setting.repeats, warmup=3 if device.type == "cuda" else 1)
+    steps = [
+        {
+            "side": side,
+            "precision": precision,
+            "compiled": compiled,
+            "step_ms": Spread.of(seconds, 1e3),
+            "speedup_over_float32_baseline": ratios(samples["baseline", "float32", False], seconds),
+            "speedup_over_baseline_of_same_precision": ratios(samples["baseline", precision, False], seconds),
+        }
+        for (side, precision, compiled), seconds in samples.items()
+    ]
     return {**asdict(setting), "contenders": steps}
 
 
@@ -290,7 +221,6 @@ def measure_against_timm(setting: Setting) -> dict[str, Any]:
 
     The batch is halved until both fit the memory.
     """
-    prepare_process(setting.threads)
     while True:
         try:
             return _measure_against_timm(setting)
@@ -310,11 +240,9 @@ def _measure_against_timm(setting: Setting) -> dict[str, Any]:
         setting.model: Trainer(build_model(config), config, images, "ours", "bfloat16"),
         TIMM_SWIN: Trainer(swin, config, images, "ours", "bfloat16"),
     }
-    samples = interleaved({name: each.seconds for name, each in contenders.items()}, setting.repeats, warmup=3)
-    rates = {
-        name: asdict(Spread.of(setting.batch_size / each for each in seconds)) for name, seconds in samples.items()
-    }
-    ratio = asdict(ratios(samples[TIMM_SWIN], samples[setting.model]))
+    samples = common.interleaved_seconds(images.device, contenders, setting.repeats, warmup=3)
+    rates = {name: Spread.of(setting.batch_size / each for each in seconds) for name, seconds in samples.items()}
+    ratio = ratios(samples[TIMM_SWIN], samples[setting.model])
     return {**asdict(setting), "precision": "bfloat16", "images_per_s": rates, "ratio": ratio}
 
 
@@ -337,10 +265,10 @@ def step_bars(record: Mapping[str, Any]) -> list[Bar]:
         bound = CPU_STEP_BARS.get(model, {}).get((precision, compiled))
         if record["device"] != "cpu" or step["side"] != "ours" or bound is None:
             continue
-        if precision == "bfloat16" and "avx512_bf16" not in cpu_flags():
+        if precision == "bfloat16" and "avx512_bf16" not in common.cpu_flags():
             continue
         what = f"{model}: step, {precision}, {'compiled' if compiled else 'eager'}, over eager float32 baseline"
-        bars.append(Bar(what, step["speedup_over_float32_baseline"]["median"], bound))
+        bars.append(Bar(what, step["speedup_over_float32_baseline"].median, bound))
     return bars
 
 
@@ -350,7 +278,7 @@ def throughput_bars(record: Mapping[str, Any]) -> list[Bar]:
     if record["device"] != "cuda" or size not in THROUGHPUT_BARS:
         return []
     what = f"{record['model']}: images per second over {TIMM_SWIN}, {size}², batch {record['batch_size']}, bfloat16"
-    return [Bar(what, record["ratio"]["median"], THROUGHPUT_BARS[size])]
+    return [Bar(what, record["ratio"].median, THROUGHPUT_BARS[size])]
 
 
 def print_memory(record: Mapping[str, Any]) -> None:
@@ -367,24 +295,24 @@ def print_steps(record: Mapping[str, Any]) -> None:
     rows = [
         (
             f"{step['side']} {step['precision']}{', compiled' if step['compiled'] else ''}",
-            Spread(**step["step_ms"]).text(digits=0),
-            Spread(**step["speedup_over_float32_baseline"]).text(digits=2),
-            Spread(**step["speedup_over_baseline_of_same_precision"]).text(digits=2),
+            step["step_ms"].text(digits=0),
+            step["speedup_over_float32_baseline"].text(digits=2),
+            step["speedup_over_baseline_of_same_precision"].text(digits=2),
         )
         for step in record["contenders"]
     ]
     title = f"{record['model']}, training step, batch {record['batch_size']}, {record['image_size']}²"
     if "first_compiled_step_s" in record:
         title += f"; first step with compilation {record['first_compiled_step_s']:.0f} s"
-    header = ("", "ms, median (smallest to largest)", "× eager float32 baseline", "× eager baseline, same precision")
-    print_table(title, header, rows)
+    header = ("", f"ms, {common.SPREAD}", "× eager float32 baseline", "× eager baseline, same precision")
+    common.print_table(title, header, rows)
 
 
 def print_throughput(record: Mapping[str, Any]) -> None:
-    rows = [(name, Spread(**rate).text()) for name, rate in record["images_per_s"].items()]
-    rows.append(("ratio", Spread(**record["ratio"]).text(digits=2)))
+    rows = [(name, rate.text()) for name, rate in record["images_per_s"].items()]
+    rows.append(("ratio", record["ratio"].text(digits=2)))
     title = f"training, batch {record['batch_size']}, {record['image_size']}², bfloat16"
-    print_table(title, ("", "images per second, median (smallest to largest)"), rows)
+    common.print_table(title, ("", f"images per second, {common.SPREAD}"), rows)
 
 
 if __name__ == "__main__":

@@ -11,31 +11,19 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
-import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.common import (
-    ROOT,
-    Bar,
-    Spread,
-    WrongResultError,
-    argument_parser,
-    gated,
-    prepare_process,
-    print_bars,
-    print_table,
-    write_result,
-)
-from config import load_config
+from benchmarks import common
+from benchmarks.common import CPU, ROOT, Bar, Outcome, Spread, WrongResultError
 from models import build_model
+from utils.predictions import Predictions
+from utils.predictions import write_predictions as store_predictions
 
 SECONDS_BAR = 10.0
 SIZE_BAR_MB = 8.0
@@ -87,35 +75,24 @@ def write_predictions(
     k = min(5, classes)
     guesses = (np.where(right, label, neighbour)[:, None] + np.arange(k)) % classes
     probability = np.sort(draw.dirichlet(np.ones(k + 1), images)[:, :k], axis=1)[:, ::-1].astype(np.float32)
-    names = [f"n{number:08d}" for number in range(classes)]
-    arrays = {
-        "index": np.arange(images),
-        "label": label,
-        "top5": guesses,
-        "probability": probability,
-        "loss": np.where(right, 0.3, 3.0).astype(np.float32) * draw.gamma(2, 0.5, images).astype(np.float32),
-        "file": np.array([f"val/{names[c]}/ILSVRC2012_val_{i:08d}.JPEG" for i, c in enumerate(label.tolist())]),
-        "classes": np.array(names),
-        "epoch": np.int64(EPOCHS),
-        "checkpoint": np.str_("max_acc.pth"),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    store_arrays(folder / "predictions.npz", arrays)
-
-
-def store_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write an .npz, whose arrays may also be called `file`, as an argument of numpy.savez is."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w") as file:
-                np.lib.format.write_array(file, np.asarray(array))
+    names = tuple(f"n{number:08d}" for number in range(classes))
+    predictions = Predictions(
+        index=np.arange(images),
+        label=label,
+        top5=guesses,
+        probability=probability,
+        loss=np.where(right, 0.3, 3.0).astype(np.float32) * draw.gamma(2, 0.5, images).astype(np.float32),
+        file=np.array([f"val/{names[c]}/ILSVRC2012_val_{i:08d}.JPEG" for i, c in enumerate(label.tolist())]),
+    )
+    written = folder / "predictions.npz"
+    store_predictions(written, predictions, root="", classes=names, epoch=EPOCHS, checkpoint="max_acc.pth")
 
 
 def write_run(folder: Path, root: Path) -> None:
     """A whole run folder, and at `root` the image folder that it was validated on."""
     write_metrics(folder)
     write_predictions(folder)
-    config = load_config(str(ROOT / "configs" / "pola_swin_t.yaml"), ["DATA.DATA_PATH", str(root)])
+    config = common.configuration("pola_swin_t", DATA__DATA_PATH=root)
     (folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
     torch.save({"model": build_model(config).state_dict(), "config": config.dump()}, folder / "max_acc.pth")
     noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
@@ -134,10 +111,11 @@ def make_report(folder: Path) -> tuple[float, float]:
 
     Raises WrongResultError where the page in `folder` lacks a part.
     """
-    start, before = time.perf_counter(), os.times()
-    command = [sys.executable, "-m", "tools.report", str(folder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    seconds, after = time.perf_counter() - start, os.times()
+    before, command = os.times(), [sys.executable, "-m", "tools.report", str(folder)]
+    seconds, result = common.timed(
+        CPU, lambda: subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    )
+    after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     page = folder / "report.html"
     if result.returncode or not page.exists():
@@ -150,28 +128,26 @@ def make_report(folder: Path) -> tuple[float, float]:
     return seconds, cpu
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, write. Exits with the reason when a report lacks a part."""
-    parser = argument_parser("report", __doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="reports that are timed")
-    options = parser.parse_args(arguments)
-    prepare_process(options.threads)
-    with tempfile.TemporaryDirectory() as scratch, gated():
+def measure(options: Namespace) -> Outcome:
+    """Reports of one synthetic run."""
+    with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         write_run(run, Path(scratch) / "images")
         made = [make_report(run) for _ in range(options.repeats)]
         size = (run / "report.html").stat().st_size / 1e6
     seconds, cpu = Spread.of(wall for wall, _ in made), Spread.of(cpu for _, cpu in made)
     rows = [("seconds", seconds.text()), ("seconds of CPU", cpu.text()), ("MB", f"{size:.2f}")]
-    print_table(f"{EPOCHS} epochs, {IMAGES:,} predictions: median (smallest to largest)", ("", "report"), rows)
+    common.print_table(f"{EPOCHS} epochs, {IMAGES:,} predictions: {common.SPREAD}", ("", "report"), rows)
     bars = [
         Bar("seconds of a report", seconds.median, SECONDS_BAR, "at most"),
         Bar("MB of its page", size, SIZE_BAR_MB, "at most"),
     ]
-    print_bars(bars)
-    content = {"repeats": options.repeats, "seconds": asdict(seconds), "cpu_seconds": asdict(cpu), "mb": size}
-    path = write_result(options.output, "report", torch.device("cpu"), content, bars)
-    print(f"\nwrote {path.name} to {options.output}")
+    return Outcome({"seconds": seconds, "cpu_seconds": cpu, "mb": size}, bars)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.argument_parser("report", __doc__, repeats=3)
+    common.run(parser.parse_args(arguments), measure, recorded="repeats")
 
 
 if __name__ == "__main__":

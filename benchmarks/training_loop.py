@@ -7,8 +7,9 @@ whose steps take 100 ms or more. A gate comes first: both loops leave the same w
 
 import copy
 import tempfile
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,9 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from yacs.config import CfgNode
 
-from benchmarks.common import (
-    ROOT,
-    Bar,
-    Spread,
-    WrongResultError,
-    argument_parser,
-    gated,
-    interleaved,
-    prepare_process,
-    print_bars,
-    print_table,
-    timed,
-    write_result,
-)
-from config import load_config, make_plan
+from benchmarks import common
+from benchmarks.common import CPU, Bar, Outcome, Spread, WrongResultError
+from config import make_plan
 from data.loaders import Batches, Loaders
 from data.transforms import Images
 from engine.epoch import train_one_epoch
@@ -76,9 +65,7 @@ class FixedBatches(Batches):
 
 
 def configuration(name: str, options: str, folder: Path) -> CfgNode:
-    return load_config(
-        str(ROOT / "configs" / f"{name}.yaml"), [*COMMON.split(), *options.split(), "OUTPUT", str(folder)]
-    )
+    return common.configuration(name, f"{COMMON} {options}", OUTPUT=folder)
 
 
 def make_training(config: CfgNode, batch_size: int, steps: int) -> tuple[Training, Loaders]:
@@ -89,7 +76,7 @@ def make_training(config: CfgNode, batch_size: int, steps: int) -> tuple[Trainin
     batches = FixedBatches((images, torch.arange(batch_size) % config.MODEL.NUM_CLASSES), steps)
     loaders = Loaders(batches, batches, None, config.MODEL.NUM_CLASSES, Images())
     torch.manual_seed(0)
-    return build_training(config, make_plan(config), build_model(config), loaders, torch.device("cpu")), loaders
+    return build_training(config, make_plan(config), build_model(config), loaders, CPU), loaders
 
 
 def bare_loop(training: Training, batches: FixedBatches) -> None:
@@ -126,21 +113,25 @@ def measure_overhead(folder: Path, steps: int, repeats: int) -> dict[str, Any]:
         raise WrongResultError("our loop and the bare one leave other weights")
     if all(torch.equal(states[0][name], first[name]) for name in first):
         raise WrongResultError("neither loop changed a weight")
-    device = torch.device("cpu")
-    samples = interleaved(
-        {
-            "bare": lambda: timed(device, lambda: bare_loop(bare, batches))[0],
-            "ours": lambda: timed(device, lambda: train_one_epoch(config, ours, batches, 0, silent))[0],
-        },
-        repeats,
-    )
+    calls = {
+        "bare": lambda: bare_loop(bare, batches),
+        "ours": lambda: train_one_epoch(config, ours, batches, 0, silent),
+    }
+    samples = common.interleaved_seconds(CPU, calls, repeats)
     milliseconds = {name: [1e3 * each / steps for each in seconds] for name, seconds in samples.items()}
     overhead = [ours - bare for ours, bare in zip(milliseconds["ours"], milliseconds["bare"], strict=True)]
     return {
         "steps": steps,
-        "step_ms": {name: asdict(Spread.of(values)) for name, values in milliseconds.items()},
-        "overhead_ms": asdict(Spread.of(overhead)),
+        "step_ms": {name: Spread.of(values) for name, values in milliseconds.items()},
+        "overhead_ms": Spread.of(overhead),
     }
+
+
+def train_and_save(
+    config: CfgNode, training: Training, batches: Batches, saver: Checkpointer, writer: CheckpointWriter
+) -> None:
+    train_one_epoch(config, training, batches, 0, MetricsWriter(None), saver=saver)
+    writer.wait()
 
 
 def measure_checkpoints(folder: Path, batch_size: int, repeats: int) -> dict[str, Any]:
@@ -156,21 +147,8 @@ def measure_checkpoints(folder: Path, batch_size: int, repeats: int) -> dict[str
         saver = Checkpointer(config, training, loaders, writer, 0.0, StopRequest(), lambda: True)
         assert loaders.train is not None
 
-        def epoch(
-            config: CfgNode = config,
-            training: Training = training,
-            batches: Batches = loaders.train,
-            saver: Checkpointer = saver,
-            writer: CheckpointWriter = writer,
-        ) -> float:
-            def train() -> None:
-                train_one_epoch(config, training, batches, 0, MetricsWriter(None), saver=saver)
-                writer.wait()
-
-            return timed(torch.device("cpu"), train)[0]
-
-        contenders[name] = epoch
-    samples = interleaved(contenders, repeats, warmup=1)
+        contenders[name] = partial(train_and_save, config, training, loaders.train, saver, writer)
+    samples = common.interleaved_seconds(CPU, contenders, repeats)
     written = list((folder / "with").glob("*.pth"))
     size = sum(path.stat().st_size for path in written) / 2**20
     if len(written) != 1 or list((folder / "without").glob("*.pth")):
@@ -183,46 +161,39 @@ def measure_checkpoints(folder: Path, batch_size: int, repeats: int) -> dict[str
         "batch_size": batch_size,
         "steps": steps,
         "checkpoint_mib": size,
-        "step_ms": {name: asdict(Spread.of(1e3 * each / steps for each in values)) for name, values in samples.items()},
-        "added_share": asdict(Spread.of(added)),
+        "step_ms": {name: Spread.of(values, 1e3 / steps) for name, values in samples.items()},
+        "added_share": Spread.of(added),
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Gate, measure, print, write. Exits with the reason, before anything is timed, when the gate finds an error."""
-    parser = argument_parser("training_loop", __doc__)
-    parser.add_argument("--steps", type=int, default=100, help="steps of a timed loop of the small model")
-    parser.add_argument("--repeats", type=int, default=9, help="timed rounds of the small model")
-    parser.add_argument(
-        "--checkpoint-repeats", type=int, default=5, help="timed rounds of 100 steps; 0 leaves them out"
-    )
-    parser.add_argument("--batch-size", type=int, default=1, help="of Pola-PVT-T")
-    options = parser.parse_args(arguments)
-    prepare_process(options.threads)
-    with tempfile.TemporaryDirectory() as name, gated():
-        folder = Path(name)
-        overhead = measure_overhead(folder, options.steps, options.repeats)
-        checkpoints = None
+def measure(options: Namespace) -> Outcome:
+    """Both questions, a table of each."""
+    checkpoints = None
+    with tempfile.TemporaryDirectory() as name:
+        overhead = measure_overhead(Path(name), options.steps, options.repeats)
         if options.checkpoint_repeats:
-            checkpoints = measure_checkpoints(folder, options.batch_size, options.checkpoint_repeats)
-    rows = [(f"{name} loop", Spread(**each).text(digits=2)) for name, each in overhead["step_ms"].items()]
-    rows.append(("difference", Spread(**overhead["overhead_ms"]).text(digits=2)))
-    print_table("a small Pola-Swin: median (smallest to largest)", ("", "ms per step"), rows)
-    bars = [
-        Bar("ms per step of our loop beyond a bare one", overhead["overhead_ms"]["median"], OVERHEAD_BAR_MS, "at most")
-    ]
+            checkpoints = measure_checkpoints(Path(name), options.batch_size, options.checkpoint_repeats)
+    rows = [(f"{name} loop", each.text(digits=2)) for name, each in overhead["step_ms"].items()]
+    rows.append(("difference", overhead["overhead_ms"].text(digits=2)))
+    common.print_table(f"a small Pola-Swin: {common.SPREAD}", ("", "ms per step"), rows)
+    beyond = overhead["overhead_ms"].median
+    bars = [Bar("ms per step of our loop beyond a bare one", beyond, OVERHEAD_BAR_MS, "at most")]
     if checkpoints:
-        rows = [(f"{name} a checkpoint", Spread(**each).text()) for name, each in checkpoints["step_ms"].items()]
-        rows.append(("added by one every 50 steps, %", Spread(**checkpoints["added_share"]).text(100)))
+        rows = [(f"{name} a checkpoint", each.text()) for name, each in checkpoints["step_ms"].items()]
+        rows.append(("added by one every 50 steps, %", checkpoints["added_share"].text(100)))
         title = f"Pola-PVT-T, batch {checkpoints['batch_size']}, {checkpoints['checkpoint_mib']:.0f} MiB"
-        print_table(f"{title}: median (smallest to largest)", ("", "ms per step"), rows)
-        added = 100 * checkpoints["added_share"]["median"]
+        common.print_table(f"{title}: {common.SPREAD}", ("", "ms per step"), rows)
+        added = 100 * checkpoints["added_share"].median
         bars.append(Bar("% that a checkpoint every 50 steps adds", added, CHECKPOINT_BAR, "at most"))
-    print_bars(bars)
-    device = torch.device("cpu")
-    content = {"overhead": overhead, "checkpoints": checkpoints}
-    path = write_result(options.output, "training_loop", device, content, bars)
-    print(f"\nwrote {path.name} to {options.output}")
+    return Outcome({"overhead": overhead, "checkpoints": checkpoints}, bars)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.argument_parser("training_loop", __doc__, batch_size=1, repeats=9)
+    add = parser.add_argument
+    add("--steps", type=int, default=100, help="steps of a timed loop of the small model")
+    add("--checkpoint-repeats", type=int, default=5, help="timed rounds of Pola-PVT-T; 0: none")
+    common.run(parser.parse_args(arguments), measure)
 
 
 if __name__ == "__main__":

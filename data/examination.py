@@ -61,19 +61,13 @@ def _open_zip(path: Path, process: int) -> zipfile.ZipFile:
 
 def examine(task: Task) -> Examined:
     """Decode and hash the images of one task."""
-    if task.archive is None:
-        found = [
-            _examine_image(name, label, Path(name).read_bytes)
-            for name, label in zip(task.names, task.labels, strict=True)
-        ]
-        return Examined(found, [])
-    if task.archive.suffix == ".tar":
+    if task.archive is not None and task.archive.suffix == ".tar":
         return _examine_shard(task.archive, task.images)
-    archive = _open_zip(task.archive, os.getpid())
-    found = [
-        _examine_image(f"{task.archive}/{name}", label, functools.partial(archive.read, name))
-        for name, label in zip(task.names, task.labels, strict=True)
-    ]
+    archive = _open_zip(task.archive, os.getpid()) if task.archive else None
+    found = []
+    for name, label in zip(task.names, task.labels, strict=True):
+        read = functools.partial(archive.read, name) if archive else Path(name).read_bytes
+        found.append(_examine_image(f"{task.archive}/{name}" if archive else name, label, read))
     return Examined(found, [])
 
 
@@ -162,15 +156,12 @@ def compare_counts(layouts: dict[str, Layout], counts: dict[str, Counter[int]], 
 def examine_all(tasks: Sequence[Task], workers: int, report: Report) -> dict[str, Counter[int]]:
     """Decode every image and compare their contents; returns images per split and label, unreadable ones included."""
     counts: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
-    unreadable: dict[str, list[str]] = {split: [] for split in SPLITS}
     first: dict[bytes, tuple[str, int, str]] = {}  # by content: split, label and name of the first such image
-    within: list[str] = []
-    between: list[str] = []
-    labels: list[str] = []
-    archive_errors: list[str] = []
+    archives, between, within, relabelled = (list[str]() for _ in range(4))
+    unreadable: dict[str, list[str]] = {split: [] for split in SPLITS}
     with tqdm(total=sum(task.images for task in tasks), desc="checking", unit="img", disable=None) as bar:
         for task, examined in zip(tasks, parallel(examine, tasks, workers), strict=True):
-            archive_errors += examined.errors
+            archives += examined.errors
             for image in examined.images:
                 counts[task.split][image.label] += 1
                 if image.problem:
@@ -181,19 +172,21 @@ def examine_all(tasks: Sequence[Task], workers: int, report: Report) -> dict[str
                     continue
                 (within if split == task.split else between).append(f"{image.name} = {name}")
                 if label != image.label:
-                    labels.append(f"{image.name} (label {image.label}) = {name} (label {label})")
+                    relabelled.append(f"{image.name} (label {image.label}) = {name} (label {label})")
             bar.update(task.images)
-    if archive_errors:
-        report.error(f"{len(archive_errors):,} problems in the contents of shards", archive_errors)
-    for split, problems in unreadable.items():
-        if problems:
-            report.error(f"{split}: {len(problems):,} images are unreadable or truncated", problems)
-    if between:
-        report.warn(f"{len(between):,} images are in train and in val with the same content", between)
-    if within:
-        report.warn(f"{len(within):,} images repeat the content of another of their split", within)
-    if labels:
-        report.warn(f"{len(labels):,} images have the content of one with another label", labels)
+    for text, names in (
+        ("{:,} problems in the contents of shards", archives),
+        *((f"{split}: {{:,}} images are unreadable or truncated", names) for split, names in unreadable.items()),
+    ):
+        if names:
+            report.error(text.format(len(names)), names)
+    for text, names in (
+        ("{:,} images are in train and in val with the same content", between),
+        ("{:,} images repeat the content of another of their split", within),
+        ("{:,} images have the content of one with another label", relabelled),
+    ):
+        if names:
+            report.warn(text.format(len(names)), names)
     return counts
 
 

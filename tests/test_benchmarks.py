@@ -13,7 +13,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from benchmarks import attention, features, input_pipeline, model_step, training_loop
 from benchmarks.baseline import literal_polarity_attention, patched_model_attention
-from benchmarks.common import WrongResultError, interleaved, ratios, saved_bytes
+from benchmarks.common import Spread, WrongResultError, interleaved, ratios, saved_bytes
 from data.sources.base import decode_fast
 from models.kernels import polarity
 from models.ops.polarity_attention import polarity_attention
@@ -214,8 +214,8 @@ def test_wrong_arguments_are_named(arguments, message, capsys):
 def test_bars_apply_where_they_are_meant():
     def contender(speedup, milliseconds, saved):
         return {
-            "speedup": {"median": speedup},
-            "total_ms": {"median": milliseconds},
+            "speedup": Spread.of([speedup]),
+            "total_ms": Spread.of([milliseconds]),
             "saved_bytes": saved,
             "times_floor": 1.3,
         }

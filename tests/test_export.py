@@ -25,9 +25,10 @@ from config import image_size, load_config
 from data.transforms import Normalise, evaluation_transform
 from models import build_model
 from models.files import load_checkpoint
+from models.registry import VARIANTS
 from tools.checkpoints import load_model
 from tools.export import deviation_from_eager, main, open_exportable
-from tools.hub_folder import ARCHITECTURES, architecture_of, hub_config
+from tools.hub_folder import architecture_of, hub_config
 from utils.checkpoints.writing import save_checkpoint
 from utils.files import file_digest
 
@@ -193,9 +194,9 @@ def test_imagenet_classes_are_described_in_a_hub_folder():
     assert content["label_descriptions"] == {"n01440764": "tench, Tinca tinca", "n02099601": "golden retriever"}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_official_configurations_carry_timms_name_and_no_arguments(name):
-    config = load_config(config_file(ARCHITECTURES[name]))
+    config = load_config(config_file(VARIANTS[name].config))
     assert architecture_of(config) == (name, {})
     described = hub_config(config, 1, None)["pretrained_cfg"]
     registered = timm.get_pretrained_cfg(name).to_dict()

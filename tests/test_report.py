@@ -6,6 +6,7 @@ pytest tests/test_report.py
 import json
 import re
 import time
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from conftest import TINY, run, run_tool
 from lra_caches import write_cache
 from test_lra import SHORT, lra
 
-from benchmarks.report import store_arrays, write_metrics, write_predictions
+from benchmarks.report import write_metrics, write_predictions
 from config import load_config
 from data.sources.bundled import DigitsSource
 from models import build_model
@@ -46,6 +47,14 @@ def predictions(
         epoch=1,
         checkpoint="max_acc.pth",
     )
+
+
+def store_arrays(path: Path, arrays: dict) -> None:
+    """Write an .npz, whose arrays may also be called `file`, as an argument of numpy.savez is."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, np.asarray(array))
 
 
 def digits_run(folder: Path, options: str = "", *, names: list[str] | None = None) -> Path:

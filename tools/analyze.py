@@ -1,7 +1,7 @@
 """What attention layers do, in numbers: entropy, rank, exponents and gates, as a CSV and figures.
 
-python tools/analyze.py --checkpoint max_acc.pth                     on the two photographs that ship with scikit-learn
-python tools/analyze.py images/ --checkpoint max_acc.pth --metrics entropy,rank --layers layers.0.blocks.0
+example: python tools/analyze.py --checkpoint max_acc.pth           on the two photographs that ship with scikit-learn
+         python tools/analyze.py images/ --checkpoint max_acc.pth --metrics entropy,rank --layers layers.0.blocks.0
 
 docs/attention_maps.md defines every measure.
 """
@@ -18,16 +18,15 @@ from typing import Any
 if not __package__:  # run as a file: the repository root is not on the path then
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from config import image_size
 from data.transforms import Normalise, evaluation_transform
-from models.attention_maps import Attention, LayerRecord, MapError, attention_layers, choose_layers, kernel_in, record
+from models.attention_maps import LayerRecord, MapError, attention_layers, choose_layers, kernel_in, record
 from tools.checkpoints import add_checkpoint_arguments, find_images, open_checkpoint, read_image
-from tools.command_line import answer, number, some_of, whole
+from tools.command_line import answer, number, program, some_of, whole
 
 METRICS = ("entropy", "rank", "exponent", "gate")
 WITH_DEPTHWISE = "combined+depthwise"
@@ -227,43 +226,37 @@ def draw_figures(
     folder: Path, model: nn.Module, measurements: Sequence[Measurement], gates: dict[str, tuple[Tensor, Tensor]]
 ) -> list[Path]:
     """entropy.png, rank.png, exponent.png and gate.png, those of them for which there are measurements."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # slow to import
 
     by_metric: dict[str, list[Measurement]] = {}
     for measurement in measurements:
         by_metric.setdefault(measurement.metric, []).append(measurement)
-    paths = []
+    figures: dict[str, Figure] = {}
 
-    def save(figure: Any, name: str) -> None:
-        figure.savefig(folder / name, dpi=130)
-        pyplot.close(figure)
-        paths.append(folder / name)
+    def canvas(metric: str, panels: int = 1) -> list[Any]:
+        width = max(5.6, 1.6 + 0.75 * len(_layers(by_metric[metric])))
+        figures[metric] = Figure(figsize=(panels * width, 4.4), layout="constrained")
+        return list(figures[metric].subplots(1, panels, squeeze=False)[0])
 
-    def canvas(layers: Sequence[str], panels: int = 1) -> tuple[Any, list[Any]]:
-        width = max(5.6, 1.6 + 0.75 * len(layers))
-        figure, axes = pyplot.subplots(1, panels, figsize=(panels * width, 4.4), layout="constrained", squeeze=False)
-        return figure, list(axes[0])
+    def share(axes: Any, metric: str, title: str, label: str, **limits: Any) -> None:
+        """Values over the largest that they could have."""
+        _dots(axes, by_metric[metric], lambda m: m.value / m.limit, legend=metric != "effective rank")
+        axes.set(title=title, ylabel=label, **limits)
 
-    if entropy := by_metric.get("entropy"):
-        figure, (axes,) = canvas(_layers(entropy))
-        _dots(axes, entropy, lambda m: m.value / m.limit)
-        axes.set(title="Entropy of attention rows", ylabel="entropy / ln(keys); 1 is uniform", ylim=(0, 1.03))
-        save(figure, "entropy.png")
-    if rank := by_metric.get("rank"):
-        figure, (left, right) = canvas(_layers(rank), 2)
-        _dots(left, rank, lambda m: m.value / m.limit)
-        left.set(title="Numerical rank", ylabel="rank / largest possible", ylim=(0, 1.03))
-        _dots(right, by_metric["effective rank"], lambda m: m.value / m.limit, legend=False)
-        right.set(title="Effective rank", ylabel="effective rank / largest possible", ylim=(0, None))
-        save(figure, "rank.png")
+    if "entropy" in by_metric:
+        label = "entropy / ln(keys); 1 is uniform"
+        (axes,) = canvas("entropy")
+        share(axes, "entropy", "Entropy of attention rows", label, ylim=(0, 1.03))
+    if "rank" in by_metric:
+        left, right = canvas("rank", 2)
+        share(left, "rank", "Numerical rank", "rank / largest possible", ylim=(0, 1.03))
+        share(right, "effective rank", "Effective rank", "effective rank / largest possible", ylim=(0, None))
     if exponent := by_metric.get("exponent"):
         layers = _layers(exponent)
         modules = attention_layers(model)
-        values = [_exponents(modules[name]) for name in layers]
-        figure, (axes,) = canvas(layers)
+        exponents = [kernel_in(modules[name]).exponent() for name in layers]
+        values = [each.detach().flatten().numpy() for each in exponents if each is not None]
+        (axes,) = canvas("exponent")
         parts = axes.violinplot(values, showmedians=True, widths=0.8)
         for body in parts["bodies"]:
             body.set(facecolor=COLOUR["combined"], alpha=0.45)
@@ -274,9 +267,8 @@ def draw_figures(
         axes.annotate("at the start", (0.5, start), (2, 3), textcoords="offset points", color="#666666", fontsize=8)
         axes.set(title="Learned exponents of all heads and channels", ylabel="p", xlim=(0.4, len(layers) + 0.6))
         _layer_axis(axes, layers, range(1, len(layers) + 1))
-        save(figure, "exponent.png")
     if gate := by_metric.get("gate"):
-        figure, (left, right) = canvas(_layers(gate), 2)
+        left, right = canvas("gate", 2)
         _dots(left, gate, lambda m: m.value)
         left.axhline(0, color="#888888", linewidth=0.8)
         left.set(title="Correlation of the gate's halves", ylabel="Pearson's r", ylim=(-1.05, 1.05))
@@ -289,18 +281,13 @@ def draw_figures(
             xlabel="gate of a same-signed channel",
             ylabel="its opposite-signed partner",
         )
-        save(figure, "gate.png")
-    return paths
+    for metric, figure in figures.items():
+        figure.savefig(folder / f"{metric}.png", dpi=130)
+    return [folder / f"{metric}.png" for metric in figures]
 
 
 def _colour(name: str) -> str:
     return COLOUR.get(name) or SPARE_COLOURS[sum(name.encode()) % len(SPARE_COLOURS)]
-
-
-def _exponents(attention: Attention) -> np.ndarray:
-    exponents = kernel_in(attention).exponent()
-    assert exponents is not None, "only layers with exponents are drawn"
-    return exponents.detach().flatten().numpy()
 
 
 def _layers(measurements: Iterable[Measurement]) -> list[str]:
@@ -331,8 +318,7 @@ def _layer_axis(axes: Any, layers: Sequence[str], places: Sequence[int]) -> None
     axes.set_xticks(list(places), [name.replace("layers.", "").replace("blocks.", "") for name in layers], fontsize=8)
     if len(layers) > 6:
         axes.tick_params(axis="x", rotation=60)
-    swin = layers[0].startswith("layers.")
-    axes.set_xlabel("layer (stage.block)" if swin else "layer")
+    axes.set_xlabel("layer (stage.block)" if layers[0].startswith("layers.") else "layer")
     axes.grid(axis="y", alpha=0.3)
 
 
@@ -342,49 +328,19 @@ def _layer_axis(axes: Any, layers: Sequence[str], places: Sequence[int]) -> None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python tools/analyze.py",
-        description="Entropy and rank of attention maps, learned exponents and gates of every layer and head, as"
-        " analysis.csv and figures (docs/attention_maps.md).",
-        epilog="example: python tools/analyze.py photos/ --checkpoint output/quickstart/default/max_acc.pth"
-        " --metrics entropy,rank",
-    )
-    parser.add_argument(
-        "images",
-        metavar="IMAGE",
-        type=Path,
-        nargs="*",
-        help="files or folders; default: scikit-learn's two photographs",
-    )
+    parser = program("python tools/analyze.py", __doc__)
+    add = parser.add_argument
+    which = "files or folders; default: scikit-learn's two photographs"
+    add("images", metavar="IMAGE", type=Path, nargs="*", help=which)
     add_checkpoint_arguments(parser)
-    parser.add_argument(
-        "--layers", metavar="A,B", help="as tools/visualize_attention.py --list names them; default: all"
-    )
-    parser.add_argument(
-        "--metrics",
-        metavar="A,B",
-        type=some_of(METRICS, "metric"),
-        default=METRICS,
-        help=f"some of {', '.join(METRICS)}; default: all",
-    )
-    parser.add_argument(
-        "--queries", metavar="N", type=whole(), default=512, help="rows measured of each map (default 512)"
-    )
-    parser.add_argument(
-        "--tolerance",
-        metavar="T",
-        type=number(0, 1, open_low=True, open_high=True),
-        default=1e-3,
-        help="of the numerical rank (default 0.001)",
-    )
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("analysis"), help="default: analysis")
+    add("--layers", metavar="A,B", help="as tools/visualize_attention.py --list names them; default: all")
+    which = f"some of {', '.join(METRICS)}; default: all"
+    add("--metrics", metavar="A,B", type=some_of(METRICS, "metric"), default=METRICS, help=which)
+    add("--queries", metavar="N", type=whole(), default=512, help="rows measured of each map (default 512)")
+    share = number(0, 1, open_low=True, open_high=True)
+    add("--tolerance", metavar="T", type=share, default=1e-3, help="of the numerical rank (default 0.001)")
+    add("--output", metavar="DIR", type=Path, default=Path("analysis"), help="default: analysis")
     return parser
-
-
-def _sample_images(transform: Callable[[Image.Image], Tensor]) -> list[Tensor]:
-    from sklearn.datasets import load_sample_images  # slow to import
-
-    return [transform(Image.fromarray(image)) for image in load_sample_images().images]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -396,7 +352,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.images:
         images = [read_image(path, transform) for path in find_images(arguments.images)]
     else:
-        images = _sample_images(transform)
+        from sklearn.datasets import load_sample_images  # slow to import
+
+        images = [transform(Image.fromarray(image)) for image in load_sample_images().images]
     measurements, gates = analyze(
         loaded.model, images, layers, arguments.metrics, queries=arguments.queries, tolerance=arguments.tolerance
     )

@@ -1,7 +1,7 @@
 """A checkpoint of an image model, and image files, as the tools that look at them take them from the command line."""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,17 +9,21 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from yacs.config import CfgNode
 
-from config import config_from_tree, load_config
+from config import ConfigError, config_from_tree, load_config
 from data.sources.base import DataError, Picture, UnreadableImage, decode
 from models import CheckpointError, load
 from models.classifier import Classifier
 
 
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """--checkpoint, --ema and --cfg: a model and its weights, for `open_checkpoint`."""
+def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, opts: bool = False) -> None:
+    """--checkpoint, --ema, --cfg and where asked for --opts: a model and its weights, for `open_checkpoint`."""
     parser.add_argument("--checkpoint", metavar="FILE", type=Path, required=True, help=".pth or .safetensors file")
     parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the last ones")
     parser.add_argument("--cfg", metavar="FILE", help="YAML configuration, for a file that carries none")
+    parser.set_defaults(opts=[])
+    if opts:
+        what = "overrides of --cfg, for example DATA.IMG_SIZE 384"
+        parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help=what)
 
 
 class LoadedModel(NamedTuple):
@@ -39,10 +43,16 @@ def load_model(path: Path, *, ema: bool = False, config: CfgNode | None = None) 
     return LoadedModel(model, config or config_from_tree(model.config, str(path))[0], model.classes)
 
 
-def open_checkpoint(arguments: argparse.Namespace, opts: Sequence[str] = ()) -> LoadedModel:
+def given_config(arguments: argparse.Namespace) -> CfgNode | None:
+    """That of --cfg and --opts. Raises ConfigError for --opts alone."""
+    if arguments.opts and not arguments.cfg:
+        raise ConfigError("--opts belongs to --cfg")
+    return load_config(arguments.cfg, arguments.opts) if arguments.cfg else None
+
+
+def open_checkpoint(arguments: argparse.Namespace) -> LoadedModel:
     """What `add_checkpoint_arguments` asked for."""
-    config = load_config(arguments.cfg, opts) if arguments.cfg else None
-    return load_model(arguments.checkpoint, ema=arguments.ema, config=config)
+    return load_model(arguments.checkpoint, ema=arguments.ema, config=given_config(arguments))
 
 
 def read_image(path: Path, transform: Callable[[Picture], Tensor]) -> Tensor:

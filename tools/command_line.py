@@ -8,6 +8,11 @@ from collections.abc import Callable, Sequence
 INTERRUPTED = 130  # exit code of Ctrl-C
 
 
+def program(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help begins with the program's docstring as it stands: what it does, examples, exit codes."""
+    return argparse.ArgumentParser(name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def whole(low: int = 1, high: int | None = None) -> Callable[[str], int]:
     """An argument that is an integer from `low` to `high`."""
 

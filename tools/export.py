@@ -1,7 +1,7 @@
 """Export a checkpoint: ONNX, torch.export, safetensors, a Hugging Face Hub folder, or weights to publish.
 
-python tools/export.py --checkpoint FILE.pth --format onnx torch-export --output export
-python tools/export.py --checkpoint FILE.pth --format hub --release --ema
+example: python tools/export.py --checkpoint FILE.pth --format onnx torch-export --output export
+         python tools/export.py --checkpoint FILE.pth --format hub --release --ema
 
 Every output is loaded again and its logits are compared with the checkpoint's own in PyTorch, on random images in
 several batch sizes. One that deviates by more than the tolerance is removed.
@@ -37,12 +37,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from yacs.config import CfgNode
 
-from config import image_size, load_config
+from config import image_size
 from models import build_model
 from models.classifier import Classifier
 from models.files import CHECKPOINT_VERSION
-from tools.checkpoints import add_checkpoint_arguments, load_model
-from tools.command_line import answer, number
+from tools.checkpoints import add_checkpoint_arguments, given_config, load_model
+from tools.command_line import answer, number, program
 from tools.hub_folder import architecture_of, hub_config, model_card
 from utils.files import file_digest
 from utils.precision import exact_float32
@@ -356,40 +356,20 @@ def _opset(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tools/export.py",
-        description="Export a checkpoint of ours or a released one. Every output is loaded again and compared with the"
-        " checkpoint's logits in PyTorch; one that deviates is removed, with exit code 1.",
-        epilog="example: python tools/export.py --checkpoint output/quickstart/default/max_acc.pth --format onnx hub",
-    )
+    parser = program("tools/export.py", __doc__)
+    add = parser.add_argument
+    add_checkpoint_arguments(parser, opts=True)
     names = [name for name in formats() if name != "release"]
-    add_checkpoint_arguments(parser)
-    parser.add_argument("--format", nargs="+", choices=names, default=[], help="what to write; several are allowed")
-    parser.add_argument(
-        "--release",
-        action="store_true",
-        help="also write NAME-<SHA-256>.pth with weights, classes and configuration alone, to be published",
-    )
-    parser.add_argument("--output", metavar="FOLDER", type=Path, default=Path("export"), help="default: export")
-    parser.add_argument("--name", help="of the outputs; default: timm's name of the model, else MODEL.NAME")
-    parser.add_argument(
-        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="overrides of --cfg, for example DATA.IMG_SIZE 384"
-    )
-    parser.add_argument(
-        "--opset",
-        type=_opset,
-        default=DEFAULT_OPSET,
-        metavar="N",
-        help=f"of ONNX, {OPSETS[0]} to {OPSETS[-1]}; default {DEFAULT_OPSET}",
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=number(0, 1, open_high=True),
-        default=1e-4,
-        metavar="X",
-        help="largest deviation of an ONNX or torch.export logit, over the largest logit; default 1e-4. The other"
-        " formats have to be equal",
-    )
+    add("--format", nargs="+", choices=names, default=[], help="what to write; several are allowed")
+    what = "also write NAME-<SHA-256>.pth with weights, classes and configuration alone, to be published"
+    add("--release", action="store_true", help=what)
+    add("--output", metavar="FOLDER", type=Path, default=Path("export"), help="default: export")
+    add("--name", help="of the outputs; default: timm's name of the model, else MODEL.NAME")
+    what = f"of ONNX, {OPSETS[0]} to {OPSETS[-1]}; default {DEFAULT_OPSET}"
+    add("--opset", type=_opset, default=DEFAULT_OPSET, metavar="N", help=what)
+    what = "largest deviation of an ONNX or torch.export logit, over the largest logit; default 1e-4. The other"
+    what += " formats have to be equal"
+    add("--tolerance", type=number(0, 1, open_high=True), default=1e-4, metavar="X", help=what)
     return parser
 
 
@@ -410,15 +390,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [*dict.fromkeys(arguments.format), *(["release"] if arguments.release else [])]
     if not names:
         parser.error(f"nothing to write: --format takes {', '.join(formats())[: -len(', release')]}, or add --release")
-    if arguments.opts and not arguments.cfg:
-        parser.error("--opts belongs to --cfg")
     return answer(lambda: run(arguments, names))
 
 
 def run(arguments: argparse.Namespace, names: Sequence[str]) -> int:
     """Write and check every format in `names`; 1 where one deviates."""
     require_packages(names)
-    config = load_config(arguments.cfg, arguments.opts) if arguments.cfg else None
+    config = given_config(arguments)
     source = open_exportable(arguments.checkpoint, ema=arguments.ema, config=config, name=arguments.name)
     available = formats(arguments.opset)
     wrong = 0

@@ -1,7 +1,7 @@
 """Classify images with a checkpoint: its most probable classes, by name.
 
-python tools/predict.py --checkpoint FILE.pth image.jpg folder/
-python tools/predict.py --checkpoint FILE.pth folder/ --topk 1 --output predictions.csv
+example: python tools/predict.py --checkpoint FILE.pth image.jpg folder/
+         python tools/predict.py --checkpoint FILE.pth folder/ --topk 1 --output predictions.csv
 
 Images pass through the evaluation transform of the checkpoint's configuration, and the model computes as `--eval` does.
 A folder stands for every image below it. Files that are no complete images are named at the end; the rest is
@@ -29,14 +29,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from config import evaluation_config, image_size
+from data.imagenet import readable_names
 from data.sources.base import DataError, Picture, UnreadableImage, decode
 from data.transforms import Normalise, evaluation_transform
 from models import build_model
 from models.classifier import Classifier
 from models.loading import load_resized
 from tools.checkpoints import LoadedModel, add_checkpoint_arguments, find_images, open_checkpoint
-from tools.class_names import readable_names
-from tools.command_line import answer, whole
+from tools.command_line import answer, program, whole
 from utils.files import file_digest
 from utils.precision import autocast, autocast_dtype, exact_float32
 
@@ -49,6 +49,10 @@ class Prediction(NamedTuple):
     file: str
     labels: list[int]
     probabilities: list[float]
+
+    def named(self, names: Sequence[str]) -> list[tuple[int, str, float]]:
+        """Label, name and probability of each."""
+        return [(label, names[label], p) for label, p in zip(self.labels, self.probabilities, strict=True)]
 
 
 class Unreadable(NamedTuple):
@@ -104,21 +108,16 @@ def predict(
         num_workers=workers,
         collate_fn=_as_list,
     )
-    for start, batch in zip(range(0, len(paths), batch_size), loader, strict=True):
-        images = [sample for sample in batch if isinstance(sample, Tensor)]
-        results: Iterator[Prediction] = iter(())
-        if images:
+    files = map(str, paths)
+    for batch in loader:
+        results: Iterator[tuple[list[int], list[float]]] = iter(())
+        if images := [sample for sample in batch if isinstance(sample, Tensor)]:
             with exact_float32(), autocast(device, amp_dtype):
                 logits = model(normalise(torch.stack(images).to(device)))
             best = logits.float().softmax(dim=-1).topk(min(topk, model.num_classes))
-            names = [
-                str(path)
-                for path, sample in zip(paths[start : start + batch_size], batch, strict=True)
-                if isinstance(sample, Tensor)
-            ]
-            results = map(Prediction, names, best.indices.tolist(), best.values.tolist())
-        for sample in batch:
-            yield sample if isinstance(sample, Unreadable) else next(results)
+            results = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        for sample, file in zip(batch, files, strict=False):  # in this order it takes no file too many
+            yield sample if isinstance(sample, Unreadable) else Prediction(file, *next(results))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,11 +128,7 @@ def predict(
 def as_table(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
     """A paragraph an image: probability in percent and class name."""
     return "".join(
-        f"{prediction.file}\n"
-        + "".join(
-            f"  {100 * probability:6.2f} %  {names[label]}\n"
-            for label, probability in zip(prediction.labels, prediction.probabilities, strict=True)
-        )
+        f"{prediction.file}\n" + "".join(f"  {100 * p:6.2f} %  {name}\n" for _, name, p in prediction.named(names))
         for prediction in predictions
     )
 
@@ -144,10 +139,8 @@ def as_csv(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "rank", "label", "class", "probability"])
     for prediction in predictions:
-        for rank, (label, probability) in enumerate(
-            zip(prediction.labels, prediction.probabilities, strict=True), start=1
-        ):
-            writer.writerow([prediction.file, rank, label, names[label], f"{probability:.6g}"])
+        for rank, (label, name, probability) in enumerate(prediction.named(names), start=1):
+            writer.writerow([prediction.file, rank, label, name, f"{probability:.6g}"])
     return text.getvalue()
 
 
@@ -155,15 +148,10 @@ def as_json(
     predictions: Sequence[Prediction], names: Sequence[str], unreadable: Sequence[Unreadable], about: dict[str, str]
 ) -> str:
     """An object: what made the predictions, the predictions, and the files that are no images."""
+    keys = ("label", "class", "probability")
     rows = [
-        {
-            "file": prediction.file,
-            "classes": [
-                {"label": label, "class": names[label], "probability": probability}
-                for label, probability in zip(prediction.labels, prediction.probabilities, strict=True)
-            ],
-        }
-        for prediction in predictions
+        {"file": each.file, "classes": [dict(zip(keys, entry, strict=True)) for entry in each.named(names)]}
+        for each in predictions
     ]
     content = {**about, "predictions": rows, "unreadable": [entry._asdict() for entry in unreadable]}
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -186,42 +174,24 @@ def _device(text: str) -> torch.device:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tools/predict.py",
-        description="Classify images with a checkpoint: its most probable classes, by name.",
-        epilog="example: python tools/predict.py --checkpoint output/quickstart/latest/max_acc.pth image.png folder/",
-    )
-    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files, and folders of them")
-    add_checkpoint_arguments(parser)
-    parser.add_argument(
-        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="overrides of --cfg, for example TEST.CROP False"
-    )
-    parser.add_argument("--topk", metavar="K", type=whole(), default=5, help="classes an image; default 5")
-    parser.add_argument("--format", choices=FORMATS, help="default: by the ending of --output, else table")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="write there instead of standard output")
-    parser.add_argument("--batch-size", metavar="N", type=whole(), default=32, help="default 32")
-    parser.add_argument(
-        "--workers",
-        metavar="N",
-        type=whole(),
-        default=min(4, os.cpu_count() or 1),
-        help="processes that decode images where there is more than a batch of them; default 4, or the number of cores",
-    )
-    parser.add_argument(
-        "--device",
-        type=_device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or cuda:N; default: cuda where there is one",
-    )
+    parser = program("tools/predict.py", __doc__)
+    add = parser.add_argument
+    add("images", metavar="IMAGE", type=Path, nargs="+", help="image files, and folders of them")
+    add_checkpoint_arguments(parser, opts=True)
+    add("--topk", metavar="K", type=whole(), default=5, help="classes an image; default 5")
+    add("--format", choices=FORMATS, help="default: by the ending of --output, else table")
+    add("--output", metavar="FILE", type=Path, help="write there instead of standard output")
+    add("--batch-size", metavar="N", type=whole(), default=32, help="default 32")
+    what = "processes that decode images where there is more than a batch of them; default 4, or the number of cores"
+    add("--workers", metavar="N", type=whole(), default=min(4, os.cpu_count() or 1), help=what)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=_device, default=device, help="cpu, cuda or cuda:N; default: cuda where there is one")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code."""
-    parser = _parser()
-    arguments = parser.parse_intermixed_args(argv)
-    if arguments.opts and not arguments.cfg:
-        parser.error("--opts belongs to --cfg")
+    arguments = _parser().parse_intermixed_args(argv)
     return answer(lambda: run(arguments))
 
 
@@ -230,7 +200,7 @@ def run(arguments: argparse.Namespace) -> int:
     ending = arguments.output.suffix.removeprefix(".").lower() if arguments.output else ""
     form = arguments.format or (ending if ending in FORMATS else "table")
     paths = find_images(arguments.images)
-    loaded = open_checkpoint(arguments, arguments.opts)
+    loaded = open_checkpoint(arguments)
     if loaded.config.MODEL.SWIN.IN_CHANS != 3:
         raise DataError(f"{arguments.checkpoint} takes {loaded.config.MODEL.SWIN.IN_CHANS} channels, images give 3")
     results = list(

@@ -37,9 +37,9 @@ from tqdm import tqdm
 from data.sources.base import DataError, UnreadableImage, decode, require_folder
 from data.sources.folder import FolderSource
 from data.sources.shards import INDEX_FILE, Index, Shard
-from tools.command_line import answer, whole
+from tools.command_line import answer, program, whole
 from tools.imagenet_labels import read_ground_truth
-from tools.prepared_folder import STATE, owned, require_same_settings
+from tools.prepared_folder import STATE, FolderDigest, owned, require_same_settings
 from utils.files import file_digest, written
 from utils.parallel import WorkerLost, parallel
 
@@ -61,15 +61,14 @@ class Entry(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)
+def _images(root: Path, pattern: str) -> list[Path]:
+    return [path for path in root.glob(pattern) if path.is_file() and path.name.lower().endswith(IMG_EXTENSIONS)]
 
 
 def _flat_val(root: Path, ground_truth: Path, class_ids: Path | None) -> list[tuple[Path, str]]:
     """Every image of `root`, loose or in a class folder already, with its class."""
     require_folder(root)
-    loose = [path for path in root.iterdir() if path.is_file() and _is_image(path.name)]
-    placed = [path for path in root.glob("*/*") if path.is_file() and _is_image(path.name)]
+    loose, placed = _images(root, "*"), _images(root, "*/*")
     names = [path.name for path in loose + placed]
     if len(set(names)) < len(names):
         twice = sorted(name for name in set(names) if names.count(name) > 1)[0]
@@ -128,11 +127,8 @@ def list_input(
 
 
 def _entries(root: Path, source: FolderSource) -> list[Entry]:
-    paths = [source.name(i) for i in range(len(source.labels))]
-    return [
-        Entry(path, Path(path).relative_to(root).as_posix(), label)
-        for path, label in zip(paths, source.labels, strict=True)
-    ]
+    paths = map(source.name, range(len(source.labels)))
+    return [Entry(p, Path(p).relative_to(root).as_posix(), n) for p, n in zip(paths, source.labels, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,9 +222,9 @@ def _finished(unit: Unit) -> Result | None:
         if result.unreadable:  # tried again: the files may have been mended
             return None
         if unit.format == "folder":
-            digest = hashlib.sha256()
+            digest = FolderDigest()
             for member in result.members:
-                _add(digest, member, (unit.output / unit.split / member).read_bytes())
+                digest.add(member, (unit.output / unit.split / member).read_bytes())
             found = digest.hexdigest()
         else:
             found = file_digest(unit.archive)
@@ -237,18 +233,13 @@ def _finished(unit: Unit) -> Result | None:
     return result if found == result.digest else None
 
 
-def _add(digest: Any, member: str, data: bytes) -> None:
-    digest.update(f"{member}\n{len(data)}\n".encode())
-    digest.update(data)
-
-
 def run_unit(unit: Unit) -> Result:
     """Prepare one unit, unless an earlier run did; its manifest is written last."""
     if finished := _finished(unit):
         return finished
     result, state = Result(), unit.output / STATE
     if unit.format == "folder":
-        digest = hashlib.sha256()
+        digest = FolderDigest()
         for _, member, data in _prepared(unit, result):
             target = unit.output / unit.split / member
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +247,7 @@ def run_unit(unit: Unit) -> Result:
             temporary.write_bytes(data)  # no fsync per image: a restart verifies the digest
             os.replace(temporary, target)
             result.members.append(member)
-            _add(digest, member, data)
+            digest.add(member, data)
         result.digest = digest.hexdigest()
     else:
         with _written(unit.archive, state) as file, tarfile.open(fileobj=file, mode="w", **TAR) as archive:  # type: ignore[call-overload]
@@ -379,19 +370,11 @@ def _prepare_split(
         order = np.random.default_rng(options.seed).permutation(len(entries))
         entries = [entries[i] for i in order]
     size = options.shard_images
-    resizes = split == "train" or options.resize_val
+    short_side = options.short_side if split == "train" or options.resize_val else None
+    parts = enumerate(range(0, len(entries), size))
     units = [
-        Unit(
-            output=output,
-            format=options.format,
-            split=split,
-            number=number,
-            first=first,
-            entries=entries[first : first + size],
-            short_side=options.short_side if resizes else None,
-            quality=options.quality,
-        )
-        for number, first in enumerate(range(0, len(entries), size))
+        Unit(output, options.format, split, number, first, entries[first : first + size], short_side, options.quality)
+        for number, first in parts
     ]
     total, shards = Result(), []
     with tqdm(total=len(entries), desc=split, unit="img", disable=None) as bar:
@@ -449,40 +432,23 @@ def _remove_parts(output: Path, split: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.prepare_imagenet",
-        description="Verify and resize an image folder (train/, val/) and write it as a folder, zip files with maps, or"
-        " tar shards. With --val-ground-truth and no OUTPUT: move the images of a flat val/ into class folders.",
-        epilog="An interrupted run continues when the same command is given again. Exit codes: 0 finished, 1 unreadable"
-        " images (OUTPUT/unreadable.txt), 2 a mistake or a full disk, 130 interrupted.",
-    )
-    parser.add_argument("input", metavar="INPUT", type=Path, help="folder that holds train/ and val/")
-    parser.add_argument("output", metavar="OUTPUT", type=Path, nargs="?", help="new folder for the prepared data set")
-    parser.add_argument("--format", choices=("folder", "zip", "shards"), default="folder")
-    parser.add_argument("--short-side", metavar="PIXELS", type=whole(1), help="resize larger training images to this")
-    parser.add_argument("--resize-val", action="store_true", help="resize validation images too (accuracy changes)")
-    parser.add_argument(
-        "--quality", metavar="1-95", type=whole(1, 95), default=90, help="of resized JPEGs (default 90)"
-    )
-    parser.add_argument(
-        "--shard-images",
-        metavar="N",
-        type=whole(1),
-        default=1000,
-        help="images per shard, or per part that an interrupted run keeps (default 1000)",
-    )
-    parser.add_argument("--seed", metavar="N", type=whole(0), default=0, help="of the order of training shards")
-    parser.add_argument("--workers", metavar="N", type=whole(1), default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out and exit with 0")
-    parser.add_argument(
-        "--val-ground-truth",
-        metavar="FILE",
-        type=Path,
-        help="classes of a flat val/: LOC_val_solution.csv, `name id` lines, or ILSVRC2012_validation_ground_truth.txt",
-    )
-    parser.add_argument(
-        "--class-ids", metavar="FILE", type=Path, help="WordNet ids of the ground truth's numbers: meta.mat or text"
-    )
+    parser = program("python -m tools.prepare_imagenet", __doc__)
+    add = parser.add_argument
+    add("input", metavar="INPUT", type=Path, help="folder that holds train/ and val/")
+    add("output", metavar="OUTPUT", type=Path, nargs="?", help="new folder for the prepared data set")
+    add("--format", choices=("folder", "zip", "shards"), default="folder")
+    add("--short-side", metavar="PIXELS", type=whole(1), help="resize larger training images to this")
+    add("--resize-val", action="store_true", help="resize validation images too (accuracy changes)")
+    add("--quality", metavar="1-95", type=whole(1, 95), default=90, help="of resized JPEGs (default 90)")
+    what = "images per shard, or per part that an interrupted run keeps (default 1000)"
+    add("--shard-images", metavar="N", type=whole(1), default=1000, help=what)
+    add("--seed", metavar="N", type=whole(0), default=0, help="of the order of training shards")
+    add("--workers", metavar="N", type=whole(1), default=os.cpu_count() or 1, help="processes")
+    add("--skip-unreadable", action="store_true", help="leave unreadable images out and exit with 0")
+    what = "classes of a flat val/: LOC_val_solution.csv, `name id` lines, or ILSVRC2012_validation_ground_truth.txt"
+    add("--val-ground-truth", metavar="FILE", type=Path, help=what)
+    what = "WordNet ids of the ground truth's numbers: meta.mat or text"
+    add("--class-ids", metavar="FILE", type=Path, help=what)
     return parser
 
 

@@ -1,8 +1,10 @@
 """Prepare a task of Long Range Arena for training: generate it, or convert its published files, to a token cache.
 
 python tools/prepare_lra.py listops --out DIR                            generate ListOps, 100,000 samples
+python tools/prepare_lra.py listops --out DIR --samples 20000 2000 2000 --min-length 0 --max-length 65 --max-depth 3
 python tools/prepare_lra.py pathfinder --out DIR --images 20000          generate Pathfinder images
-python tools/prepare_lra.py text --source aclImdb_v1.tar.gz --out DIR    convert what you downloaded
+python tools/prepare_lra.py pathfinder --out DIR --source lra_release    convert the release's
+python tools/prepare_lra.py text --source aclImdb_v1.tar.gz --out data/imdb    convert what you downloaded
 python tools/prepare_lra.py fashion-mnist --out DIR                      a stand-in for image, from Debian's package
 
 Generated data is also left in the release's own files. It is the same for every number of workers. An interrupted
@@ -28,7 +30,7 @@ if not __package__:  # run as tools/prepare_lra.py: what it imports lies beside 
 from data.sources.base import DataError
 from data.sources.bundled import FASHION_MNIST
 from data.sources.token_cache import MANIFEST, TASKS, Manifest, open_cache, read_manifest
-from tools.command_line import answer, number, whole
+from tools.command_line import answer, number, program, whole
 from tools.lra import listops, pathfinder
 from tools.lra.cache import Content, publish, write_arrays
 from tools.lra.files import ADVICE
@@ -107,17 +109,14 @@ def _listops_job(options: argparse.Namespace) -> Job:
 
     def content(state: Path) -> Content:
         made = read_listops(generate_listops(options.out, state, parameters, samples, seed, options.workers))
-        made.title = f"ListOps (regenerated, seed {seed})"
+        words = "regenerated"
         if parameters != listops.Parameters():
-            made.title = (
-                f"ListOps (regenerated with lengths {parameters.min_length + 1} to {parameters.max_length - 1}, depth"
-                f" {parameters.max_depth}, up to {parameters.max_args} arguments, seed {seed})"
-            )
-        made.source = _generator("listops", listops.VERSION, settings, made.source)
-        made.sizes, made.published = samples, {}
+            words += f" with lengths {parameters.min_length + 1} to {parameters.max_length - 1}, depth"
+            words += f" {parameters.max_depth}, up to {parameters.max_args} arguments"
+        made.title, made.sizes = f"ListOps ({words}, seed {seed})", samples
         return made
 
-    return Job("listops", {"version": listops.VERSION, **settings}, seed, content, generated=True)
+    return _generated("listops", listops.VERSION, settings, content)
 
 
 def _pathfinder_job(options: argparse.Namespace) -> Job:
@@ -139,34 +138,36 @@ def _pathfinder_job(options: argparse.Namespace) -> Job:
     def content(state: Path) -> Content:
         root = generate_pathfinder(options.out, parameters, images, seed, options.workers)
         made = read_pathfinder(root, folder, parameters.contour_length, seed, options.workers)
-        contrast = f", target contrast {parameters.target_contrast:g}"
-        made.title += (
-            f" (regenerated{contrast if parameters.target_contrast != 0.75 else ''}, {images:,} images, seed {seed})"
-        )
-        made.source = _generator("pathfinder", pathfinder.VERSION, settings, made.source)
-        made.published = {}
+        contrast = f", target contrast {parameters.target_contrast:g}" if parameters.target_contrast != 0.75 else ""
+        made.title += f" (regenerated{contrast}, {images:,} images, seed {seed})"
         return made
 
-    return Job("pathfinder", {"version": pathfinder.VERSION, **settings}, seed, content, generated=True)
+    return _generated("pathfinder", pathfinder.VERSION, settings, content)
 
 
-def _text_job(options: argparse.Namespace) -> Job:
-    seed = options.seed or 0
-    return _converted("text", options, partial(read_text, seed=seed), seed=seed)
+def _generated(task: str, version: int, settings: dict[str, Any], read: Callable[[Path], Content]) -> Job:
+    """What is read back from the files that were made; the manifest's source are parameters and these files."""
+
+    def content(state: Path) -> Content:
+        made = read(state)
+        parameters = {key: value for key, value in settings.items() if key != "seed"}
+        about = {"kind": "generator", "generator": task, "version": version, "parameters": parameters}
+        made.source, made.published = {**about, "files": made.source["files"]}, {}
+        return made
+
+    return Job(task, {"version": version, **settings}, settings["seed"], content, generated=True)
 
 
-def _retrieval_job(options: argparse.Namespace) -> Job:
-    return _converted("retrieval", options, read_retrieval)
+def _conversion(
+    task: str, read: Callable[..., Content], *, seeded: bool = True, **settings: Any
+) -> Callable[[argparse.Namespace], Job]:
+    """The job of a task that is read only, with a seed where its order or what is held out is drawn."""
 
+    def job(options: argparse.Namespace) -> Job:
+        seed = {"seed": options.seed or 0} if seeded else {}
+        return _converted(task, options, partial(read, **seed), **seed, **settings)
 
-def _image_job(options: argparse.Namespace) -> Job:
-    seed = options.seed or 0
-    return _converted("image", options, partial(read_cifar, seed=seed), seed=seed)
-
-
-def _fashion_mnist_job(options: argparse.Namespace) -> Job:
-    seed = options.seed or 0
-    return _converted("image", options, partial(read_fashion_mnist, seed=seed), seed=seed, data="fashion-mnist")
+    return job
 
 
 def _converted(task: str, options: argparse.Namespace, read: Callable[[Path], Content], **settings: Any) -> Job:
@@ -174,18 +175,6 @@ def _converted(task: str, options: argparse.Namespace, read: Callable[[Path], Co
         raise DataError(f"{task} needs --source: {ADVICE[task]}")
     settings = {"source": str(options.source.resolve()), **settings}
     return Job(task, settings, settings.get("seed", 0), lambda state: read(options.source))
-
-
-def _generator(name: str, version: int, settings: dict[str, Any], read: dict[str, Any]) -> dict[str, Any]:
-    """The manifest's source of generated data: parameters, and the files that came of them."""
-    parameters = {key: value for key, value in settings.items() if key != "seed"}
-    return {
-        "kind": "generator",
-        "generator": name,
-        "version": version,
-        "parameters": parameters,
-        "files": read["files"],
-    }
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -205,103 +194,59 @@ def _refuse_with_source(options: argparse.Namespace, *names: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python tools/prepare_lra.py",
-        description="Prepare a task of Long Range Arena for training: generate it (listops, pathfinder), or convert its"
-        " published files, to a token cache that --data-path can name.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""examples:
-  python tools/prepare_lra.py listops --out data/listops
-  python tools/prepare_lra.py listops --out data/listops-small --samples 20000 2000 2000 \\
-      --min-length 0 --max-length 65 --max-depth 3 --max-args 5
-  python tools/prepare_lra.py pathfinder --out data/pathfinder --images 20000
-  python tools/prepare_lra.py pathfinder --out data/pathfinder --source lra_release
-  python tools/prepare_lra.py text --source aclImdb_v1.tar.gz --out data/imdb
-  python tools/prepare_lra.py retrieval --source lra_release/lra_release/tsv_data --out data/aan
-  python tools/prepare_lra.py image --source cifar-10-python.tar.gz --out data/cifar
-  python tools/prepare_lra.py fashion-mnist --out data/fashion
-
-An interrupted preparation continues when the same command is given again.
-Exit codes: 0 finished, 2 a mistake, damaged or absent data, or a full disk, 130 interrupted.""",
-    )
+    parser = program("python tools/prepare_lra.py", __doc__)
     tasks = parser.add_subparsers(dest="command", metavar="TASK", required=True)
 
-    def add(
-        name: str,
-        job: Callable[[argparse.Namespace], Job],
-        help: str,
-        *,
-        source: str,
-        seed: str = "",
-        workers: bool = False,
-    ) -> argparse.ArgumentParser:
+    def add(name: str, job: Callable[[argparse.Namespace], Job], help: str, *, source: str, seed: str = "") -> Callable:
         task = tasks.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
         task.set_defaults(job=job)
         task.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder for the cache")
-        task.add_argument("--source", metavar="PATH", type=Path, help=source)
+        default = FASHION_MNIST if name == "fashion-mnist" else None
+        task.add_argument("--source", metavar="PATH", type=Path, default=default, help=source)
         if seed:
             task.add_argument("--seed", metavar="N", type=whole(0), help=f"{seed} (default 0)")
-        if workers:
+        if name in ("listops", "pathfinder"):
             count = os.cpu_count() or 1
             task.add_argument(
                 "--workers", metavar="N", type=whole(1), default=count, help=f"processes (default {count})"
             )
-        return task
+        return task.add_argument
 
-    task = add(
-        "listops",
-        _listops_job,
-        "nested operations on digits, generated or from the release",
-        source="convert the release's listops-1000 instead of generating",
-        seed="of the samples",
-        workers=True,
-    )
-    task.add_argument(
-        "--samples",
-        metavar=("TRAIN", "VAL", "TEST"),
-        nargs=3,
-        type=whole(1),
-        help="how many (default 96000 2000 2000)",
-    )
-    task.add_argument("--min-length", metavar="N", type=whole(0), help="samples are longer than this (default 500)")
-    task.add_argument("--max-length", metavar="N", type=whole(2), help="samples are shorter than this (default 2000)")
-    task.add_argument("--max-depth", metavar="N", type=whole(2, 100), help="of a tree, digits included (default 10)")
-    task.add_argument(
-        "--max-args", metavar="N", type=whole(2, listops.MOST_ARGS), help="of an operator, at least 2 (default 10)"
-    )
+    what = "nested operations on digits, generated or from the release"
+    source = "convert the release's listops-1000 instead of generating"
+    option = add("listops", _listops_job, what, source=source, seed="of the samples")
+    sizes = ("TRAIN", "VAL", "TEST")
+    option("--samples", metavar=sizes, nargs=3, type=whole(1), help="how many (default 96000 2000 2000)")
+    option("--min-length", metavar="N", type=whole(0), help="samples are longer than this (default 500)")
+    option("--max-length", metavar="N", type=whole(2), help="samples are shorter than this (default 2000)")
+    option("--max-depth", metavar="N", type=whole(2, 100), help="of a tree, digits included (default 10)")
+    most = whole(2, listops.MOST_ARGS)
+    option("--max-args", metavar="N", type=most, help="of an operator, at least 2 (default 10)")
 
-    task = add(
-        "pathfinder",
-        _pathfinder_job,
-        "are two marked ends those of one dashed contour; generated or from the release",
-        source="convert the release's pathfinder32 instead of generating",
-        seed="of the images, and of the split",
-        workers=True,
+    what = "are two marked ends those of one dashed contour; generated or from the release"
+    source = "convert the release's pathfinder32 instead of generating"
+    option = add("pathfinder", _pathfinder_job, what, source=source, seed="of the images, and of the split")
+    option("--images", metavar="N", type=whole(10), help="how many, 80/10/10 (default 200000)")
+    lengths, what = (
+        sorted(pathfinder.FOLDERS),
+        "paddles of a target: 14 (default; what Long Range Arena reports), 9 or 6",
     )
-    task.add_argument("--images", metavar="N", type=whole(10), help="how many, 80/10/10 (default 200000)")
-    task.add_argument(
-        "--contour-length",
-        metavar="N",
-        type=int,
-        choices=sorted(pathfinder.FOLDERS),
-        help="paddles of a target: 14 (default; what Long Range Arena reports), 9 or 6",
+    option("--contour-length", metavar="N", type=int, choices=lengths, help=what)
+    what = "brightness of the targets, of the distractors' (default 0.75, as in Long Range Arena; 1: alike)"
+    option("--target-contrast", metavar="SHARE", type=number(0, 1, open_low=True), help=what)
+
+    source, job = "aclImdb_v1.tar.gz or aclImdb", _conversion("text", read_text)
+    add("text", job, "sentiment of IMDb reviews, by bytes", source=source, seed="of the order of train")
+    what, job = (
+        "is there a citation between two papers of AAN, by bytes",
+        _conversion("retrieval", read_retrieval, seeded=False),
     )
-    task.add_argument(
-        "--target-contrast",
-        metavar="SHARE",
-        type=number(0, 1, open_low=True),
-        help="brightness of the targets, of the distractors' (default 0.75, as in Long Range Arena; 1: alike)",
-    )
-    add("text", _text_job, "sentiment of IMDb reviews, by bytes", source="aclImdb_v1.tar.gz or aclImdb",
-        seed="of the order of train")  # fmt: skip
-    add("retrieval", _retrieval_job, "is there a citation between two papers of AAN, by bytes",
-        source="the release's tsv_data")  # fmt: skip
-    add("image", _image_job, "CIFAR-10 in grey, by pixels", source="cifar-10-python.tar.gz or cifar-10-batches-py",
-        seed="of what is held out as val")  # fmt: skip
-    task = add("fashion-mnist", _fashion_mnist_job, "Fashion-MNIST as a stand-in for image",
-               source=f"folder of the four idx files (default {FASHION_MNIST})",
-               seed="of what is held out as val")  # fmt: skip
-    task.set_defaults(source=FASHION_MNIST)
+    add("retrieval", job, what, source="the release's tsv_data")
+    source, held_out = "cifar-10-python.tar.gz or cifar-10-batches-py", "of what is held out as val"
+    add("image", _conversion("image", read_cifar), "CIFAR-10 in grey, by pixels", source=source, seed=held_out)
+    source = f"folder of the four idx files (default {FASHION_MNIST})"
+    job = _conversion("image", read_fashion_mnist, data="fashion-mnist")
+    add("fashion-mnist", job, "Fashion-MNIST as a stand-in for image", source=source, seed=held_out)
     return parser
 
 

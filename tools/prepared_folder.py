@@ -1,5 +1,6 @@
 """The output folder of a preparation: held by one run at a time, begun with settings that the next run must repeat."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,3 +47,18 @@ def require_same_settings(state: Path, settings: Mapping[str, Any], words: Mappi
             )
         return
     write_atomically(path, (json.dumps(dict(settings), indent=1) + "\n").encode())
+
+
+class FolderDigest:
+    """Size and SHA-256 of many small files together: of lines `name`, `size`, and the contents, in the order given."""
+
+    def __init__(self) -> None:
+        self._digest, self.bytes = hashlib.sha256(), 0
+
+    def add(self, name: str, data: bytes) -> None:
+        self._digest.update(f"{name}\n{len(data)}\n".encode())
+        self._digest.update(data)
+        self.bytes += len(data)
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()

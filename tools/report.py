@@ -15,18 +15,14 @@ from pathlib import Path
 if not __package__:  # run as tools/report.py: what it imports lies beside tools/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tools.command_line import answer, program
 from tools.run_report.page import DEFAULT_CURVES, render
 from tools.run_report.runs import ReportError, find_runs, names_of, read_run
 from utils.curves import METRICS
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.report",
-        description="Write one self-contained HTML page about a run, or comparing several: results, curves,"
-        " configuration differences, accuracy by class, confusions, hardest images with attention, environment.",
-        epilog="example: python -m tools.report output/quickstart/latest --images 16",
-    )
+    parser = program("python -m tools.report", __doc__)
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", type=Path, help="run folder (OUTPUT/NAME/TAG), or a folder that holds some")
     where = "the page (default: report.html in the run folder, of several in the folder that holds them all)"
@@ -44,21 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.images < 0:
         parser.error(f"--images {arguments.images}: expected 0 or more")
-    try:
-        folders = find_runs(arguments.runs)
-        runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
-        page = render(runs, curves=arguments.curves, images=arguments.images, data_path=arguments.data_path)
-        home = folders[0] if len(folders) == 1 else Path(os.path.commonpath([f.resolve() for f in folders]))
-        path = arguments.output or home / "report.html"
-        _write(path, page)
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return answer(lambda: run(arguments), mistakes=(ReportError,))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read the runs, write the page, and say what the reader of a run had to leave out."""
+    folders = find_runs(arguments.runs)
+    runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
+    page = render(runs, curves=arguments.curves, images=arguments.images, data_path=arguments.data_path)
+    home = folders[0] if len(folders) == 1 else Path(os.path.commonpath([f.resolve() for f in folders]))
+    path = arguments.output or home / "report.html"
+    _write(path, page)
     for run in runs:
         for note in run.notes:
             print(f"note: {run.name}: {note}")
     print(f"{path} ({path.stat().st_size / 1e6:.2f} MB): {', '.join(run.name for run in runs)}")
-    return 0
 
 
 def _write(path: Path, page: str) -> None:

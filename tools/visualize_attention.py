@@ -1,18 +1,17 @@
 """Attention maps of images: a PNG grid for each and one HTML page. docs/attention_maps.md says what they show.
 
-python tools/visualize_attention.py cat.jpg dog.jpg --checkpoint max_acc.pth --output attention
-python tools/visualize_attention.py cat.jpg --checkpoint F --layers layers.0.blocks.0 --heads all --points 60,80 150,40
-python tools/visualize_attention.py --checkpoint F --list
+example: python tools/visualize_attention.py cat.jpg dog.jpg --checkpoint max_acc.pth --output attention
+         python tools/visualize_attention.py cat.jpg --checkpoint F --layers all --heads all --points 60,80 150,40
+         python tools/visualize_attention.py --checkpoint F --list
 """
 
 import argparse
-import base64
-import html
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a file: the repository root is not on the path then
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,6 +19,7 @@ if not __package__:  # run as a file: the repository root is not on the path the
 import numpy as np
 import torch
 from matplotlib import font_manager
+from matplotlib.colors import to_hex
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
@@ -28,8 +28,9 @@ from data.transforms import Normalise, evaluation_transform
 from models.attention_maps import COMBINED, LayerRecord, attention_layers, choose_layers, kernel_in, record
 from models.kernels import KERNELS
 from tools.checkpoints import LoadedModel, add_checkpoint_arguments, find_images, open_checkpoint, read_image
-from tools.command_line import answer, some_of, whole
+from tools.command_line import answer, program, some_of, whole
 from tools.overlays import COLOURS, ground, key_map, paint, token_at
+from tools.pages import data_uri, render_page
 
 DEPTHWISE = "+depthwise"
 STREAMS = dict.fromkeys(name for kernel in KERNELS.values() if kernel.streams for name in (COMBINED, *kernel.streams))
@@ -60,6 +61,10 @@ class Panel:
     where: str  # the query it belongs to
     weights: str  # its range
 
+    @property
+    def caption(self) -> str:
+        return f"{self.where}: {self.weights}"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -86,6 +91,10 @@ class Page:
     picture: Image.Image
     prediction: str
     rows: list[Row]
+
+    @property
+    def layers(self) -> list[list[Row]]:
+        return [list(rows) for _, rows in groupby(self.rows, key=lambda row: row.layer)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,27 +167,19 @@ def _layer_rows(
         for head in [None] if chosen is None else chosen:
             assert not isinstance(head, str)
             weights = layer.rows(queries, head=head, stream=stream, depthwise=depthwise)[0].mean(dim=0)
-            panels = [
-                Panel(_panel(base, pixels, layer, row, depthwise, point), f"{number}", _range(row, depthwise))
-                for number, (point, row) in enumerate(zip(points, weights, strict=True), start=1)
-            ]
+            shown = {f"query {number}": row for number, row in enumerate(weights, start=1)}
             if not depthwise:
-                received = layer.received(head=head, stream=stream)[0].mean(dim=0)
-                panels.append(
-                    Panel(_panel(base, pixels, layer, received, False), "all queries", _range(received, False))
-                )
+                shown["all queries"] = layer.received(head=head, stream=stream)[0].mean(dim=0)
+            gamma = SIGNED_GAMMA if depthwise else 1.0
+            panels = [
+                Panel(paint(base, key_map(layer, row), gamma=gamma), where, _range(row, depthwise))
+                for where, row in shown.items()
+            ]
+            for panel, point in zip(panels, points, strict=False):  # all queries have no ring
+                _ring(panel.picture, point, pixels)
             uniform = 1 / layer.k.shape[3]
             rows.append(Row(layer.name, layer.kind, layer.key_grid, head, name, uniform, panels))
     return rows
-
-
-def _panel(
-    base: np.ndarray, pixels: Tensor, layer: LayerRecord, weights: Tensor, depthwise: bool, point: Point | None = None
-) -> Image.Image:
-    picture = paint(base, key_map(layer, weights), gamma=SIGNED_GAMMA if depthwise else 1.0)
-    if point is not None:
-        _ring(picture, point, pixels)
-    return picture
 
 
 def _ring(picture: Image.Image, point: Point, pixels: Tensor, number: int | None = None) -> None:
@@ -229,36 +230,34 @@ def draw_grid(page: Page) -> Image.Image:
     columns = max(len(row.panels) for row in page.rows)
     pitch = max(height, SMALLEST_SIZE) + caption + gap
     top = margin + max(height, SMALLEST_SIZE) + 2 * margin
-    canvas = Image.new(
-        "RGB",
-        (2 * margin + label + columns * (width + gap) - gap, top + len(page.rows) * pitch + margin),
-        "#ffffff",
-    )
+    size = (2 * margin + label + columns * (width + gap) - gap, top + len(page.rows) * pitch + margin)
+    canvas = Image.new("RGB", size, "#ffffff")
     draw = ImageDraw.Draw(canvas)
+
+    def text(x: float, y: float, words: str, size: int, fill: str, *, bold: bool = False, **named: Any) -> None:
+        draw.text((x, y), words, fill=fill, font=_font(size, bold), **named)
+
     canvas.paste(page.picture, (margin + label, margin))
     x = margin + label + width + 16
-    draw.text((margin, margin), page.name, fill="#111111", font=_font(15, bold=True))
-    draw.text((x, margin), "\n".join(page.prediction.split(", ")), fill="#333333", font=_font(13), spacing=6)
+    text(margin, margin, page.name, 15, "#111111", bold=True)
+    text(x, margin, page.prediction.replace(", ", "\n"), 13, "#333333", spacing=6)
     legend = Image.fromarray((COLOURS(np.linspace(0, 1, 180))[None, :, :3] * 255).astype(np.uint8)).resize((180, 12))
     canvas.paste(legend, (x, top - 74))
-    draw.text((x, top - 57), "−largest", fill="#333333", font=_font(11))
-    draw.text((x + 90, top - 57), "0", fill="#333333", font=_font(11), anchor="ma")
-    draw.text((x + 180, top - 57), "largest", fill="#333333", font=_font(11), anchor="ra")
-    for number, row in enumerate(page.rows):
-        y = top + number * pitch
-        first = number == 0 or page.rows[number - 1].layer != row.layer
-        if first:
-            draw.line((margin, y - gap, canvas.width - margin, y - gap), fill="#bbbbbb")
-            draw.text((margin, y), row.layer, fill="#111111", font=_font(14, bold=True))
-            draw.text((margin, y + 20), f"{row.kind}, {row.grid[0]}×{row.grid[1]} keys", "#555555", _font(12))
-        draw.text((margin, y + 52), row.stream.replace("+", "\n+ "), fill="#111111", font=_font(14), spacing=4)
-        note = f"{row.head_name}\nuniform {row.uniform * 100:.2g} %"
-        draw.text((margin, y + 94), note, fill="#555555", font=_font(12), spacing=4)
-        for column, panel in enumerate(row.panels):
-            left = margin + label + column * (width + gap)
-            canvas.paste(panel.picture, (left, y))
-            title = f"query {panel.where}" if panel.where.isdigit() else panel.where
-            draw.text((left, y + height + 3), f"{title}: {panel.weights}", fill="#333333", font=_font(12))
+    for place, words, anchor in ((0, "−largest", "la"), (90, "0", "ma"), (180, "largest", "ra")):
+        text(x + place, top - 57, words, 11, "#333333", anchor=anchor)
+    y = top
+    for rows in page.layers:
+        draw.line((margin, y - gap, canvas.width - margin, y - gap), fill="#bbbbbb")
+        text(margin, y, rows[0].layer, 14, "#111111", bold=True)
+        text(margin, y + 20, f"{rows[0].kind}, {rows[0].grid[0]}×{rows[0].grid[1]} keys", 12, "#555555")
+        for row in rows:
+            text(margin, y + 52, row.stream.replace("+", "\n+ "), 14, "#111111", spacing=4)
+            text(margin, y + 94, f"{row.head_name}\nuniform {row.uniform * 100:.2g} %", 12, "#555555", spacing=4)
+            for column, panel in enumerate(row.panels):
+                left = margin + label + column * (width + gap)
+                canvas.paste(panel.picture, (left, y))
+                text(left, y + height + 3, panel.caption, 12, "#333333")
+            y += pitch
     return canvas
 
 
@@ -266,87 +265,18 @@ def draw_grid(page: Page) -> Image.Image:
 # HTML
 # ---------------------------------------------------------------------------------------------------------------------
 
-STYLE = """
-:root { color-scheme: light dark; --ground: #ffffff; --ink: #1b1c1f; --quiet: #5d616a; --line: #dfe1e6;
-  --card: #f6f7f9; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #131417; --ink: #e9eaee; --quiet: #a0a5b0; --line: #30333a; --card: #1d1f24; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.2rem; max-width: 72rem; background: var(--ground); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 0; } h3 { font-size: 1rem; margin: 0; }
-p, li { max-width: 46rem; } .quiet { color: var(--quiet); font-size: .9rem; }
-section { border-top: 1px solid var(--line); padding: 1.2rem 0; }
-.subject { display: flex; gap: 1rem; flex-wrap: wrap; align-items: flex-start; }
-.layer { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .9rem;
-  margin-top: 1rem; }
-.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(11rem, 44%), 1fr)); gap: .7rem;
-  margin: .3rem 0 1rem; }
-figure { margin: 0; } img { max-width: 100%; height: auto; border-radius: 6px; display: block; }
-.maps img { width: 100%; } figcaption { font-size: .8rem; color: var(--quiet); margin-top: .2rem; }
-.scale { height: .8rem; width: min(20rem, 100%); border-radius: 4px; }
-.ends { display: flex; justify-content: space-between; width: min(20rem, 100%); font-size: .8rem; color: var(--quiet); }
-code { font-size: .95em; }
-"""
-
 
 def page_html(pages: Sequence[Page], source: str) -> str:
     """One self-contained page: pictures inside, no scripts, nothing fetched."""
-    stops = ", ".join(
-        f"rgb({', '.join(str(round(255 * c)) for c in COLOURS(level)[:3])})" for level in np.linspace(0, 1, 13)
-    )
     used = {name for page in pages for row in page.rows for name in (row.stream, row.stream[-len(DEPTHWISE) :])}
-    meanings = "".join(
-        f"<li><b>{html.escape(name.removeprefix('+'))}</b>: {text}</li>"
-        for name, text in MEANING.items()
-        if name in used
+    return render_page(
+        Path(__file__).with_suffix(".html"),
+        {"data_uri": data_uri},
+        pages=pages,
+        source=source,
+        colours=[to_hex(COLOURS(level)) for level in np.linspace(0, 1, 13)],
+        meanings={name.removeprefix("+"): text for name, text in MEANING.items() if name in used},
     )
-    body = "".join(_image_html(page) for page in pages)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Attention maps of {html.escape(source)}</title><style>{STYLE}</style></head><body>"
-        f"<header><h1>Attention maps</h1><p class='quiet'>{html.escape(source)}</p>"
-        "<p>Each map is a row of the matrix that a layer applies to its values: the weight that the query marked with a"
-        " ring gives to every place. <b>All queries</b> is the mean over every query: the attention that a place"
-        " receives. Every map has its own scale, from 0 to its largest weight, which stands below it; a map of equal"
-        f" weights would have the weight called uniform.</p><div class='scale' style='background:"
-        f" linear-gradient(to right, {stops})'></div><div class='ends'><span>−largest</span><span>0</span>"
-        f"<span>largest</span></div><ul>{meanings}</ul></header>{body}</body></html>\n"
-    )
-
-
-def _image_html(page: Page) -> str:
-    parts = [
-        f"<section><div class='subject'>{_img(page.picture, f'{page.name} with its query points')}"
-        f"<div><h2>{html.escape(page.name)}</h2><p class='quiet'>{html.escape(page.prediction)}</p></div></div>"
-    ]
-    for number, row in enumerate(page.rows):
-        if number == 0 or page.rows[number - 1].layer != row.layer:
-            parts.append("</div>" if number else "")
-            parts.append(
-                f"<div class='layer'><h3><code>{html.escape(row.layer)}</code></h3>"
-                f"<p class='quiet'>{row.kind}, {row.grid[0]}×{row.grid[1]} keys, uniform {row.uniform * 100:.2g} %</p>"
-            )
-        title = f"{row.stream.replace('+', ' + ')}, {row.head_name}"
-        parts.append(f"<div>{title}</div><div class='maps'>")
-        for panel in row.panels:
-            where = f"query {panel.where}" if panel.where.isdigit() else panel.where
-            alt = f"{row.layer}, {title}, {where}"
-            parts.append(
-                f"<figure>{_img(panel.picture, alt)}<figcaption>{where}: {panel.weights}</figcaption></figure>"
-            )
-        parts.append("</div>")
-    return "".join(parts) + "</div></section>"
-
-
-def _img(picture: Image.Image, alt: str) -> str:
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=88)
-    data = base64.b64encode(file.getvalue()).decode()
-    width, height = picture.size
-    return f'<img src="data:image/jpeg;base64,{data}" width="{width}" height="{height}" alt="{html.escape(alt)}">'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,45 +301,21 @@ def _heads(text: str) -> list[int] | str | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python tools/visualize_attention.py",
-        description="Attention maps over images: a PNG grid for each image and one HTML page (docs/attention_maps.md).",
-        epilog="example: python tools/visualize_attention.py cat.jpg --points 60,80 150,40 --heads 0,1"
-        " --checkpoint output/quickstart/default/max_acc.pth",
-    )
-    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="*", help="image files, or folders of them")
+    parser = program("python tools/visualize_attention.py", __doc__)
+    add = parser.add_argument
+    add("images", metavar="IMAGE", type=Path, nargs="*", help="image files, or folders of them")
     add_checkpoint_arguments(parser)
-    parser.add_argument("--list", action="store_true", help="print the model's layers and heads, and stop")
-    parser.add_argument(
-        "--layers",
-        metavar="A,B",
-        default="",
-        help="layers as --list names them, or all; default: the last of each stage",
-    )
-    parser.add_argument("--heads", metavar="0,1", type=_heads, help="mean (default), all, or numbers")
-    parser.add_argument(
-        "--points",
-        metavar="x,y",
-        type=_point,
-        nargs="+",
-        help="query points, in pixels of the image as the model sees it (resized and cropped); default: the centre and"
-        " the middle of two quarters",
-    )
-    parser.add_argument(
-        "--streams",
-        metavar="A,B",
-        type=some_of(MAPS, "map"),
-        default=DEFAULT_MAPS,
-        help=f"maps of polarity layers: {', '.join(MAPS)}",
-    )
-    parser.add_argument(
-        "--size",
-        metavar="PIXELS",
-        type=whole(SMALLEST_SIZE),
-        default=SIZE,
-        help=f"longer side of each map (default {SIZE})",
-    )
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("attention"), help="default: attention")
+    add("--list", action="store_true", help="print the model's layers and heads, and stop")
+    which = "layers as --list names them, or all; default: the last of each stage"
+    add("--layers", metavar="A,B", default="", help=which)
+    add("--heads", metavar="0,1", type=_heads, help="mean (default), all, or numbers")
+    which = "query points, in pixels of the image as the model sees it (resized and cropped); default: the centre and"
+    add("--points", metavar="x,y", type=_point, nargs="+", help=f"{which} the middle of two quarters")
+    which = f"maps of polarity layers: {', '.join(MAPS)}"
+    add("--streams", metavar="A,B", type=some_of(MAPS, "map"), default=DEFAULT_MAPS, help=which)
+    which = f"longer side of each map (default {SIZE})"
+    add("--size", metavar="PIXELS", type=whole(SMALLEST_SIZE), default=SIZE, help=which)
+    add("--output", metavar="DIR", type=Path, default=Path("attention"), help="default: attention")
     return parser
 
 
@@ -430,16 +336,8 @@ def run(arguments: argparse.Namespace) -> None:
     for path, pixels in images:
         height, width = pixels.shape[1:]
         points = arguments.points or [(int(x * width), int(y * height)) for x, y in DEFAULT_POINTS]
-        page = draw_page(
-            loaded,
-            pixels,
-            path.name,
-            layers=layers,
-            heads=arguments.heads,
-            points=points,
-            maps=arguments.streams,
-            size=arguments.size,
-        )
+        chosen = {"layers": layers, "heads": arguments.heads, "points": points, "maps": arguments.streams}
+        page = draw_page(loaded, pixels, path.name, **chosen, size=arguments.size)
         taken = sum(Path(other.name).stem == path.stem for other in pages)
         file = arguments.output / f"{path.stem}{f'-{taken + 1}' if taken else ''}.png"
         draw_grid(page).save(file)

@@ -6,6 +6,7 @@ range of its process's, so that all processes have the same number of batches ho
 that two ranges share is read by both, each taking its part. Training draws from a shuffle buffer of encoded images.
 """
 
+import functools
 import itertools
 import json
 import random
@@ -246,7 +247,7 @@ def shuffled(
 
 
 class ShardDataset(IterableDataset[Sample]):
-    """A process's range of a split. `len()` is the number of its images, over all its streams."""
+    """A process's range of a split, all of it shared out. `len()` is the number of its images, over all its streams."""
 
     def __init__(
         self,
@@ -254,11 +255,11 @@ class ShardDataset(IterableDataset[Sample]):
         transform: Callable[[Picture], torch.Tensor],
         *,
         batch_size: int,
-        begin: int,
-        end: int,
+        rank: int,
+        world_size: int,
     ) -> None:
-        self.split, self.transform, self.batch_size = split, transform, batch_size
-        self.begin, self.end = begin, end
+        self.split, self.transform, self.batch_size, self.rank = split, transform, batch_size, rank
+        self.begin, self.end = (part * split.num_images // world_size for part in (rank, rank + 1))
 
     def __len__(self) -> int:
         return self.end - self.begin
@@ -278,18 +279,6 @@ def _this_stream() -> tuple[int, int]:
 
 class ShardEvalDataset(ShardDataset):
     """Every image exactly once over all processes; an unreadable one raises."""
-
-    def __init__(
-        self,
-        split: ShardSplit,
-        transform: Callable[[Picture], torch.Tensor],
-        *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        begin, end = (part * split.num_images // world_size for part in (rank, rank + 1))
-        super().__init__(split, transform, batch_size=batch_size, begin=begin, end=end)
 
     def __iter__(self) -> Iterator[Sample]:
         begin, end = self._range(len(self), *_this_stream())
@@ -323,10 +312,10 @@ class ShardTrainDataset(ShardDataset):
         max_unreadable: int,
         decoder: Decoder = decode,
     ) -> None:
+        super().__init__(split, transform, batch_size=batch_size, rank=rank, world_size=world_size)
         share = split.num_images // world_size
-        super().__init__(split, transform, batch_size=batch_size, begin=rank * share, end=(rank + 1) * share)
-        self.rank, self.seed, self.buffer, self.max_unreadable = rank, seed, buffer, max_unreadable
-        self.decoder = decoder
+        self.begin, self.end = rank * share, (rank + 1) * share
+        self.seed, self.buffer, self.max_unreadable, self.decoder = seed, buffer, max_unreadable, decoder
         # epoch and first sample, in memory that loader processes which outlive an epoch see too
         self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
 
@@ -344,17 +333,9 @@ class ShardTrainDataset(ShardDataset):
         begin, end = self._range(len(self) // self.batch_size * self.batch_size, stream, streams)
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.split.shards)).tolist()
         words = np.random.SeedSequence((self.seed, epoch, self.rank, stream)).generate_state(4)
-        drawn = shuffled(
-            lambda first, last: self.split.read(order, first, last),
-            begin,
-            end,
-            buffer=self.buffer,
-            generator=random.Random(words.tobytes()),
-            skip=skip,
-        )
-        substitutes = itertools.chain(
-            self.split.read(order, end, self.split.num_images), self.split.read(order, 0, end)
-        )
+        read, generator = functools.partial(self.split.read, order), random.Random(words.tobytes())
+        drawn = shuffled(read, begin, end, buffer=self.buffer, generator=generator, skip=skip)
+        substitutes = itertools.chain(read(end, self.split.num_images), read(0, end))
         return self._samples(epoch, end - begin - skip, itertools.chain(drawn, substitutes))
 
     def _samples(self, epoch: int, count: int, images: Iterator[Encoded]) -> Iterator[Sample]:

@@ -7,33 +7,16 @@ evaluated on the test split; the others are named. Without any, the page has pro
 import argparse
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from config import LRA_TASKS
 from experiments.lra.runs import FinishedRun, read_run
+from tools.pages import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 
 TITLES = {"listops": "ListOps", "text": "Text", "retrieval": "Retrieval", "pathfinder": "Pathfinder", "image": "Image"}
-# Test accuracies in percent. PolaFormer's rows: README of its repository. Skyformer's: Table 1 of arXiv 2111.00035, one
-# protocol, three seeds.
-POLAFORMER = {
-    "PolaFormer α = 3": {"text": 73.06, "listops": 37.35, "retrieval": 80.50, "pathfinder": 70.53, "image": 42.15},
-    "PolaFormer α = 5": {"text": 72.33, "listops": 38.76, "retrieval": 80.37, "pathfinder": 68.98, "image": 41.91},
-    "PolaFormer α = 7": {"text": 71.93, "listops": 37.60, "retrieval": 81.47, "pathfinder": 69.09, "image": 42.77},
-}
-SKYFORMER = {
-    "Self-attention": {"text": 61.95, "listops": 38.37, "retrieval": 80.69, "pathfinder": 65.26, "image": 40.57},
-    "Kernelized": {"text": 60.22, "listops": 38.78, "retrieval": 81.77, "pathfinder": 70.73, "image": 41.29},
-    "Nyströmformer": {"text": 64.83, "listops": 38.51, "retrieval": 80.52, "pathfinder": 69.48, "image": 41.30},
-    "Linformer": {"text": 58.93, "listops": 37.45, "retrieval": 78.19, "pathfinder": 60.93, "image": 37.96},
-    "Informer": {"text": 62.64, "listops": 32.53, "retrieval": 77.57, "pathfinder": 57.83, "image": 38.10},
-    "Performer": {"text": 64.19, "listops": 38.02, "retrieval": 80.04, "pathfinder": 66.30, "image": 41.43},
-    "Reformer": {"text": 62.93, "listops": 37.68, "retrieval": 78.99, "pathfinder": 66.49, "image": 48.87},
-    "BigBird": {"text": 63.86, "listops": 39.25, "retrieval": 80.28, "pathfinder": 68.72, "image": 43.16},
-    "Skyformer": {"text": 64.70, "listops": 38.69, "retrieval": 82.06, "pathfinder": 70.73, "image": 40.77},
-}
 PROTOCOL_STEPS = 50_000
 GENERATED = ("listops", "pathfinder")  # the others need downloads
 STAND_IN = "Fashion-MNIST"  # begins the title of data that stand in for CIFAR-10
@@ -44,11 +27,6 @@ def cell_text(runs: Sequence[FinishedRun]) -> str:
     accuracies = [run.accuracy for run in runs]
     spread = f" ± {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
     return f"{statistics.mean(accuracies):.2f}{spread} ({len(runs)})"
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def own_table(runs: Sequence[FinishedRun]) -> str:
@@ -90,28 +68,15 @@ def reference_table(runs: Sequence[FinishedRun]) -> str:
     return markdown(("task", "data", "answer", "test accuracy, %"), rows) if rows else ""
 
 
-def published_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    order = ("text", "listops", "retrieval", "pathfinder", "image")
-    return markdown(
-        ("model", *(TITLES[task] for task in order), "average"),
-        [
-            (name, *(f"{row[task]:.2f}" for task in order), f"{statistics.mean(row[task] for task in order):.2f}")
-            for name, row in rows.items()
-        ],
-    )
-
-
 def page(runs: Sequence[FinishedRun]) -> str:
     """The whole of docs/lra.md."""
-    text = (Path(__file__).with_name("page.md")).read_text(encoding="utf-8")
+    text = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
     parts = {}
     for preset in ("skyformer", "clean"):
         mine = [run for run in runs if run.preset == preset]
-        table = own_table(mine) if mine else "No run yet."
-        reference = reference_table(mine)
-        parts[preset] = table + (
-            f"\n\nAnswers without a model, on the same test data:\n\n{reference}" if reference else ""
-        )
+        parts[preset] = own_table(mine) if mine else "No run yet."
+        if reference := reference_table(mine):
+            parts[preset] += f"\n\nAnswers without a model, on the same test data:\n\n{reference}"
     missing = [task for task in LRA_TASKS if task not in {r.task for r in runs if not r.data.startswith(STAND_IN)}]
     generated, downloaded = (
         ", ".join(TITLES[task] for task in missing if (task in GENERATED) == kind) for kind in (True, False)
@@ -123,7 +88,6 @@ def page(runs: Sequence[FinishedRun]) -> str:
             " small files in the official formats."
         )
     parts["missing"] = " ".join(sentences) or "All five tasks were run."
-    parts |= {"polaformer": published_table(POLAFORMER), "skyformer_paper": published_table(SKYFORMER)}
     for name, content in parts.items():
         text = text.replace(f"<!-- {name} -->", content)
     return text

@@ -14,18 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from data.sources.base import DataError
-from data.sources.token_cache import (
-    ARRAYS,
-    CODECS,
-    MANIFEST,
-    TASKS,
-    FileRecord,
-    Manifest,
-    Split,
-    SplitRecord,
-    array_name,
-)
-from utils.files import file_digest, write_atomically
+from data.sources.token_cache import ARRAYS, CODECS, MANIFEST, TASKS, Manifest, Split, SplitRecord, array_name
+from tools.lra.files import record_of
+from utils.files import write_atomically
 
 
 class Sample(NamedTuple):
@@ -55,10 +46,6 @@ class Content:
     baselines: Callable[[Mapping[str, Split]], dict[str, dict[str, float]]] | None = None
 
 
-def record_of(path: Path) -> FileRecord:
-    return FileRecord(path.stat().st_size, file_digest(path))
-
-
 def write_arrays(state: Path, content: Content, seed: int) -> Manifest:
     """Write the arrays into `state`; returns what they come to.
 
@@ -74,12 +61,10 @@ def write_arrays(state: Path, content: Content, seed: int) -> Manifest:
         longest = max(longest, longest_here)
         names = [array_name(split, name) for name in ARRAYS]
         records[split] = SplitRecord(count, {name: record_of(state / name) for name in names})
-    baselines = {}
-    if content.baselines:
-        mapped = {split: _mapped(state, split) for split in records}
-        baselines = content.baselines(mapped)
+    baselines = content.baselines({split: _mapped(state, split) for split in records}) if content.baselines else {}
     title = content.title
-    if missing := _missing(content, records):
+    sizes = [(split, records[split].samples, published) for split, published in content.published.items()]
+    if missing := "; ".join(f"{split} has {n:,} of {size:,} samples" for split, n, size in sizes if n != size):
         title += f", incomplete: {missing}"
         print(f"warning: {title}", file=sys.stderr)
     return Manifest(
@@ -104,14 +89,6 @@ def publish(out: Path, state: Path, manifest: Manifest) -> None:
         for name in record.files:
             os.replace(state / name, out / name)
     write_atomically(out / MANIFEST, manifest.dump().encode())
-
-
-def _missing(content: Content, records: Mapping[str, SplitRecord]) -> str:
-    return "; ".join(
-        f"{split} has {records[split].samples:,} of {published:,} samples"
-        for split, published in content.published.items()
-        if records[split].samples != published
-    )
 
 
 def _mapped(folder: Path, split: str) -> Split:

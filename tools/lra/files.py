@@ -8,6 +8,7 @@ import os
 import sys
 import tarfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from tqdm import tqdm
 
 from data.sources.base import DataError
 from data.sources.token_cache import FileRecord
+from tools.prepared_folder import FolderDigest
+from utils.files import file_digest
 
 RELEASE = "lra_release.gz of https://github.com/google-research/long-range-arena (a tar file, 7.7 GiB)"
 IMDB = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
@@ -58,27 +61,10 @@ def below_release(folder: str, file: str) -> list[str]:
 
 def require_md5(path: Path, name: str) -> None:
     """Raise DataError unless the file has the MD5 that is known for this name."""
-    digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != MD5[name]:
-        raise DataError(f"{path} has the MD5 {digest.hexdigest()}, expected {MD5[name]}; download it again")
-
-
-class FolderDigest:
-    """Size and SHA-256 of many small files together: of lines `name`, `size`, and the contents, in the order given."""
-
-    def __init__(self) -> None:
-        self._digest, self._bytes = hashlib.sha256(), 0
-
-    def add(self, name: str, data: bytes) -> None:
-        self._digest.update(f"{name}\n{len(data)}\n".encode())
-        self._digest.update(data)
-        self._bytes += len(data)
-
-    def record(self) -> FileRecord:
-        return FileRecord(self._bytes, self._digest.hexdigest())
+        found = hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
+    if found != MD5[name]:
+        raise DataError(f"{path} has the MD5 {found}, expected {MD5[name]}; download it again")
 
 
 def new_source(kind: str) -> dict[str, Any]:
@@ -89,6 +75,14 @@ def note(source: dict[str, Any], name: str, record: FileRecord) -> None:
     source["files"][name] = record._asdict()
 
 
+def record_of(path: Path) -> FileRecord:
+    return FileRecord(path.stat().st_size, file_digest(path))
+
+
+def record_of_all(digest: FolderDigest) -> FileRecord:
+    return FileRecord(digest.bytes, digest.hexdigest())
+
+
 class Line(NamedTuple):
     """A line of a table: where it is, for messages, and its columns."""
 
@@ -96,7 +90,7 @@ class Line(NamedTuple):
     columns: list[bytes]
 
 
-def table(path: Path, name: str, columns: int, source: dict[str, Any]) -> Iterator[Line]:
+def table(path: Path, columns: int, source: dict[str, Any]) -> Iterator[Line]:
     """The lines of a tab-separated file: no quoting, and fields of any length.
 
     The file's digest is noted in `source` at the end. Raises DataError for a line with another number of columns. A
@@ -117,7 +111,7 @@ def table(path: Path, name: str, columns: int, source: dict[str, Any]) -> Iterat
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if not line.endswith(b"\n"):
         tqdm.write(f"warning: {where} ends without a newline; is the file truncated?", file=sys.stderr)
-    note(source, name, FileRecord(size, digest.hexdigest()))
+    note(source, path.name, FileRecord(size, digest.hexdigest()))
 
 
 def label_of(text: bytes, classes: int, where: str) -> int:

@@ -19,18 +19,10 @@ from tqdm import tqdm
 from data.sources.base import DataError
 from data.sources.bundled import FASHION_MNIST_FILES, FashionMnistSource
 from data.sources.token_cache import FileRecord
-from tools.lra.cache import Content, Sample, record_of
-from tools.lra.files import (
-    ADVICE,
-    FolderDigest,
-    archive_members,
-    below_release,
-    find,
-    label_of,
-    new_source,
-    note,
-    require_md5,
-)
+from tools.lra import files
+from tools.lra.cache import Content, Sample
+from tools.lra.files import find, label_of, new_source, note, record_of
+from tools.prepared_folder import FolderDigest
 from utils.parallel import parallel
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,17 +83,17 @@ def read_cifar(path: Path, seed: int) -> Content:
     if found.name in CIFAR_BATCHES:
         for name in CIFAR_BATCHES:
             file = find("image", found.parent, [name], name)
-            require_md5(file, name)
+            files.require_md5(file, name)
             batches[name] = _cifar_batch(file.read_bytes(), str(file))
             note(source, name, record_of(file))
     else:
-        require_md5(found, CIFAR_ARCHIVE)
-        for name, data in archive_members(found):
+        files.require_md5(found, CIFAR_ARCHIVE)
+        for name, data in files.archive_members(found):
             if (base := os.path.basename(name)) in CIFAR_BATCHES:
                 batches[base] = _cifar_batch(data, f"{found}:{name}")
         note(source, found.name, record_of(found))
         if absent := sorted(set(CIFAR_BATCHES) - set(batches)):
-            raise DataError(f"{found} holds no {absent[0]}: {ADVICE['image']}")
+            raise DataError(f"{found} holds no {absent[0]}: {files.ADVICE['image']}")
     images, labels = (np.concatenate([batches[name][i] for name in CIFAR_BATCHES[:-1]]) for i in (0, 1))
     content = _content("image", "CIFAR-10, grey", CIFAR_CLASSES, source, images, labels, seed, TENTH_FOR_VAL)
     _add_split(content, "test", *batches["test_batch"])
@@ -208,7 +200,7 @@ def read_pathfinder_batch(metadata: Path) -> PathfinderBatch:
         np.array(labels, dtype=np.uint8),
         empty,
         record_of(metadata),
-        digest.record(),
+        files.record_of_all(digest),
     )
 
 
@@ -227,7 +219,7 @@ def _grey_image(data: bytes, path: Path) -> np.ndarray:
 
 def read_pathfinder(path: Path, folder: str, contour_length: int, seed: int, workers: int) -> Content:
     """The images of one of pathfinder32's folders; `seed` draws 80 % train, 10 % val, 10 % test."""
-    candidates = [*below_release(f"{PATHFINDER_FOLDER}/{folder}", "metadata"), f"{folder}/metadata"]
+    candidates = [*files.below_release(f"{PATHFINDER_FOLDER}/{folder}", "metadata"), f"{folder}/metadata"]
     if path.resolve().name != folder:  # the folder of another contour length is none
         candidates.remove("metadata")
     found = find("pathfinder", path, candidates, f"{PATHFINDER_FOLDER}/{folder}/metadata")
@@ -237,11 +229,11 @@ def read_pathfinder(path: Path, folder: str, contour_length: int, seed: int, wor
             raise DataError(f"{file}: expected a number as the file's name")
         by_number[int(file.stem)] = file
     if not by_number:
-        raise DataError(f"{found} holds no <batch>.npy: {ADVICE['pathfinder']}")
-    files = [by_number[number] for number in sorted(by_number)]
+        raise DataError(f"{found} holds no <batch>.npy: {files.ADVICE['pathfinder']}")
+    metadata = [by_number[number] for number in sorted(by_number)]
     source, read = new_source(f"{PATHFINDER_FOLDER}/{folder}"), []
-    batches = parallel(read_pathfinder_batch, files, workers)
-    for file, batch in zip(files, tqdm(batches, desc="reading", total=len(files), disable=None), strict=True):
+    batches = parallel(read_pathfinder_batch, metadata, workers)
+    for file, batch in zip(metadata, tqdm(batches, desc="reading", total=len(metadata), disable=None), strict=True):
         read.append(batch)
         note(source, f"metadata/{file.name}", batch.metadata)
         note(source, f"imgs/{file.stem}", batch.files)

@@ -6,7 +6,7 @@ absent, damaged, or not what it should be. Retrieval is larger than memory; it i
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,20 @@ import numpy as np
 
 from data.sources.base import DataError
 from data.sources.token_cache import Split
-from tools.lra import listops
-from tools.lra.cache import Content, Sample, record_of
-from tools.lra.files import (
-    ADVICE,
-    FolderDigest,
-    archive_members,
-    below_release,
-    find,
-    label_of,
-    new_source,
-    note,
-    require_md5,
-    shown,
-    table,
-)
+from tools.lra import files, listops
+from tools.lra.cache import Content, Sample
+from tools.lra.files import find, label_of, new_source, note, shown, table
+from tools.prepared_folder import FolderDigest
 
 LONGEST_TEXT = 4000  # bytes of a document that are kept
+
+
+def _tables(task: str, source: Path, folder: str, pattern: str, names: Iterable[str]) -> dict[str, Path]:
+    """The tables of one of the release's folders, whose names `pattern` makes, all beside that of train."""
+    first = pattern.format("train")
+    found = find(task, source, files.below_release(folder, first), first).parent
+    return {name: find(task, found, [file], file) for name in names if (file := pattern.format(name))}
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # ListOps
@@ -66,17 +63,13 @@ def listops_symbols(text: bytes, where: str) -> bytes:
 
 def read_listops(path: Path) -> Content:
     """`basic_{train,val,test}.tsv`. Trees must be complete; values are computed anew in val and test."""
-    folder = find("listops", path, below_release(LISTOPS_FOLDER, "basic_train.tsv"), "basic_train.tsv").parent
-    source = new_source("listops-1000")
-    for split in LISTOPS_SIZES:
-        find("listops", folder, [f"basic_{split}.tsv"], f"basic_{split}.tsv")
+    tables, source = _tables("listops", path, LISTOPS_FOLDER, "basic_{}.tsv", LISTOPS_SIZES), new_source("listops-1000")
 
     def samples(split: str) -> Iterator[Sample]:
-        name = f"basic_{split}.tsv"
-        lines = table(folder / name, name, 2, source)
+        lines = table(tables[split], 2, source)
         header = next(lines, None)
         if header is None or header.columns != LISTOPS_HEADER:
-            raise DataError(f"{folder / name} does not begin with the header Source<TAB>Target")
+            raise DataError(f"{tables[split]} does not begin with the header Source<TAB>Target")
         for where, (text, target) in lines:
             symbols, label = listops_symbols(text, where), label_of(target, 10, where)
             if split == "train":
@@ -125,15 +118,11 @@ RETRIEVAL_SIZES = {"train": 147_086, "val": 18_090, "test": 17_437}
 
 def read_retrieval(path: Path) -> Content:
     """`new_aan_pairs.{train,eval,test}.tsv`: label, two ids, two texts; no header, no quoting."""
-    first = "new_aan_pairs.train.tsv"
-    folder = find("retrieval", path, below_release("tsv_data", first), first).parent
+    tables = _tables("retrieval", path, "tsv_data", "new_aan_pairs.{}.tsv", RETRIEVAL_FILES.values())
     source = new_source("tsv_data")
-    for name in RETRIEVAL_FILES.values():
-        find("retrieval", folder, [f"new_aan_pairs.{name}.tsv"], f"new_aan_pairs.{name}.tsv")
 
     def samples(split: str) -> Iterator[Sample]:
-        name = f"new_aan_pairs.{RETRIEVAL_FILES[split]}.tsv"
-        for where, (label, _, _, one, two) in table(folder / name, name, 5, source):
+        for where, (label, _, _, one, two) in table(tables[RETRIEVAL_FILES[split]], 5, source):
             yield Sample(label_of(label, 2, where), (one[:LONGEST_TEXT], two[:LONGEST_TEXT]))
 
     return Content(
@@ -172,7 +161,7 @@ def read_text(path: Path, seed: int) -> Content:
     for split, entries in reviews.items():
         for label, name in enumerate(IMDB_CLASSES):
             if not any(entry[0] == label for entry in entries):
-                raise DataError(f"{found} holds no reviews in {split}/{name}: {ADVICE['text']}")
+                raise DataError(f"{found} holds no reviews in {split}/{name}: {files.ADVICE['text']}")
         entries.sort()
     order = np.random.default_rng(seed).permutation(len(reviews["train"])).tolist()
     train = [reviews["train"][i] for i in order]
@@ -191,9 +180,9 @@ def read_text(path: Path, seed: int) -> Content:
 
 
 def _imdb_archive(path: Path, source: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
-    require_md5(path, IMDB_ARCHIVE)
-    yield from archive_members(path)
-    note(source, path.name, record_of(path))
+    files.require_md5(path, IMDB_ARCHIVE)
+    yield from files.archive_members(path)
+    note(source, path.name, files.record_of(path))
 
 
 def _imdb_folder(root: Path, source: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
@@ -205,4 +194,4 @@ def _imdb_folder(root: Path, source: dict[str, Any]) -> Iterator[tuple[str, byte
                     data = (folder / name).read_bytes()
                     digest.add(name, data)
                     yield f"{split}/{label}/{name}", data
-            note(source, f"{split}/{label}", digest.record())
+            note(source, f"{split}/{label}", files.record_of_all(digest))

@@ -3,14 +3,13 @@
 torch and the data set are loaded here only, when there are predictions to show pictures of.
 """
 
-import base64
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from tools.pages import data_uri
 from tools.run_report.runs import RunRecord
 from utils.predictions import Predictions
 
@@ -88,10 +87,9 @@ def _load(run: RunRecord, predictions: Predictions, rows: list[int], data_path: 
 
 def thumbnail(image: Image.Image) -> str:
     """A JPEG's data: URI, with the longer side at most SIDE pixels."""
-    small, buffer = image.copy(), io.BytesIO()
+    small = image.copy()
     small.thumbnail((SIDE, SIDE))
-    small.save(buffer, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_uri(small, quality=82)
 
 
 def _picture(pixels: "Tensor") -> Image.Image:

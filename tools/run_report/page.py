@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from config import KEYS, make_plan, value_of
+from tools.pages import render_page
 from tools.run_report.charts import chart, matrix
 from tools.run_report.classes import ByClass
 from tools.run_report.examples import gallery
@@ -47,10 +47,9 @@ def render(
     facts = [_facts(run) for run in runs]
     nouns = {run.noun for run in runs}
     noun = nouns.pop() if len(nouns) == 1 else "sample"
-    loader = FileSystemLoader(Path(__file__).parent)
-    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters |= {"number": number, "chart": chart}
-    return jinja.get_template("page.html").render(
+    return render_page(
+        Path(__file__).with_name("page.html"),
+        {"number": number, "chart": chart},
         runs=runs,
         several=len(runs) > 1,
         noun=noun,
