@@ -87,6 +87,9 @@ def check(config: CfgNode) -> None:
             if config.TEST.IMG_SIZE is not None:
                 where = f"TEST.IMG_SIZE {config.TEST.IMG_SIZE}: "
                 build_model(evaluation_config(config))
+                where = ""
+        options = AttentionOptions.of(attention_keywords(config))
+        kernel_of(options.attention).announce(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     except (TypeError, ValueError) as problem:
         raise ConfigError(f"{where}{problem}") from None
 
@@ -105,16 +108,12 @@ def setup(config: CfgNode) -> tuple[torch.device, Plan]:
         deterministic()
     seed_everything(config.SEED)  # the same on every rank: all build the same model
     options = AttentionOptions.of(attention_keywords(config))
-    try:
-        attention = kernel_of(options.attention).announce(options, device)
-    except ValueError as problem:
-        raise ConfigError(str(problem)) from None
     get_logger().info(
         "%d × %s, torch %s, %s",
         distributed.world_size(),
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)",
         torch.__version__,
-        attention,
+        kernel_of(options.attention).announce(options, device),
     )
     return device, plan
 

@@ -30,6 +30,8 @@ class KernelAttention(Kernel):
     """
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> "KernelAttention":
+        if "name" in dir(cls):  # it has a kernel: copies are made by class alone
+            return object.__new__(cls)
         given = [a for a in (*arguments, *keywords.values()) if isinstance(a, AttentionOptions)]
         return _blank(cls, (given[0] if given else AttentionOptions()).attention)
 

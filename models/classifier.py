@@ -70,6 +70,8 @@ class TrainableModel(nn.Module, ABC):
     # Keys that change what the model computes but no shape, beside those of its kernel: compared on loading.
     function_keys: tuple[str, ...] = ()
 
+    family = ""  # what models of this body are called in prose
+
     num_classes: int
     classes: list[str] | None = None  # names of the outputs, where the file that it was loaded from knows them
     config: dict[str, Any] | None = None  # the configuration in that file
@@ -154,7 +156,10 @@ class Classifier(TrainableModel):
 
     def _fitting(self, img_size: int | Sequence[int]) -> Grid:
         """An image size as a pair. Raises ValueError unless the stages divide it."""
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if len(size) != 2:
+            raise ValueError(f"image size {size}: expected a side or (height, width) (DATA.IMG_SIZE, img_size)")
+        height, width = size
         if min(height, width) < 1 or height % self.unit or width % self.unit:
             raise ValueError(
                 f"image size {height}×{width} does not fit {type(self).__name__}: expected multiples of {self.unit}"

@@ -183,10 +183,16 @@ def verify_by_sidecar(path: Path) -> bool:
 def stored_config(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     """The configuration that a checkpoint was written with, as a plain nested dictionary; None where it has none.
 
-    The learning rates in a released file are already scaled by its batch size.
+    The learning rates in a released file are already scaled by its batch size. Raises CheckpointError for a text that
+    is no YAML.
     """
     stored = checkpoint.get("config")
-    tree = yaml.safe_load(stored) if isinstance(stored, str) else plain_dictionary(stored)
+    try:
+        tree = yaml.safe_load(stored) if isinstance(stored, str) else plain_dictionary(stored)
+    except yaml.YAMLError as error:
+        raise CheckpointError(
+            f"the configuration in the checkpoint is no YAML: {str(error).splitlines()[0]}"
+        ) from error
     return tree if isinstance(tree, dict) else None
 
 

@@ -17,6 +17,8 @@ from .registry import build_model, list_models
 
 LOGGER = logging.getLogger("polaformer")
 WEIGHTS = ("auto", "model", "ema")
+# What a constructor raises for values that a configuration in a file may have.
+NO_MODEL = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def load_weights(model: TrainableModel, state: dict[str, Tensor], source: str) -> None:
@@ -43,7 +45,7 @@ def _source_grids(checkpoint: dict[str, Any]) -> dict[str, Grid]:
     try:
         with torch.device("meta"):
             return build_model(stored).position_grids()
-    except ValueError:
+    except NO_MODEL:
         return {}
 
 
@@ -101,19 +103,23 @@ def load(path: str | Path, weights: str = "auto", *, config: Mapping[str, Any] |
     if config is None:
         raise CheckpointError(f"{source} carries no configuration, so it does not say which model it is; name one")
     state = checkpoint.get("model_ema") if weights == "ema" else checkpoint["model"]
-    if state is None:
+    if not isinstance(state, dict):
         raise CheckpointError(f"{source} holds no averaged weights (it was trained without EMA.ENABLE)")
+    num_classes, classes = num_classes_of(checkpoint, source), checkpoint.get("classes")
+    if classes is not None and not _are_names(classes):
+        raise CheckpointError(f"{source}: its `classes` are no list of names")
     try:
-        model = build_model(config, num_classes_of(checkpoint, source))
-    except CheckpointError:
-        raise
-    except (TypeError, ValueError) as error:
+        model = build_model(config, num_classes)
+    except NO_MODEL as error:
         raise CheckpointError(f"{source}: its configuration makes no model: {error}") from error
     load_weights(model, state, source)
-    classes = checkpoint.get("classes")
     model.classes = list(classes) if classes else None
     model.config = plain_dictionary(config)
     return model.eval()
+
+
+def _are_names(classes: Any) -> bool:
+    return isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
 
 
 def create_model(name: str, *, checkpoint: str | Path | None = None, **arguments: Any) -> nn.Module:

@@ -4,11 +4,13 @@ A configuration is any nested mapping with the sections and keys of config.py: a
 or what a checkpoint stores.
 """
 
+import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .layers import Grid
+from .ops.polarity_attention import BACKENDS
 
 # What a key that a mapping lacks stands for: every key that is read below models/, with the default of config.py.
 DEFAULTS: dict[str, Any] = {
@@ -52,13 +54,23 @@ DEFAULTS: dict[str, Any] = {
 
 
 def value_of(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key; where the mapping lacks it, that of DEFAULTS."""
+    """The value of a dotted key; where the mapping lacks it, that of DEFAULTS.
+
+    Text in the place of another kind of value is decoded, as YAML 1.1 reads None and 5e-4 as text. Raises ValueError
+    where it stands for none.
+    """
     node: Any = config
     for part in key.split("."):
         if not isinstance(node, Mapping) or part not in node:
             return DEFAULTS[key]
         node = node[part]
-    return node
+    if not isinstance(node, str) or isinstance(DEFAULTS.get(key, ""), str):
+        return node
+    words = {"null": None, "~": None, "true": True, "false": False}
+    try:
+        return words[node.lower()] if node.lower() in words else ast.literal_eval(node)
+    except (ValueError, SyntaxError):
+        raise ValueError(f"{key} is {node!r}, expected a value such as {DEFAULTS[key]!r}") from None
 
 
 def image_size(config: Mapping[str, Any]) -> Grid:
@@ -82,7 +94,7 @@ class AttentionOptions:
         backend: implementation of the polarity attention op: auto, eager, triton or reference (MODEL.LA.BACKEND).
 
     Raises:
-        ValueError: a negative alpha, or a dropout that is no probability below 1.
+        ValueError: a negative alpha, an unknown backend, or a dropout that is no probability below 1.
     """
 
     attention: str = "polarity"
@@ -97,6 +109,11 @@ class AttentionOptions:
     def __post_init__(self) -> None:
         if not self.alpha >= 0:
             raise ValueError(f"MODEL.LA.ALPHA is {self.alpha}, expected a number ≥ 0 (alpha)")
+        if self.backend not in ("auto", *BACKENDS):
+            raise ValueError(
+                f"MODEL.LA.BACKEND (backend) {self.backend!r} is no backend of polarity attention, expected auto,"
+                f" {', '.join(BACKENDS)}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(
                 f"MODEL.LRA.ATTENTION_DROP is {self.dropout}, expected a number from 0 to below 1 (dropout)"
@@ -129,17 +146,19 @@ def parse_attention_types(attn_type: str, num_stages: int) -> tuple[str, int]:
 
     Raises ValueError for a wrong letter or length, an M without number, or a number without M.
     """
+    if not isinstance(attn_type, str):
+        raise ValueError(f"MODEL.LA.ATTN_TYPE (attn_type) is {attn_type!r}, expected letters such as LLSS")
     letters = attn_type.rstrip("0123456789")
     number = attn_type[len(letters) :]
     expected = f"expected one of L, S, M per stage ({num_stages}), and after an M a number of blocks, as in MLSS4"
     if len(letters) != num_stages:
-        raise ValueError(f"ATTN_TYPE {attn_type!r} has {len(letters)} letters, {expected}")
+        raise ValueError(f"MODEL.LA.ATTN_TYPE {attn_type!r} has {len(letters)} letters, {expected}")
     if strange := set(letters) - set("LSM"):
-        raise ValueError(f"ATTN_TYPE {attn_type!r} has the letter {sorted(strange)[0]}, {expected}")
+        raise ValueError(f"MODEL.LA.ATTN_TYPE {attn_type!r} has the letter {sorted(strange)[0]}, {expected}")
     if "M" in letters and not number:
-        raise ValueError(f"ATTN_TYPE {attn_type!r} has an M stage without a number, {expected}")
+        raise ValueError(f"MODEL.LA.ATTN_TYPE {attn_type!r} has an M stage without a number, {expected}")
     if number and "M" not in letters:
-        raise ValueError(f"ATTN_TYPE {attn_type!r} has a number but no M stage that uses it, {expected}")
+        raise ValueError(f"MODEL.LA.ATTN_TYPE {attn_type!r} has a number but no M stage that uses it, {expected}")
     return letters, int(number or 0)
 
 

@@ -94,6 +94,7 @@ class PolaPVT(Classifier):
     Input (B, in_chans, height, width); output (B, num_classes).
     """
 
+    family = "Pola-PVT"
     first_conv = "patch_embed1.proj"
     unused_released_parameters = ("norm.weight", "norm.bias")
 
@@ -121,7 +122,9 @@ class PolaPVT(Classifier):
         options = AttentionOptions.of(attention)
         letters, _ = parse_attention_types(attn_type, len(depths))
         if "M" in letters:
-            raise ValueError(f"ATTN_TYPE {attn_type!r}: Pola-PVT has no M stages, expected L or S")
+            raise ValueError(f"MODEL.LA.ATTN_TYPE {attn_type!r}: Pola-PVT has no M stages, expected L or S")
+        if min(sr_ratios) < 1:
+            raise ValueError(f"MODEL.LA.PVT_LA_SR_RATIOS (sr_ratios) are {list(sr_ratios)}, expected integers ≥ 1")
         if min(len(sr_ratios), len(embed_dims), len(num_heads), len(mlp_ratios)) < len(depths):
             raise ValueError(
                 f"expected {len(depths)} (depths) values of sr_ratios, embed_dims, num_heads and mlp_ratios"
@@ -142,8 +145,8 @@ class PolaPVT(Classifier):
                 if letters[i] == "L":
                     if grid[0] % sr_ratios[i] or grid[1] % sr_ratios[i]:
                         raise ValueError(
-                            f"PVT_LA_SR_RATIOS {''.join(map(str, sr_ratios))} (sr_ratios): the {grid[0]}×{grid[1]} map"
-                            f" of stage {i} does not divide by {sr_ratios[i]}"
+                            f"MODEL.LA.PVT_LA_SR_RATIOS (sr_ratios) {''.join(map(str, sr_ratios))}: the"
+                            f" {grid[0]}×{grid[1]} map of stage {i} does not divide by {sr_ratios[i]}"
                         )
                     attn = PolaReductionAttention(
                         dim, num_heads[i], grid, options, sr_ratio=sr_ratios[i], proj_drop=proj_drop_rate
@@ -252,5 +255,7 @@ def parse_sr_ratios(ratios: int | str, num_stages: int = 4) -> tuple[int, ...]:
     """Split 8421 into (8, 4, 2, 1). Raises ValueError for a wrong number of digits or a zero."""
     digits = str(ratios)
     if len(digits) != num_stages or not digits.isdecimal() or "0" in digits:
-        raise ValueError(f"PVT_LA_SR_RATIOS {ratios} is not {num_stages} digits from 1 to 9, such as 1111 or 8421")
+        raise ValueError(
+            f"MODEL.LA.PVT_LA_SR_RATIOS {ratios} is not {num_stages} digits from 1 to 9, such as 1111 or 8421"
+        )
     return tuple(int(digit) for digit in digits)

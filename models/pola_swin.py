@@ -230,6 +230,7 @@ class PolaSwin(Classifier):
         ValueError: an image size, number of heads, letter or option that does not fit.
     """
 
+    family = "Pola-Swin"
     first_conv = "patch_embed.proj"
     function_keys = (*Classifier.function_keys, "MODEL.SWIN.QK_SCALE")
     derived_entries = ("relative_position_index", "attn_mask")
@@ -264,17 +265,17 @@ class PolaSwin(Classifier):
         super().__init__()
         options = AttentionOptions.of(attention)
         letters, first_linear = parse_attention_types(attn_type, len(depths))
+        if min(patch_size, window_size) < 1:
+            raise ValueError(
+                f"MODEL.SWIN.PATCH_SIZE (patch_size) is {patch_size} and MODEL.SWIN.WINDOW_SIZE (window_size)"
+                f" {window_size}, expected integers ≥ 1"
+            )
         unit = patch_size * 2 ** (len(depths) - 1)
         self._begin(img_size, unit, in_chans, dynamic_img_size or not strict_img_size)
         self.patch_size, self.window_size = patch_size, window_size
         self.softmax_window_size = softmax_window_size or (7 if window_size <= 56 else 12)
         dims = [embed_dim * 2**i for i in range(len(depths))]
         require_heads(dims, num_heads)
-        if min(patch_size, window_size) < 1:
-            raise ValueError(
-                f"MODEL.SWIN.PATCH_SIZE (patch_size) is {patch_size} and MODEL.SWIN.WINDOW_SIZE (window_size)"
-                f" {window_size}, expected integers ≥ 1"
-            )
         grid = self.grid
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, norm=patch_norm)
         if ape:

@@ -29,9 +29,9 @@ def block(language: str, after: str) -> str:
 def followed(tmp_path_factory) -> tuple[Path, dict[str, subprocess.CompletedProcess]]:
     """The copy after the page's files and commands, and what each command printed."""
     root = tmp_path_factory.mktemp("checkout")
-    for name in ("main.py", "config.py", "logger.py", "lr_scheduler.py", "optimizer.py"):
+    for name in ("main.py", "config.py", "logger.py", "lr_scheduler.py", "optimizer.py", "CITATION.cff"):
         shutil.copy(ROOT / name, root)
-    for name in ("models", "data", "engine", "utils", "tools", "configs"):
+    for name in ("models", "data", "engine", "utils", "tools", "experiments", "configs"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "models" / "kernels" / "softplus.py").write_text(block("python", "Write `models/kernels/softplus.py`"))
     (root / "configs" / "experiments" / "softplus.yaml").write_text(block("yaml", "Write `configs/experiments/soft"))
@@ -47,18 +47,26 @@ def followed(tmp_path_factory) -> tuple[Path, dict[str, subprocess.CompletedProc
 
 def test_every_command_of_the_page_works(followed):
     _, printed = followed
-    assert len(printed) == 4
+    assert len(printed) == 5
     for line, result in printed.items():
         assert result.returncode == 0, f"{line}\n{result.stdout}{result.stderr}"
 
 
 def test_the_kernel_is_trained_announced_and_listed(followed):
     root, printed = followed
-    training, listing, *_ = (result.stdout for result in printed.values())
+    training, listing, *_, exported = (result.stdout for result in printed.values())
     assert "softplus attention" in training and "best top-1" in training
     assert re.search(r"layers.0.blocks.0 +softplus +heads 0 to \d", listing)
+    assert exported.count("logits") == 2 and "WRONG" not in exported
     state = torch.load(root / "output" / "softplus" / "default" / "max_acc.pth", weights_only=True)["model"]
     assert state["layers.0.blocks.0.attn.beta"].abs().sum() > 0  # it started at 0
+
+
+def test_the_ablation_compares_it_under_its_own_name(followed):
+    root, _ = followed
+    code = "from experiments.ablation import NAMED, VARIANTS; print(VARIANTS['softplus'].options, 'softplus' in NAMED)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "('MODEL.LA.ATTENTION', 'softplus') False"
 
 
 def test_its_maps_and_measures_are_made(followed):

@@ -9,9 +9,11 @@ import timm.models._registry as timm_registry
 import torch
 
 import models.registry as registry
-from models import build_model, list_models, model_arguments
+from models import CheckpointError, build_model, list_models, load, model_arguments
+from models.attention import PolaWindowAttention
 from models.kernels import register_kernel
 from models.kernels.linear import EluKernel, ReluKernel
+from models.options import AttentionOptions
 from models.pola_pvt import PolaPVT
 from models.registry import Variant, register_body
 
@@ -51,3 +53,38 @@ def test_a_name_is_given_once(body):
     assert register_kernel("relu")(ReluKernel) is ReluKernel  # a cell of a notebook, run again
     with pytest.raises(ValueError, match="two kernels are called 'relu'"):
         register_kernel("relu")(EluKernel)
+
+
+@pytest.mark.parametrize("name", ["relu", "softmax", "polarity"])
+def test_a_copy_made_by_class_alone_has_the_kernel_of_the_original(name):
+    """As torch.nn.DataParallel makes its replicas."""
+    module = PolaWindowAttention(8, 2, (3, 3), AttentionOptions(attention=name, kernel_size=3))
+    replica = module._replicate_for_data_parallel()
+    replica._parameters, replica._modules = module._parameters, module._modules
+    x = torch.randn(2, 9, 8)
+    assert type(replica) is type(module) and torch.equal(replica(x), module(x))
+
+
+def test_text_in_a_stored_configuration_is_read_as_the_value_that_it_means():
+    text = {"MODEL": {"TYPE": "pola_swin", "SWIN": {"QK_SCALE": "None", "APE": "False"}}, "DATA": {"IMG_SIZE": "64"}}
+    assert model_arguments(text)["qk_scale"] is None and model_arguments(text)["ape"] is False
+    assert model_arguments(text)["img_size"] == (64, 64)
+    with pytest.raises(ValueError, match=r"MODEL.SWIN.DEPTHS is 'many', expected a value such as \[2, 2, 6, 2\]"):
+        model_arguments({"MODEL": {"TYPE": "pola_swin", "SWIN": {"DEPTHS": "many"}}})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"config": "a: [1"},
+        {"config": "MODEL: {TYPE: pola_swin, LA: {ATTN_TYPE: 1}}"},
+        {"config": "MODEL: {TYPE: pola_swin, SWIN: {PATCH_SIZE: 0}}"},
+        {"config": "{MODEL: {TYPE: pola_swin}, DATA: {IMG_SIZE: [32]}}"},
+        {"config": "MODEL: {TYPE: pola_swin}", "classes": 3},
+        {"config": "MODEL: {TYPE: pola_swin}", "classes": [1, 2, 3]},
+    ],
+)
+def test_a_file_whose_configuration_makes_no_model_is_a_checkpoint_error(content, tmp_path):
+    torch.save({"model": {"head.bias": torch.zeros(3)}, **content}, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="file.pth|the configuration in the checkpoint"):
+        load(tmp_path / "file.pth")

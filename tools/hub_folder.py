@@ -9,7 +9,7 @@ from yacs.config import CfgNode
 from config import image_size, load_config
 from data.imagenet import readable_names
 from models import model_arguments
-from models.registry import VARIANTS
+from models.registry import VARIANTS, body_of
 from tools.pages import render_page
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -26,14 +26,17 @@ def _arguments(config: CfgNode) -> dict[str, Any]:
 def architecture_of(config: CfgNode) -> tuple[str, dict[str, Any]]:
     """timm's name of a configuration's model, and the arguments by which it differs from what that name builds.
 
-    A model that is none of the official ones is a pola_swin_tiny, or the Pola-PVT of its depths, with every argument.
+    A model that is none of the official ones is the variant called like its MODEL.TYPE, or the first of its body, with
+    every argument.
     """
     own = _arguments(config)
     for name, variant in VARIANTS.items():
-        official = load_config(str(CONFIGS / f"{variant.config}.yaml"))
-        if official.MODEL.TYPE == config.MODEL.TYPE and _arguments(official) == own:
+        file = CONFIGS / f"{variant.config}.yaml"
+        official = load_config(str(file)) if file.is_file() else None
+        if official and official.MODEL.TYPE == config.MODEL.TYPE and _arguments(official) == own:
             return name, {}
-    return ("pola_swin_tiny" if config.MODEL.TYPE == "pola_swin" else config.MODEL.TYPE), own
+    variants = body_of(config).variants
+    return (config.MODEL.TYPE if config.MODEL.TYPE in variants else next(iter(variants))), own
 
 
 def hub_config(config: CfgNode, num_features: int, classes: list[str] | None) -> dict[str, Any]:
@@ -72,7 +75,7 @@ def model_card(name: str, config: CfgNode, hub: dict[str, Any], parameters: int,
     return render_page(
         Path(__file__).with_name("model_card.md"),
         name=name,
-        family="Pola-Swin" if config.MODEL.TYPE == "pola_swin" else "Pola-PVT",
+        family=body_of(config).cls.family,
         hub=hub,
         parameters=parameters,
         height=height,

@@ -10,7 +10,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..ops.polarity_attention import BACKENDS, choose_backend, polarity_attention
+from ..ops.polarity_attention import choose_backend, polarity_attention
 from ..options import AttentionOptions
 from .base import LinearKernel, register_kernel
 
@@ -26,11 +26,6 @@ class PolarityKernel(LinearKernel):
     streams = ("same", "opposite")
 
     def add_parameters(self, options: AttentionOptions) -> None:
-        if options.backend not in ("auto", *BACKENDS):
-            raise ValueError(
-                f"MODEL.LA.BACKEND (backend) {options.backend!r} is no backend of polarity attention, expected auto,"
-                f" {', '.join(BACKENDS)}"
-            )
         learned = options.learn_exponent
         self.power = nn.Parameter(torch.zeros(1, self.num_heads, 1, self.head_dim)) if learned else None
 

@@ -1,4 +1,4 @@
-"""Writing a token cache: samples are streamed to the arrays of data/token_cache.py, the manifest comes last."""
+"""Writing a token cache: samples are streamed to the arrays of data/sources/token_cache.py, the manifest comes last."""
 
 import io
 import os
