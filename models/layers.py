@@ -93,7 +93,14 @@ def resize_table(table: Tensor, source: Grid, target: Grid, mode: str = "bicubic
 
 
 def drop_path_rates(rate: float, depths: list[int] | tuple[int, ...]) -> list[list[float]]:
-    """Stochastic depth per stage and block, linear from 0 at the first block to `rate` at the last."""
+    """Stochastic depth per stage and block, linear from 0 at the first block to `rate` at the last.
+
+    Raises ValueError for a rate that is no probability below 1, and for a stage without blocks.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"MODEL.DROP_PATH_RATE (drop_path_rate) is {rate}, expected a number from 0 to below 1")
+    if min(depths) < 1:
+        raise ValueError(f"MODEL.SWIN.DEPTHS (depths) {list(depths)}: every stage needs a block")
     total = sum(depths)
     flat = [rate * i / max(1, total - 1) for i in range(total)]
     ends = [sum(depths[: i + 1]) for i in range(len(depths))]

@@ -162,9 +162,9 @@ def parse_attention_types(attn_type: str, num_stages: int) -> tuple[str, int]:
     return letters, int(number or 0)
 
 
-def require_heads(channels: Sequence[int], num_heads: Sequence[int]) -> None:
-    """Raise ValueError unless there are heads for every stage, which divide its channels."""
-    given = f"MODEL.SWIN.NUM_HEADS (num_heads) {list(num_heads)}"
+def require_heads(channels: Sequence[int], num_heads: Sequence[int], given: str) -> None:
+    """Raise ValueError unless there are heads for every stage, which divide its channels; `given` names the heads."""
+    given = f"{given} {list(num_heads)}"
     if len(num_heads) != len(channels):
         raise ValueError(f"{given} has {len(num_heads)} stages, MODEL.SWIN.DEPTHS {len(channels)} (depths)")
     for stage, (dim, heads) in enumerate(zip(channels, num_heads, strict=True)):

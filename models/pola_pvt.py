@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import PolaReductionAttention
 from .classifier import Classifier
 from .layers import DropPath, Grid, Mlp, PatchEmbed, drop_path_rates, resize_table
-from .options import AttentionOptions, attention_keywords, image_size, parse_attention_types, value_of
+from .options import AttentionOptions, attention_keywords, image_size, parse_attention_types, require_heads, value_of
 from .registry import Variant, register_body
 from .softmax_attention import SpatialReductionAttention, reduced_grid
 
@@ -129,6 +129,7 @@ class PolaPVT(Classifier):
             raise ValueError(
                 f"expected {len(depths)} (depths) values of sr_ratios, embed_dims, num_heads and mlp_ratios"
             )
+        require_heads(embed_dims[: len(depths)], num_heads[: len(depths)], "num_heads")
         only_softmax = set(letters) == {"S"}
         unit = 4 * 2 ** (len(depths) - 1)
         self._begin(img_size, unit, in_chans, dynamic_img_size or not strict_img_size or only_softmax)

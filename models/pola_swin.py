@@ -275,7 +275,7 @@ class PolaSwin(Classifier):
         self.patch_size, self.window_size = patch_size, window_size
         self.softmax_window_size = softmax_window_size or (7 if window_size <= 56 else 12)
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        require_heads(dims, num_heads)
+        require_heads(dims, num_heads, "MODEL.SWIN.NUM_HEADS (num_heads)")
         grid = self.grid
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, norm=patch_norm)
         if ape:

@@ -88,3 +88,21 @@ def test_a_file_whose_configuration_makes_no_model_is_a_checkpoint_error(content
     torch.save({"model": {"head.bias": torch.zeros(3)}, **content}, tmp_path / "file.pth")
     with pytest.raises(CheckpointError, match="file.pth|the configuration in the checkpoint"):
         load(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"patch_size": 0}, "MODEL.SWIN.PATCH_SIZE"),
+        ({"img_size": (32,)}, "DATA.IMG_SIZE"),
+        ({"attn_type": 5}, "MODEL.LA.ATTN_TYPE"),
+        ({"kernel_size": 0}, "MODEL.LA.KERNEL_SIZE"),
+        ({"backend": "cuda", "attention": "relu"}, "MODEL.LA.BACKEND"),
+        ({"drop_path_rate": 1.5}, "MODEL.DROP_PATH_RATE"),
+        ({"depths": (0, 2, 2, 2)}, "MODEL.SWIN.DEPTHS"),
+        ({"num_heads": (3, 6, 12)}, "MODEL.SWIN.NUM_HEADS"),
+    ],
+)
+def test_a_constructor_names_the_key_of_what_it_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        timm.create_model("pola_swin_tiny", **arguments)
