@@ -37,13 +37,14 @@ INTERPRETED_PAIRS = [(1, 49), (63, 1), (130, 196)]
 INTERPRETED_SIZES = [*((d, torch.float32) for d in CHANNELS), *itertools.product((32, 33, 96), DTYPES[1:])]
 BACKENDS = ["eager", "triton"]
 DRAWS_OF_ONE_KEY = 32
+DRAWS_INTERPRETED = 4
 
 
 def _device(backend: str) -> str:
     return DEVICE if backend == "triton" else "cpu"
 
 
-def _check_shape(backend, N, n, d, dtype, masked, surroundings=False):
+def _check_shape(backend, N, n, d, dtype, masked, surroundings=False, draws=1):
     """Enough heads that the norms average: where a gradient happens to cancel, everybody's rounding error is large.
 
     With a single key the output is its value, whatever q and k are. Their gradients, and the exponent's, are what is
@@ -53,11 +54,12 @@ def _check_shape(backend, N, n, d, dtype, masked, surroundings=False):
     a tenth. There the means over several draws are compared, within the same bound.
     """
     device = _device(backend)
-    draws = (
+    seeds = range(max(draws, DRAWS_OF_ONE_KEY if n == 1 and N < 49 else 1))
+    inputs = (
         make_inputs(N, n, d, dtype, h=16 if min(N, n) < 100 else 4, surroundings=surroundings, device=device, seed=seed)
-        for seed in range(DRAWS_OF_ONE_KEY if n == 1 and N < 49 else 1)
+        for seed in seeds
     )
-    assert_accurate(backend, next(draws), make_mask(1, n).to(device) if masked else None, further_draws=draws)
+    assert_accurate(backend, next(inputs), make_mask(1, n).to(device) if masked else None, further_draws=inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -95,8 +97,13 @@ def test_triton_in_the_usual_range(d, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", CHANNELS)
 def test_triton_at_every_pair_it_is_interpreted_at(d, dtype):
+    """Means over draws: the terms of the gradient of `scale` cancel too.
+
+    At 130 queries, 196 keys and d = 33 in float32, the first draw's error is 2.3 times that of the plain computation;
+    over 145 draws the geometric means are 7.5e-07 and 6.5e-07.
+    """
     for (N, n), masked in itertools.product([*INTERPRETED_PAIRS, (196, 500)], (False, True)):
-        _check_shape("triton", N, n, d, dtype, masked, surroundings=masked)
+        _check_shape("triton", N, n, d, dtype, masked, surroundings=masked, draws=DRAWS_INTERPRETED)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
