@@ -8,20 +8,35 @@ prints the merged configuration.
 """
 
 import argparse
-import ast
 import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from yacs.config import CfgNode
 
-from utils.schema import Kind, boolean, choice, either, integer, optional, real, sequence, text
+from utils.checkpoints.naming import BEST_FILE, run_checkpoints
+from utils.schema import (
+    Kind,
+    boolean,
+    choice,
+    decoded,
+    either,
+    file_path,
+    folder_name,
+    integer,
+    optional,
+    real,
+    sequence,
+    shown,
+    text,
+)
+from utils.yaml_files import YamlError, read_yaml
 
 TOKEN_DATASETS = ("lra",)  # of sequences; the others are of images
 DATASETS = ("imagenet", "digits", "fashion_mnist", *TOKEN_DATASETS)
@@ -31,6 +46,7 @@ SCHEDULERS = ("cosine", "linear", "step", "onecycle")
 DECODERS = ("pillow", "simplejpeg")
 BENCHMARKS = ("val", "real", "v2", "a", "r", "sketch", "c")  # the first two are the data set's own validation images
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")  # those that warping augmentations take too
+DEEPEST_BASE = 20  # BASE files in a row, which no real file has
 REFERENCE_BATCH = 512  # images per step that BASE_LR, WARMUP_LR and MIN_LR are given for
 AUGMENT_POLICY = re.compile(
     r"none|rand(-((m|n|mmax|inc)\d+|(p|mstd)[\d.]+|t\w+))*|augmix(-((m|w|d|b)\d+|(a|mstd)[\d.]+))*"
@@ -54,10 +70,12 @@ class Key:
 # ---------------------------------------------------------------------------------------------------------------------
 
 KEYS: dict[str, Key] = {
-    "BASE": Key([""], sequence(text()), "YAML files merged before this one, relative to it"),
+    "BASE": Key(
+        [""], sequence(file_path()), "YAML files merged before this one, relative to it; each once, the first time"
+    ),
     # -- data
     "DATA.BATCH_SIZE": Key(128, integer(1), "images per process and forward pass (--batch-size)"),
-    "DATA.DATA_PATH": Key("", text(), "folder that holds train/ and val/, or the zip and map files (--data-path)"),
+    "DATA.DATA_PATH": Key("", file_path(), "folder that holds train/ and val/, or the zip and map files (--data-path)"),
     "DATA.DATASET": Key(
         "imagenet",
         choice(*DATASETS),
@@ -124,10 +142,16 @@ KEYS: dict[str, Key] = {
     ),
     # -- model
     "MODEL.TYPE": Key("swin", text(), "architecture"),
-    "MODEL.NAME": Key("swin_tiny_patch4_window7_224", text(), "name of the run folder below OUTPUT"),
-    "MODEL.RESUME": Key("", text(), "checkpoint to continue from, or to evaluate with --eval (--resume)"),
+    "MODEL.NAME": Key("swin_tiny_patch4_window7_224", folder_name(), "name of the run folder below OUTPUT"),
+    "MODEL.RESUME": Key("", file_path(), "checkpoint to continue from, or to evaluate with --eval (--resume)"),
     "MODEL.PRETRAINED": Key(
-        "", text(), "checkpoint whose weights start a new run, adapted to its classes and size (--pretrained)"
+        "", file_path(), "checkpoint whose weights start a new run, adapted to its classes and size (--pretrained)"
+    ),
+    "MODEL.WEIGHTS": Key(
+        "auto",
+        choice("auto", "model", "ema"),
+        "which weights of a checkpoint are evaluated (--eval) or start a run (--pretrained): model, ema, their average;"
+        " auto: --eval evaluates all that the file holds, --pretrained takes the model's",
     ),
     "MODEL.NUM_CLASSES": Key(
         1000, integer(1), "size of the head where no data set or checkpoint decides it (throughput, building by hand)"
@@ -223,13 +247,15 @@ KEYS: dict[str, Key] = {
     "TRAIN.USE_CHECKPOINT": Key(
         False, boolean(), "recompute block activations in backward to save memory (--use-checkpoint)"
     ),
-    "TRAIN.ACCUMULATION_STEPS": Key(1, integer(1), "forward passes per optimizer step"),
+    "TRAIN.ACCUMULATION_STEPS": Key(1, integer(1), "forward passes per optimizer step (--accumulation-steps)"),
     "TRAIN.GLOBAL_BATCH": Key(
         None,
         optional(integer(1)),
         "images per optimizer step over all processes; the forward passes per step follow from it, each of at most"
         " DATA.BATCH_SIZE images, so that any number of processes trains alike. null: DATA.BATCH_SIZE ×"
-        " ACCUMULATION_STEPS × processes",
+        " ACCUMULATION_STEPS × processes; where it does not divide by the processes, the nearest that does. What a"
+        " file says after its BASE, or --opts after both, about one of GLOBAL_BATCH and ACCUMULATION_STEPS replaces the"
+        " other",
     ),
     "TRAIN.NON_FINITE": Key(
         "stop",
@@ -243,6 +269,12 @@ KEYS: dict[str, Key] = {
         choice(*SCHEDULERS),
         "learning rate after the warm-up; onecycle: torch's OneCycleLR in straight lines, which ignores"
         " WARMUP_LR and MIN_LR and cycles AdamW's first decay rate with the learning rate",
+    ),
+    "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": Key(
+        False,
+        boolean(),
+        "cosine and step: begin the curve after the warm-up, so that the rate does not drop there; False: it began with"
+        " the run, as in the released recipes (timm's warmup_prefix)",
     ),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, integer(1), "epochs between the drops of the step schedule"),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, real(0, 1), "factor of each drop of the step schedule"),
@@ -289,7 +321,7 @@ KEYS: dict[str, Key] = {
         " of each (--benchmark)",
     ),
     "TEST.REAL_LABELS": Key(
-        "", text(), "the ReaL labels, real.json of the reassessed ImageNet; empty: the copy that timm brings"
+        "", file_path(), "the ReaL labels, real.json of the reassessed ImageNet; empty: the copy that timm brings"
     ),
     "TEST.FLIP": Key(
         False,
@@ -329,8 +361,8 @@ KEYS: dict[str, Key] = {
         boolean(),
         "write TensorBoard files to the run folder: scalars, a few augmented inputs, histograms of the exponents",
     ),
-    "OUTPUT": Key("", text(), "root of the run folders; empty means `output` (--output)"),
-    "TAG": Key("default", text(), "last part of the run folder OUTPUT/NAME/TAG (--tag)"),
+    "OUTPUT": Key("", file_path(), "root of the run folders; empty means `output` (--output)"),
+    "TAG": Key("default", folder_name(), "last part of the run folder OUTPUT/NAME/TAG (--tag)"),
     "SAVE_FREQ": Key(1, integer(1), "epochs between checkpoints; the last epoch is always saved"),
     "PRINT_FREQ": Key(100, integer(1), "optimizer steps between log lines"),
     "PROFILE": Key(0, integer(0), "training steps to trace with torch.profiler, into the run folder (--profile)"),
@@ -395,27 +427,21 @@ def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     if key == "BASE":
         raise ConfigError(f"{source}: BASE can only stand in a YAML file")
     if key in _SECTIONS:
-        raise ConfigError(f"{source}: {key} is a section and needs keys below it, received {value!r}")
+        raise ConfigError(f"{source}: {key} is a section and needs keys below it, received {shown(value)}")
     if is_dead_key(key):
         raise ConfigError(f"{source}: {key} has no effect here and was removed; delete it")
     if key not in KEYS:
-        raise ConfigError(f"{source}: unknown key {key}; the nearest valid key is {_nearest(key, list(KEYS))}")
-    if isinstance(value, str):  # YAML 1.1 reads 5e-4 and None as strings, and --opts are strings
-        try:
-            decoded = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            decoded = None if value in ("null", "~") else value
-    else:
-        decoded = value
+        raise ConfigError(f"{source}: unknown key {key[:80]}; the nearest valid key is {_nearest(key, list(KEYS))}")
     kind = KEYS[key].kind
-    for candidate in (value, decoded):
+    spelled = decoded(value) if isinstance(value, str) else value
+    for candidate in (value, spelled):
         try:
             parsed = kind.parse(candidate)
             break
         except ValueError:
             continue
     else:
-        raise ConfigError(f"{source}: {key} is {value!r} ({type(decoded).__name__}), expected {kind.accepts}")
+        raise ConfigError(f"{source}: {key} is {shown(value)} ({type(spelled).__name__}), expected {kind.accepts}")
     node = config
     *sections, leaf = key.split(".")
     for section in sections:
@@ -425,48 +451,50 @@ def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
 
 def _flatten(tree: dict[str, Any], source: str, prefix: str = "") -> list[tuple[str, Any]]:
     items: list[tuple[str, Any]] = []
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
+    for part, value in tree.items():
+        key = f"{prefix}{part}"
         if isinstance(value, dict) and not is_dead_key(key):
             if key not in _SECTIONS:
                 known = "is a value, not a section" if key in KEYS else "is unknown"
                 raise ConfigError(
-                    f"{source}: section {key} {known}; the nearest valid section is {_nearest(key, sorted(_SECTIONS))}"
+                    f"{source}: section {key[:80]} {known}; the nearest valid section is"
+                    f" {_nearest(key, sorted(_SECTIONS))}"
                 )
             items += _flatten(value, source, key + ".")
         elif key in _SECTIONS:
-            raise ConfigError(f"{source}: {key} is a section and needs keys below it, received {value!r}")
+            raise ConfigError(f"{source}: {key} is a section and needs keys below it, received {shown(value)}")
         else:
             items.append((key, value))
     return items
 
 
-def _merge_file(config: CfgNode, path: Path, parents: tuple[Path, ...] = ()) -> None:
-    if path.is_dir():
-        raise ConfigError(f"config file {path} is a folder")
-    if not path.is_file():
-        available = sorted(str(p) for p in Path(__file__).with_name("configs").glob("*.yaml"))
-        nearest = _nearest(str(path), [os.path.relpath(p) for p in available])
-        raise ConfigError(f"config file {path} does not exist; did you mean {nearest}?")
-    if path.resolve() in parents:
-        raise ConfigError(f"{path}: BASE files include each other: {' → '.join(p.name for p in parents)} → {path.name}")
+def _merge_file(config: CfgNode, file: Path, done: set[Path] | None = None, parents: tuple[Path, ...] = ()) -> None:
+    """Merge a YAML file after its BASE files, each of which counts once, where it is named first (`done`)."""
+    done = set() if done is None else done
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected `KEY: value` lines, received a {type(tree).__name__}")
+        tree, resolved = read_yaml(file), Path(os.path.realpath(file))
+    except FileNotFoundError:
+        available = sorted(os.path.relpath(p) for p in Path(__file__).with_name("configs").glob("*.yaml"))
+        nearest = _nearest(str(file)[-200:], available)
+        raise ConfigError(f"config file {str(file)[:200]} does not exist; did you mean {nearest}?") from None
+    except YamlError as error:
+        raise ConfigError(str(error)) from error
+    if resolved in parents or len(parents) > DEEPEST_BASE:
+        names = " → ".join([*(each.name for each in parents[-5:]), file.name])
+        raise ConfigError(f"{file}: BASE files include each other, or more than {DEEPEST_BASE} in a row: {names}")
     bases = tree.pop("BASE", None) or []
     try:
         bases = KEYS["BASE"].kind.parse([bases] if isinstance(bases, str) else bases) if bases else []
     except ValueError:
-        raise ConfigError(f"{path}: BASE is {bases!r}, expected {KEYS['BASE'].kind.accepts}") from None
+        raise ConfigError(f"{file}: BASE is {shown(bases)}, expected {KEYS['BASE'].kind.accepts}") from None
     for base in bases:
-        if base:
-            _merge_file(config, path.parent / base, (*parents, path.resolve()))
-    for key, value in _flatten(tree, str(path)):
-        _set(config, key, value, str(path))
+        if base and Path(os.path.realpath(file.parent / base)) not in done:
+            _merge_file(config, file.parent / base, done, (*parents, resolved))
+    done.add(resolved)
+    items = _flatten(tree, str(file))
+    for key, value in items:
+        _set(config, key, value, str(file))
+    _settle_batch(config, [key for key, _ in items], file=True)
 
 
 def _merge_pairs(config: CfgNode, pairs: Sequence[str], source: str) -> None:
@@ -486,18 +514,53 @@ def load_config(cfg_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
 def _merge(cfg_file: str, flags: Sequence[str], opts: Sequence[str]) -> CfgNode:
     config = default_config()
-    _merge_file(config, Path(cfg_file))
+    _merge_file(config, Path(cfg_file).expanduser())
     _merge_pairs(config, flags, "command line")
     _merge_pairs(config, opts, "--opts")
+    _settle_batch(config, [*flags[::2], *opts[::2]], file=False)
     validate(config)
     config.freeze()
     return config
 
 
-def config_from_tree(tree: dict[str, Any], source: str) -> tuple[CfgNode, list[str]]:
-    """The configuration a checkpoint carries, unvalidated, and the names in it that have no effect here.
+def _settle_batch(config: CfgNode, keys: Collection[str], *, file: bool) -> None:
+    """What one source (a file, or the command line) says about the batch replaces what an earlier one said.
 
-    Older files of this family store their whole tree, unknown sections included, so nothing in it is an error.
+    TRAIN.GLOBAL_BATCH and TRAIN.ACCUMULATION_STEPS exclude each other. The global batch of a file stays known as that
+    of the recipe, and the lines about what became of it are for `notes_of`.
+    """
+    accumulates, divides = "TRAIN.ACCUMULATION_STEPS" in keys, "TRAIN.GLOBAL_BATCH" in keys
+    total, about = config.TRAIN.GLOBAL_BATCH, config.__dict__.setdefault("about_batch", {})
+    if divides:
+        about.pop("note", None)
+        if file:
+            about["recipe"] = total
+        if not accumulates:
+            config.TRAIN.ACCUMULATION_STEPS = 1
+    elif accumulates and total is not None:
+        config.TRAIN.GLOBAL_BATCH = None
+        about["note"] = (
+            f"TRAIN.ACCUMULATION_STEPS {config.TRAIN.ACCUMULATION_STEPS} replaces TRAIN.GLOBAL_BATCH {total} of the"
+            " file"
+        )
+    elif "DATA.BATCH_SIZE" in keys and total is not None:
+        about["note"] = (
+            f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} only limits the passes: TRAIN.GLOBAL_BATCH {total} of the file"
+            " stays; null replaces it"
+        )
+
+
+def notes_of(config: CfgNode) -> list[str]:
+    """What the merge decided, in lines for the log."""
+    about = config.__dict__.get("about_batch", {})
+    return [about["note"]] if "note" in about else []
+
+
+def config_from_tree(tree: dict[str, Any], source: str) -> tuple[CfgNode, list[str]]:
+    """The configuration a checkpoint carries, and the names in it that have no effect or no valid value here.
+
+    Older files of this family store their whole tree, unknown sections included, so that these are no error. Raises
+    ConfigError for a value that a key about the model does not accept: the file's weights would mean something else.
     """
     config, ignored = default_config(), []
 
@@ -510,11 +573,13 @@ def config_from_tree(tree: dict[str, Any], source: str) -> tuple[CfgNode, list[s
                 try:
                     _set(config, key, value, source)
                 except ConfigError:
+                    if key.startswith("MODEL.") or key == "DATA.IMG_SIZE":
+                        raise
                     ignored.append(key)
             elif isinstance(value, dict) and key in _SECTIONS:
                 visit(value, key + ".")
             else:
-                ignored.append(key)
+                ignored.append(key[:80])
 
     visit(tree, "")
     config.freeze()
@@ -566,6 +631,7 @@ class Plan:
     accumulation: int  # forward passes per optimizer step
     world_size: int
     scales_lr: bool
+    recipe_batch: int | None  # what TRAIN.GLOBAL_BATCH of the files says, if anything
 
     @property
     def global_batch(self) -> int:
@@ -583,10 +649,7 @@ class Plan:
 
 
 def make_plan(config: CfgNode, world_size: int = 1) -> Plan:
-    """The plan of a configuration for a number of processes.
-
-    Raises ConfigError where TRAIN.GLOBAL_BATCH does not divide by them.
-    """
+    """The plan of a configuration for a number of processes."""
     by_steps = config.TRAIN.STEPS is not None
     epochs = config.TRAIN.STEPS // config.TRAIN.EVAL_STEPS if by_steps else config.TRAIN.EPOCHS
     per_process, accumulation = _divide_step(config, world_size)
@@ -602,22 +665,23 @@ def make_plan(config: CfgNode, world_size: int = 1) -> Plan:
         accumulation=accumulation,
         world_size=world_size,
         scales_lr=config.TRAIN.SCALE_LR,
+        recipe_batch=config.__dict__.get("about_batch", {}).get("recipe", config.TRAIN.GLOBAL_BATCH),
     )
 
 
 def _divide_step(config: CfgNode, world_size: int) -> tuple[int, int]:
-    """Images per process and pass, and passes per optimizer step: as configured, or derived from GLOBAL_BATCH."""
+    """Images per process and pass, and passes per optimizer step: as configured, or derived from GLOBAL_BATCH.
+
+    All passes are equal: as few as BATCH_SIZE allows, up to four times as many where only they give GLOBAL_BATCH
+    exactly; where none do, the fewest, of the size that comes nearest to it.
+    """
     total, limit = config.TRAIN.GLOBAL_BATCH, config.DATA.BATCH_SIZE
     if total is None:
         return limit, config.TRAIN.ACCUMULATION_STEPS
-    if total % world_size:
-        raise ConfigError(
-            f"TRAIN.GLOBAL_BATCH {total} does not divide by {world_size} processes; the nearest that does is"
-            f" {max(1, round(total / world_size)) * world_size}"
-        )
-    share = total // world_size
-    passes = next(count for count in range(1, share + 1) if share % count == 0 and share // count <= limit)
-    return share // passes, passes
+    fewest = max(1, ceil(total / (world_size * limit)))
+    exact = (passes for passes in range(fewest, 4 * fewest + 1) if total % (world_size * passes) == 0)
+    passes = next(exact, fewest)
+    return min(limit, max(1, round(total / (world_size * passes)))), passes
 
 
 def validate(config: CfgNode) -> None:
@@ -681,6 +745,7 @@ VALUE_FLAGS = {
     "--cache-mode": "DATA.CACHE_MODE",
     "--resume": "MODEL.RESUME",
     "--pretrained": "MODEL.PRETRAINED",
+    "--accumulation-steps": "TRAIN.ACCUMULATION_STEPS",
     "--output": "OUTPUT",
     "--tag": "TAG",
     "--profile": "PROFILE",
@@ -743,11 +808,31 @@ def parse_command_line(argv: Sequence[str] | None = None) -> CfgNode:
     pairs = [word for key in KEYS if key in given for word in (key, given[key])]
     try:
         config = _merge(namespace.cfg, pairs, namespace.opts)
-        if config.MODEL.RESUME and not Path(config.MODEL.RESUME).is_file():
-            raise ConfigError(f"--resume {config.MODEL.RESUME}: no such file")
+        _require_files(config)
     except ConfigError as error:
         parser.error(str(error))
     return config
+
+
+def _require_files(config: CfgNode) -> None:
+    """Raise ConfigError for a checkpoint or data folder that the run needs and that is not there."""
+    reads = not config.THROUGHPUT_MODE and not config.CHECK_DATA_MODE  # which reports what is missing
+    if config.DATA.DATA_PATH and reads and not Path(config.DATA.DATA_PATH).exists():
+        raise ConfigError(f"--data-path {config.DATA.DATA_PATH}: no such folder")
+    if not config.EVAL_MODE and continues(config):  # without them; the log says so
+        return
+    for flag, given in (("--resume", config.MODEL.RESUME), ("--pretrained", config.MODEL.PRETRAINED)):
+        if given and not Path(given).is_file():
+            what = "a folder, expected a file" if Path(given).is_dir() else "no such file"
+            raise ConfigError(f"{flag} {given}: {what}")
+
+
+def continues(config: CfgNode) -> bool:
+    """Whether the run folder holds a checkpoint that this run would continue from."""
+    if not config.TRAIN.AUTO_RESUME and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    folder = make_plan(config).folder
+    return bool(run_checkpoints(folder)) or (folder / BEST_FILE).is_file()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class FlooredStepLRScheduler(StepLRScheduler):
 
     def __init__(self, optimizer: Optimizer, *, lr_min: float, **arguments: float) -> None:
         self.lr_min = lr_min
-        super().__init__(optimizer, warmup_prefix=False, t_in_epochs=False, **arguments)  # type: ignore[arg-type]
+        super().__init__(optimizer, t_in_epochs=False, **arguments)  # type: ignore[arg-type]
 
     def _get_lr(self, t: int) -> list[float]:
         rates = super()._get_lr(t)
@@ -96,9 +96,16 @@ def build_scheduler(
     name = config.TRAIN.LR_SCHEDULER.NAME
     total, warmup = plan.epochs * steps_per_epoch, plan.warmup_steps(steps_per_epoch)
     warmup_lr, min_lr = config.TRAIN.WARMUP_LR * lr_scale, config.TRAIN.MIN_LR * lr_scale
+    prefix = config.TRAIN.LR_SCHEDULER.WARMUP_PREFIX
     if name == "cosine":
         return CosineLRScheduler(
-            optimizer, t_initial=total, lr_min=min_lr, warmup_t=warmup, warmup_lr_init=warmup_lr, t_in_epochs=False
+            optimizer,
+            t_initial=max(1, total - warmup) if prefix else total,
+            lr_min=min_lr,
+            warmup_t=warmup,
+            warmup_lr_init=warmup_lr,
+            warmup_prefix=prefix,
+            t_in_epochs=False,
         )
     if name == "linear":
         lr_end = max(0.01 * config.TRAIN.BASE_LR * lr_scale, min_lr)
@@ -111,6 +118,7 @@ def build_scheduler(
             lr_min=min_lr,
             decay_t=config.TRAIN.LR_SCHEDULER.DECAY_EPOCHS * steps_per_epoch,
             decay_rate=config.TRAIN.LR_SCHEDULER.DECAY_RATE,
+            warmup_prefix=prefix,
             warmup_t=warmup,
             warmup_lr_init=warmup_lr,
         )

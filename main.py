@@ -30,7 +30,7 @@ import torch
 from torch.distributed.elastic.multiprocessing import errors
 from yacs.config import CfgNode
 
-from config import Plan, evaluation_config, make_plan
+from config import Plan, evaluation_config, make_plan, notes_of
 from data.builders import builder_of
 from data.check import run_check
 from data.loaders import Loaders, build_loaders
@@ -115,6 +115,8 @@ def setup(config: CfgNode) -> tuple[torch.device, Plan]:
         torch.__version__,
         kernel_of(options.attention).announce(options, device),
     )
+    for note in notes_of(config):
+        get_logger().warning("%s", note)
     return device, plan
 
 

@@ -3,7 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -33,11 +34,11 @@ from data.test_sets import (
     own_images,
 )
 from engine.evaluation import EvaluatedModel, evaluate
-from engine.state import check_classes, differing_function
+from engine.state import check_classes, configuration_in, differing_function
 from engine.training import place
 from logger import get_logger
 from models import build_model
-from models.files import CheckpointError, load_checkpoint, num_classes_of
+from models.files import CheckpointError, load_checkpoint, num_classes_of, weights_of
 from models.loading import load_resized, load_weights
 from utils import distributed
 from utils.checkpoints.naming import BEST_FILE
@@ -120,7 +121,10 @@ class Evaluation:
 
 
 def run_evaluation(config: CfgNode, plan: Plan, device: torch.device) -> Accuracy:
-    """Evaluate exactly the --resume file; a second line for its averaged weights where it holds them."""
+    """Evaluate exactly the --resume file: the weights that MODEL.WEIGHTS names, by default all that it holds.
+
+    Returns the accuracy of the first of them, the model's where they are evaluated.
+    """
     logger, path = get_logger(), config.MODEL.RESUME
     checkpoint = load_checkpoint(path)
     if differing := differing_function(checkpoint, config, builder_of(config).modality, path):
@@ -133,13 +137,12 @@ def run_evaluation(config: CfgNode, plan: Plan, device: torch.device) -> Accurac
     log_reference(benchmark)
     digest, epoch = file_digest(path), checkpoint.get("epoch")
     results = []
-    for kind, weights in (("model", checkpoint["model"]), ("ema", checkpoint.get("model_ema"))):
-        if weights is None:
-            continue
-        if image_size(sized) == image_size(config):
-            load_weights(model, weights, path)
-        else:
+    for kind, weights in weights_of(checkpoint, config.MODEL.WEIGHTS, path).items():
+        if image_size(sized) != image_size(config):
             load_resized(model, weights, config, path)
+        else:
+            with _naming_the_size(checkpoint, config, path):
+                load_weights(model, weights, path)
         evaluated = EvaluatedModel(place(model, device), benchmark.outputs, config.TEST.FLIP)
         result = evaluate_set(benchmark, evaluated, device, amp_dtype)
         title = {"model": "", "ema": "EMA weights of "}[kind]
@@ -149,6 +152,22 @@ def run_evaluation(config: CfgNode, plan: Plan, device: torch.device) -> Accurac
             logger.info("written: %s", write_evaluation(plan.folder, result, subject, sized))
         results.append(result.accuracy)
     return results[0]
+
+
+@contextmanager
+def _naming_the_size(checkpoint: dict[str, Any], config: CfgNode, source: str) -> Iterator[None]:
+    """Weights that do not fit because the file was trained at another size: the message tells the key for that."""
+    try:
+        yield
+    except CheckpointError as error:
+        stored = configuration_in(checkpoint, source)
+        if stored is None or image_size(stored) == image_size(config):
+            raise
+        theirs, ours = stored.DATA.IMG_SIZE, config.DATA.IMG_SIZE
+        raise CheckpointError(
+            f"{error}\n  it was trained at {theirs} pixels: --opts DATA.IMG_SIZE {theirs} TEST.IMG_SIZE {ours}"
+            f" evaluates it at {ours}"
+        ) from None
 
 
 def log_reference(data: Loaders | EvaluationSet) -> None:

@@ -6,12 +6,19 @@ from typing import Any, NamedTuple
 import torch
 from yacs.config import CfgNode
 
-from config import KEYS, config_from_tree, value_of
+from config import KEYS, ConfigError, config_from_tree, value_of
 from data.loaders import Loaders
 from data.sources.base import Modality
 from engine.training import Interval, Training
 from logger import get_logger
-from models.files import CHECKPOINT_VERSION, CheckpointError, load_checkpoint, num_classes_of, stored_config
+from models.files import (
+    CHECKPOINT_VERSION,
+    CheckpointError,
+    load_checkpoint,
+    num_classes_of,
+    stored_config,
+    weights_of,
+)
 from models.loading import load_pretrained, load_weights
 from models.registry import function_differences
 from optimizer import load_optimizer_state
@@ -19,6 +26,10 @@ from utils import distributed
 from utils.checkpoints.finding import Found, NoneUsableError, newest_checkpoint, set_aside
 from utils.checkpoints.naming import Position
 from utils.randomness import generator_states, restore_generators, seed_everything
+
+STARTING_POINTS = ("MODEL.RESUME", "MODEL.PRETRAINED")  # what a run begins with, and does not need any more later
+# What putting a damaged state back raises.
+NO_STATE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class Progress(NamedTuple):
@@ -78,27 +89,41 @@ def restore(
     """
     if differing := differing_function(checkpoint, config, loaders.modality, source):
         raise CheckpointError("; ".join(differing))
-    check_classes(checkpoint, loaders, source)
+    try:
+        check_classes(checkpoint, loaders, source)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. Another --tag begins a run of its own, for which --pretrained {source} may give the weights"
+        ) from None
     if not isinstance(checkpoint.get("epoch"), int):
         raise CheckpointError(f"{source} has no epoch to continue from; --pretrained starts from its weights")
     _log_changed_keys(checkpoint, config, source)
-    continuation = checkpoint.get("continuation") or {}
+    continuation = _continuation(checkpoint, source)
     _check_plan(config, training, continuation, source)
     _check_epoch(config, loaders, continuation, source)
-    load_weights(training.bare_model, checkpoint["model"], source)
+    weights = weights_of(checkpoint, "model", source)["model"]
+    load_weights(training.bare_model, weights, source)
     load_optimizer_state(training.optimizer, training.bare_model, checkpoint.get("optimizer"), source)
     if training.ema:
-        load_weights(training.ema.module, checkpoint.get("model_ema") or checkpoint["model"], source)
-    if training.scaler and checkpoint.get("scaler"):
-        training.scaler.load_state_dict(checkpoint["scaler"])
+        load_weights(training.ema.module, checkpoint.get("model_ema") or weights, source)
     training.skipped = continuation.get("skipped", 0)
-    states, position = checkpoint.get("rng"), stored_position(checkpoint)
+    states: Any = checkpoint.get("rng")
+    position = stored_position(checkpoint)
     interval = Interval(training.device)
-    if states and len(states) == distributed.world_size():
-        restore_generators(states[distributed.rank()])
-        if sums := continuation.get("intervals"):
-            interval.load_state(sums[distributed.rank()])
-    else:  # another number of processes, or a file that stores none
+    try:
+        if training.scaler and checkpoint.get("scaler"):
+            training.scaler.load_state_dict(checkpoint["scaler"])
+        restored = bool(states) and len(states) == distributed.world_size()
+        if restored:
+            restore_generators(states[distributed.rank()])
+            if sums := continuation.get("intervals"):
+                interval.load_state(sums[distributed.rank()])
+    except NO_STATE as error:
+        raise CheckpointError(
+            f"{source}: the state of its generators or scaler is damaged ({error}); --pretrained starts from its"
+            " weights"
+        ) from error
+    if not restored:  # another number of processes, or a file that stores none
         seed_everything(config.SEED, distributed.rank(), *position)
         get_logger().info("random generators start from SEED, rank and position: the file has none for each process")
     if position.done and loaders.train and loaders.train.is_stream:
@@ -106,7 +131,19 @@ def restore(
             "inside an epoch of shards: it continues exactly with the batch size, processes, DATA.NUM_WORKERS and"
             " DATA.SHUFFLE_BUFFER it began with; with others its rest is another draw of the images"
         )
-    return Progress(position.epoch, checkpoint.get("max_accuracy", 0.0), position.done), interval
+    best = checkpoint.get("max_accuracy", 0.0)
+    if not isinstance(best, int | float):
+        raise CheckpointError(f"{source}: max_accuracy is {type(best).__name__}, expected a number")
+    return Progress(position.epoch, float(best), position.done), interval
+
+
+def _continuation(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
+    """What only files of ours hold: where inside an epoch they were written, and what must not have changed since."""
+    stored = checkpoint.get("continuation") or {}
+    numbers = ("done", "skipped", "global_batch", "images", "seed", "world_size")
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(name, 0), int) for name in numbers):
+        raise CheckpointError(f"{source}: its `continuation` is damaged; --pretrained starts from its weights")
+    return stored
 
 
 def _check_plan(config: CfgNode, training: Training, continuation: dict[str, Any], source: str) -> None:
@@ -169,6 +206,7 @@ def _log_changed_keys(checkpoint: dict[str, Any], config: CfgNode, source: str) 
         f"{key} {value_of(stored, key)} → {value_of(config, key)}"
         for key in KEYS
         if key.startswith(("TRAIN.", "DATA.", "AUG.", "EMA.", "MODEL.", "AMP", "SEED"))
+        and key not in STARTING_POINTS
         and value_of(stored, key) != value_of(config, key)
     ]
     if changed:
@@ -200,7 +238,7 @@ def check_classes(checkpoint: dict[str, Any], loaders: Loaders, source: str) -> 
 def stored_position(checkpoint: dict[str, Any]) -> Position:
     """The position a checkpoint was written at; of a released file, the number of its epochs."""
     epoch = checkpoint.get("epoch", 0)
-    done = (checkpoint.get("continuation") or {}).get("done", 0)
+    done = _continuation(checkpoint, "the checkpoint").get("done", 0)
     return Position(epoch if isinstance(epoch, int) else 0, done)
 
 
@@ -212,15 +250,39 @@ def configuration_in(checkpoint: dict[str, Any], source: str) -> CfgNode | None:
     tree = stored_config(checkpoint)
     if tree is None:
         return None
-    config, ignored = config_from_tree(tree, source)
+    try:
+        config, ignored = config_from_tree(tree, source)
+    except ConfigError as error:
+        raise CheckpointError(f"the configuration in {error}") from None
     if ignored:
-        get_logger().info("%s: ignored %d stored keys without effect: %s", source, len(ignored), ", ".join(ignored))
+        names = ", ".join(ignored[:40]) + (", …" if len(ignored) > 40 else "")
+        get_logger().info("%s: ignored %d stored keys without effect: %s", source, len(ignored), names)
     return config
 
 
 def differing_function(checkpoint: dict[str, Any], config: CfgNode, modality: Modality, source: str) -> list[str]:
     """A line for each key by which the file's configuration computes another function with the same shapes."""
     return function_differences(configuration_in(checkpoint, source), config, source, modality.function_keys)
+
+
+def _log_unused(config: CfgNode, found: Path | None, source: str, stored: dict[str, Any] | None) -> None:
+    """A line for each checkpoint that was named and is not used; a job that is queued again with its flags is quiet."""
+    for key in STARTING_POINTS:
+        given, flag = value_of(config, key), "--" + key.rpartition(".")[2].lower()
+        if not given or given == source:
+            continue
+        if not found:
+            get_logger().warning("%s %s is not used: %s comes first", flag, given, source)
+        elif not Path(given).is_file():
+            get_logger().warning("%s %s is not there, and not needed: this run continues from its own", flag, given)
+        elif stored is None or (stored.get("MODEL") or {}).get(key.rpartition(".")[2]) != given:
+            get_logger().warning(
+                "%s %s is not used: the run folder holds %s, which comes first; another --tag starts from the file, and"
+                " so does --opts TRAIN.AUTO_RESUME False, which moves what is there aside",
+                flag,
+                given,
+                found.name,
+            )
 
 
 def resume(config: CfgNode, training: Training, loaders: Loaders) -> tuple[Progress, Interval, Found]:
@@ -230,7 +292,7 @@ def resume(config: CfgNode, training: Training, loaders: Loaders) -> tuple[Progr
     """
     logger, folder = get_logger(), training.plan.folder
     progress, interval = Progress(epoch=config.TRAIN.START_EPOCH), Interval(training.device)
-    found = Found(None)
+    found, checkpoint = Found(None), {}
     if config.TRAIN.AUTO_RESUME or distributed.restarts():  # what a restart finds is this very run's
         problem = None
         if distributed.rank() == 0:
@@ -243,7 +305,8 @@ def resume(config: CfgNode, training: Training, loaders: Loaders) -> tuple[Progr
             raise CheckpointError(problem)
     source = str(found.path or config.MODEL.RESUME)
     if source:
-        progress, interval = restore(config, training, loaders, load_checkpoint(source), source)
+        checkpoint = load_checkpoint(source)
+        progress, interval = restore(config, training, loaders, checkpoint, source)
         inside = f" and {progress.done} of {training.steps_per_epoch} steps" if progress.done else ""
         logger.info(
             "continues from %s: %d epochs%s finished, best top-1 %.3f %%", source, progress.epoch, inside, progress.best
@@ -253,10 +316,11 @@ def resume(config: CfgNode, training: Training, loaders: Loaders) -> tuple[Progr
         checkpoint = load_checkpoint(source)
         for line in differing_function(checkpoint, config, loaders.modality, source):
             logger.warning("%s", line)
-        load_pretrained(training.bare_model, checkpoint, source)
+        load_pretrained(training.bare_model, checkpoint, source, config.MODEL.WEIGHTS)
         if training.ema:
             training.ema.set(training.bare_model)
         logger.info("starts from the weights of %s", source)
+    _log_unused(config, found.path, source, stored_config(checkpoint) if found.path else None)
     distributed.barrier()  # every rank has read its file
     if not found.path and distributed.rank() == 0 and (aside := set_aside(folder, Path(config.MODEL.RESUME))):
         logger.warning("the run folder held checkpoints of an earlier run; they are now in %s", aside)

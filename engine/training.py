@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 
 from config import Plan
 from data.loaders import Loaders
+from data.sources.base import DataError
 from data.transforms import mixup_enabled
 from logger import get_logger
 from lr_scheduler import build_scheduler
@@ -103,6 +104,12 @@ def build_training(
     """Optimizer, schedule, scaler, average and loss around a bare model that is already on its device."""
     assert loaders.train is not None
     steps_per_epoch = len(loaders.train) // plan.accumulation
+    if not steps_per_epoch:
+        raise DataError(
+            f"{loaders.train.num_images} training samples are fewer than the {plan.global_batch} of one optimizer step;"
+            f" --opts TRAIN.GLOBAL_BATCH {max(plan.world_size, loaders.train.num_images // 8)}, for example, gives"
+            " several steps an epoch"
+        )
     optimizer = build_optimizer(config, model, plan.lr_scale)
     amp_dtype = autocast_dtype(config.AMP_DTYPE, device) if config.AMP else None
     get_logger().info(
@@ -118,6 +125,16 @@ def build_training(
         steps_per_epoch,
         str(amp_dtype or torch.float32).removeprefix("torch."),
     )
+    if plan.recipe_batch not in (None, plan.global_batch):
+        ratio = plan.global_batch / plan.recipe_batch if plan.scales_lr else 1.0
+        get_logger().warning(
+            "the recipe has %d images a step (TRAIN.GLOBAL_BATCH), this run %d: %s",
+            plan.recipe_batch,
+            plan.global_batch,
+            f"all its learning rates are {ratio:.4g} times the recipe's"
+            if plan.scales_lr
+            else "its learning rates stay those of the configuration (TRAIN.SCALE_LR False)",
+        )
     smoothing = 0.0 if mixup_enabled(config) else config.MODEL.LABEL_SMOOTHING  # mixup's targets are smoothed already
     return Training(
         model=model,

@@ -4,10 +4,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode
 
 from config import KEYS, config_from_tree, value_of
+from utils.yaml_files import read_yaml
 
 
 def stored_config(folder: Path) -> CfgNode | None:
@@ -15,7 +15,7 @@ def stored_config(folder: Path) -> CfgNode | None:
     path = folder / "config.yaml"
     if not path.is_file():
         return None
-    return config_from_tree(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))[0]
+    return config_from_tree(read_yaml(path), str(path))[0]
 
 
 def differences(config: CfgNode, other: CfgNode, ignored: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:

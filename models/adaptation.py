@@ -6,7 +6,7 @@ from math import isqrt
 from torch import Tensor
 
 from .classifier import TrainableModel
-from .files import CheckpointError
+from .files import CheckpointError, unwrapped
 from .layers import Grid, resize_table
 
 
@@ -19,13 +19,10 @@ def _listed(title: str, names: Iterable[str]) -> str:
 def released_names(model: TrainableModel, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """`state` without what this family's files may hold and our models do not, and a line on what was dropped.
 
-    The allowances: a `module.` prefix of every name (a saved DDP wrapper), buffers that the model derives
+    The allowances: what wrappers put before every name (`unwrapped`), buffers that the model derives
     (`derived_entries`), and parameters that the released forward pass never used (`unused_released_parameters`).
     """
-    notes = []
-    if state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-        notes.append("prefix `module.` removed")
+    state, notes = unwrapped(state)
     own = model.state_dict()
     dropped = [
         name
@@ -40,15 +37,22 @@ def released_names(model: TrainableModel, state: dict[str, Tensor]) -> tuple[dic
 def require_fit(model: TrainableModel, state: dict[str, Tensor], source: str, exempt: Collection[str] = ()) -> None:
     """Raise CheckpointError that lists missing, unexpected and mis-shaped entries, unless exempt."""
     own = model.state_dict()
+    shared = [name for name in own if name in state and name not in exempt]
     misshaped = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape and name not in exempt
+        for name in shared
+        if state[name].shape != own[name].shape
+    ]
+    converted = [
+        f"{name} {state[name].dtype} instead of {own[name].dtype}"
+        for name in shared
+        if state[name].is_floating_point() != own[name].is_floating_point()
     ]
     problems = (
         _listed("missing", (name for name in own if name not in state and name not in exempt))
         + _listed("unexpected", (name for name in state if name not in own and name not in exempt))
         + _listed("other shape", misshaped)
+        + _listed("other kind of number", converted)
     )
     if problems:
         raise CheckpointError(f"{source} does not fit {type(model).__name__} of this configuration:{problems}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .layers import Grid, init_weights, resize_table
-from .options import image_size
+from .options import LARGEST_IMAGE, image_size, require_whole
 
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "avg": lambda x: x.mean(dim=1),
@@ -159,8 +159,9 @@ class Classifier(TrainableModel):
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if len(size) != 2:
             raise ValueError(f"image size {size}: expected a side or (height, width) (DATA.IMG_SIZE, img_size)")
+        require_whole("image size (DATA.IMG_SIZE, img_size)", *size, high=LARGEST_IMAGE)
         height, width = size
-        if min(height, width) < 1 or height % self.unit or width % self.unit:
+        if height % self.unit or width % self.unit:
             raise ValueError(
                 f"image size {height}×{width} does not fit {type(self).__name__}: expected multiples of {self.unit}"
                 " pixels (DATA.IMG_SIZE, img_size)"

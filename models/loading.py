@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from .adaptation import adapt_position_tables, released_names, require_fit
 from .classifier import TrainableModel
-from .files import CheckpointError, load_checkpoint, num_classes_of, plain_dictionary, stored_config
+from .files import CheckpointError, load_checkpoint, num_classes_of, plain_dictionary, stored_config, weights_of
 from .layers import Grid
 from .registry import build_model, list_models
 
 LOGGER = logging.getLogger("polaformer")
-WEIGHTS = ("auto", "model", "ema")
 # What a constructor raises for values that a configuration in a file may have.
 NO_MODEL = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -49,13 +48,15 @@ def _source_grids(checkpoint: dict[str, Any]) -> dict[str, Grid]:
         return {}
 
 
-def load_pretrained(model: TrainableModel, checkpoint: dict[str, Any], source: str) -> None:
+def load_pretrained(model: TrainableModel, checkpoint: dict[str, Any], source: str, weights: str = "auto") -> None:
     """Load a checkpoint's weights into a model of another image size or class count, logging each adaptation.
 
+    `weights` is a word of MODEL.WEIGHTS; auto takes the model's, and their average where the file has nothing else.
     Position tables are resized; the head keeps its fresh initialisation where the number of classes differs.
     Raises CheckpointError for whatever else does not fit.
     """
-    state, _ = released_names(model, checkpoint["model"])
+    kind, state = next(iter(weights_of(checkpoint, weights, source).items()))
+    state, _ = released_names(model, state)
     state, notes = adapt_position_tables(model, state, _source_grids(checkpoint), source)
     own = model.state_dict()
     head = [name for name in ("head.weight", "head.bias") if name in own]
@@ -64,7 +65,7 @@ def load_pretrained(model: TrainableModel, checkpoint: dict[str, Any], source: s
         notes.append(f"head: {old} classes in the file, {model.num_classes} here; starts anew")
         state.update({name: own[name] for name in head})
     load_weights(model, state, source)
-    _tell(source, notes)
+    _tell(source, [*notes, *(["these are averaged weights"] if kind == "ema" else [])])
 
 
 def load_resized(model: TrainableModel, state: dict[str, Tensor], built_for: Mapping[str, Any], source: str) -> None:
@@ -87,7 +88,7 @@ def load(path: str | Path, weights: str = "auto", *, config: Mapping[str, Any] |
     what the file says of it. Nothing that the file contains is executed.
 
     Args:
-        weights: model, ema (their average over training), or auto: model.
+        weights: model, ema (their average over training), or auto: model, unless the file holds the average alone.
         config: for a bare state dict, which carries no configuration; otherwise it replaces the stored one.
 
     Raises:
@@ -95,31 +96,26 @@ def load(path: str | Path, weights: str = "auto", *, config: Mapping[str, Any] |
         CheckpointError: an unusable file, one without a configuration or average where that is needed, or weights that
             do not fit.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights {weights!r} are unknown, expected one of {', '.join(WEIGHTS)}")
     source = str(path)
     checkpoint = load_checkpoint(path)
+    state = next(iter(weights_of(checkpoint, weights, source).values()))
     config = stored_config(checkpoint) if config is None else config
     if config is None:
         raise CheckpointError(f"{source} carries no configuration, so it does not say which model it is; name one")
-    state = checkpoint.get("model_ema") if weights == "ema" else checkpoint["model"]
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{source} holds no averaged weights (it was trained without EMA.ENABLE)")
     num_classes, classes = num_classes_of(checkpoint, source), checkpoint.get("classes")
-    if classes is not None and not _are_names(classes):
-        raise CheckpointError(f"{source}: its `classes` are no list of names")
     try:
+        with torch.device("meta"):  # the sizes that the file declares are compared before memory is taken for them
+            declared = build_model(config, num_classes)
+        require_fit(declared, released_names(declared, state)[0], source)
         model = build_model(config, num_classes)
+    except CheckpointError:
+        raise
     except NO_MODEL as error:
-        raise CheckpointError(f"{source}: its configuration makes no model: {error}") from error
+        raise CheckpointError(f"{source}: its configuration makes no model: {str(error)[:500]}") from error
     load_weights(model, state, source)
     model.classes = list(classes) if classes else None
     model.config = plain_dictionary(config)
     return model.eval()
-
-
-def _are_names(classes: Any) -> bool:
-    return isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
 
 
 def create_model(name: str, *, checkpoint: str | Path | None = None, **arguments: Any) -> nn.Module:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import PolaSequenceAttention
 from .classifier import PREVIOUS, TrainableModel
 from .layers import Grid, Mlp
-from .options import AttentionOptions, attention_keywords, value_of
+from .options import DEEPEST_STAGE, AttentionOptions, attention_keywords, require_whole, value_of
 from .registry import TOKENS, register_body
 
 PADDING = 0  # the id of no symbol
@@ -80,6 +80,9 @@ class SequenceClassifier(TrainableModel):
     ) -> None:
         super().__init__()
         options = AttentionOptions.of({"kernel_size": 0, **attention})
+        require_whole("MODEL.LRA.DEPTH (depth)", depth, high=DEEPEST_STAGE)
+        for name, value in {"LENGTH": length, "VOCABULARY": vocabulary, "DIM": dim, "MLP_DIM": mlp_dim}.items():
+            require_whole(f"MODEL.LRA.{name} ({name.lower()})", value, high=2**20)
         if pool not in POOLS:
             raise ValueError(f"MODEL.LRA.POOL (pool) {pool!r} is unknown, expected one of {', '.join(POOLS)}")
         if documents not in (1, 2):

@@ -12,6 +12,8 @@ from typing import Any
 from .layers import Grid
 from .ops.polarity_attention import BACKENDS
 
+LARGEST_IMAGE, DEEPEST_STAGE = 2**13, 256  # pixels a side and blocks, beyond which a configuration is a mistake
+
 # What a key that a mapping lacks stands for: every key that is read below models/, with the default of config.py.
 DEFAULTS: dict[str, Any] = {
     "DATA.IMG_SIZE": 224,
@@ -69,8 +71,8 @@ def value_of(config: Mapping[str, Any], key: str) -> Any:
     words = {"null": None, "~": None, "true": True, "false": False}
     try:
         return words[node.lower()] if node.lower() in words else ast.literal_eval(node)
-    except (ValueError, SyntaxError):
-        raise ValueError(f"{key} is {node!r}, expected a value such as {DEFAULTS[key]!r}") from None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ValueError(f"{key} is {node[:80]!r}, expected a value such as {DEFAULTS[key]!r}") from None
 
 
 def image_size(config: Mapping[str, Any]) -> Grid:
@@ -107,8 +109,8 @@ class AttentionOptions:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if not self.alpha >= 0:
-            raise ValueError(f"MODEL.LA.ALPHA is {self.alpha}, expected a number ≥ 0 (alpha)")
+        if not isinstance(self.alpha, int | float) or not 0 <= self.alpha < float("inf"):
+            raise ValueError(f"MODEL.LA.ALPHA is {self.alpha!r}, expected a number ≥ 0 (alpha)")
         if self.backend not in ("auto", *BACKENDS):
             raise ValueError(
                 f"MODEL.LA.BACKEND (backend) {self.backend!r} is no backend of polarity attention, expected auto,"
@@ -160,6 +162,13 @@ def parse_attention_types(attn_type: str, num_stages: int) -> tuple[str, int]:
     if number and "M" not in letters:
         raise ValueError(f"MODEL.LA.ATTN_TYPE {attn_type!r} has a number but no M stage that uses it, {expected}")
     return letters, int(number or 0)
+
+
+def require_whole(given: str, *values: Any, high: int = 2**16) -> None:
+    """Raise ValueError unless all are integers from 1 to `high`, beyond which no model of this kind lies."""
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            raise ValueError(f"{given} is {repr(value)[:80]}, expected an integer from 1 to {high}")
 
 
 def require_heads(channels: Sequence[int], num_heads: Sequence[int], given: str) -> None:

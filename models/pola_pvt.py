@@ -15,7 +15,16 @@ from torch.utils.checkpoint import checkpoint
 from .attention import PolaReductionAttention
 from .classifier import Classifier
 from .layers import DropPath, Grid, Mlp, PatchEmbed, drop_path_rates, resize_table
-from .options import AttentionOptions, attention_keywords, image_size, parse_attention_types, require_heads, value_of
+from .options import (
+    DEEPEST_STAGE,
+    AttentionOptions,
+    attention_keywords,
+    image_size,
+    parse_attention_types,
+    require_heads,
+    require_whole,
+    value_of,
+)
 from .registry import Variant, register_body
 from .softmax_attention import SpatialReductionAttention, reduced_grid
 
@@ -123,6 +132,7 @@ class PolaPVT(Classifier):
         letters, _ = parse_attention_types(attn_type, len(depths))
         if "M" in letters:
             raise ValueError(f"MODEL.LA.ATTN_TYPE {attn_type!r}: Pola-PVT has no M stages, expected L or S")
+        require_whole("depths, a stage", *depths, high=DEEPEST_STAGE)
         if min(sr_ratios) < 1:
             raise ValueError(f"MODEL.LA.PVT_LA_SR_RATIOS (sr_ratios) are {list(sr_ratios)}, expected integers ≥ 1")
         if min(len(sr_ratios), len(embed_dims), len(num_heads), len(mlp_ratios)) < len(depths):

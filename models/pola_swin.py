@@ -26,7 +26,17 @@ from .layers import (
     window_partition,
     window_reverse,
 )
-from .options import AttentionOptions, attention_keywords, image_size, parse_attention_types, require_heads, value_of
+from .options import (
+    DEEPEST_STAGE,
+    LARGEST_IMAGE,
+    AttentionOptions,
+    attention_keywords,
+    image_size,
+    parse_attention_types,
+    require_heads,
+    require_whole,
+    value_of,
+)
 from .registry import Variant, register_body
 from .softmax_attention import WindowAttention
 
@@ -265,11 +275,10 @@ class PolaSwin(Classifier):
         super().__init__()
         options = AttentionOptions.of(attention)
         letters, first_linear = parse_attention_types(attn_type, len(depths))
-        if min(patch_size, window_size) < 1:
-            raise ValueError(
-                f"MODEL.SWIN.PATCH_SIZE (patch_size) is {patch_size} and MODEL.SWIN.WINDOW_SIZE (window_size)"
-                f" {window_size}, expected integers ≥ 1"
-            )
+        require_whole("MODEL.SWIN.PATCH_SIZE (patch_size)", patch_size, high=LARGEST_IMAGE)
+        require_whole("MODEL.SWIN.WINDOW_SIZE (window_size)", window_size, high=LARGEST_IMAGE)
+        require_whole("MODEL.SWIN.EMBED_DIM (embed_dim)", embed_dim)
+        require_whole("MODEL.SWIN.DEPTHS (depths), a stage", *depths, high=DEEPEST_STAGE)
         unit = patch_size * 2 ** (len(depths) - 1)
         self._begin(img_size, unit, in_chans, dynamic_img_size or not strict_img_size)
         self.patch_size, self.window_size = patch_size, window_size

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from inspect import signature
+from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from .adaptation import adapt_position_tables, released_names, require_fit
 from .classifier import Classifier, TrainableModel
-from .files import CheckpointError, load_checkpoint, num_classes_of, stored_config
+from .files import CheckpointError, load_checkpoint, num_classes_of, stored_config, verify_by_sidecar, weights_of
 from .kernels import KERNELS, kernel_of
 from .layers import Grid
 from .options import AttentionOptions, value_of
@@ -222,12 +223,14 @@ def create_variant(
             f"no weights of {name} can be downloaded through timm: fetch them from {RELEASED_WEIGHTS} and add"
             f' pretrained_cfg_overlay={{"file": "FILE.pth"}}, or pass pretrained=False'
         )
-    file = str(overlay.get("file") or "")
+    file = str(Path(overlay["file"]).expanduser()) if overlay.get("file") else ""
+    if pretrained and cfg.file and Path(cfg.file).is_file():  # timm reads the file, also that of a `local-dir:` name
+        verify_by_sidecar(Path(cfg.file))
     if pretrained and file and not file.endswith(".safetensors"):
         # read here, because released files hold a configuration object that timm's reader refuses
         checkpoint = load_checkpoint(file)
-        overlay["state_dict"] = checkpoint["model"]
-        headless = not any(key.endswith("head.bias") for key in checkpoint["model"])
+        overlay["state_dict"] = next(iter(weights_of(checkpoint, "auto", file).values()))
+        headless = "head.bias" not in overlay["state_dict"]
         overlay.setdefault("num_classes", 0 if headless else num_classes_of(checkpoint, file))
         if (config := stored_config(checkpoint)) is not None:
             source = cls.sizes(config)

@@ -88,13 +88,6 @@ def test_a_file_that_tries_to_run_code_is_refused_by_name(payload, legacy, tmp_p
     assert not Path("EXECUTED").exists()
 
 
-@pytest.mark.parametrize("value", [collections.deque, np.float64(1.0), Path("/etc")])
-def test_every_other_global_is_refused_by_name(value, tmp_path):
-    torch.save({"model": {}, "extra": value}, tmp_path / "file.pth")
-    with pytest.raises(CheckpointError, match=r"file\.pth refused: it asks for (collections|numpy|pathlib)\S*"):
-        load_checkpoint(tmp_path / "file.pth")
-
-
 def _saved(path: Path) -> bytes:
     torch.save({"model": {"weight": torch.arange(5000.0)}, "epoch": 1}, path)
     return path.read_bytes()
@@ -176,10 +169,11 @@ def test_a_model_is_rebuilt_from_its_file_alone(config, tmp_path):
     averaged = {name: value + 1 for name, value in model.state_dict().items()}
     path = tmp_path / "own.pth"
     torch.save(
-        {"model": model.state_dict(), "model_ema": averaged, "config": stored.dump(), "classes": ("a", "b")}, path
+        {"model": model.state_dict(), "model_ema": averaged, "config": stored.dump(), "classes": tuple("abcdefghij")},
+        path,
     )
     loaded = load_model(path, ema=True)
-    assert torch.equal(loaded.model.head.bias, model.head.bias + 1) and loaded.classes == ["a", "b"]
+    assert torch.equal(loaded.model.head.bias, model.head.bias + 1) and loaded.classes == list("abcdefghij")
     torch.save(model.state_dict(), path)
     with pytest.raises(CheckpointError, match="carries no configuration"):
         load_model(path)

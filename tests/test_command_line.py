@@ -58,14 +58,15 @@ def test_a_terminal_gets_colours_and_a_progress_bar_with_the_remaining_time(tiny
 def test_a_mistake_ends_in_one_line_and_exit_code_2(tiny, tmp_path):
     (tmp_path / "evil.pth").write_bytes(b"garbage")
     cases = {
-        ("--data-path", "/absent", "--opts", "DATA.DATASET", "imagenet"): "data set folder /absent does not exist",
+        ("--data-path", "/absent", "--opts", "DATA.DATASET", "imagenet"): "--data-path /absent: no such folder",
         ("--eval", "--resume", str(tmp_path / "evil.pth")): "evil.pth is damaged",
         ("--output", "/dev/null/sub"): "run folder /dev/null/sub/tiny/default cannot be written",
     }
     for arguments, message in cases.items():
         result = run_main("--cfg", tiny, *arguments, check=False)
         assert result.returncode == 2
-        assert message in result.stdout and "Traceback" not in result.stdout + result.stderr
+        said = result.stdout + result.stderr
+        assert message in said and "Traceback" not in said
 
 
 def test_an_unwritable_output_folder_is_explained(tiny):
@@ -118,6 +119,17 @@ def test_nan_on_one_rank_stops_all_and_names_step_rate_and_rank(tiny):
     message = r"stopped: step 7: non-finite gradient or loss at learning rate \S+ \(loss not finite on rank 1\)"
     assert re.search(f"rank 0 {message}", result.stdout) or re.search(f"rank 1 {message}", result.stdout)
     assert not list(folder_of(tiny).glob("*.pth"))  # nothing was saved from a stopped epoch
+
+
+def test_tasks_of_srun_without_torchrun_are_refused(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert distributed.init().type in ("cpu", "cuda")  # inside salloc, where no task was started
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    with pytest.raises(distributed.LaunchError, match=r"4 tasks .* train alone .*task 1.*pretrain.sh"):
+        distributed.init()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # srun --ntasks 1 inside that job
+    assert distributed.init().type in ("cpu", "cuda")
 
 
 def test_more_processes_than_gpus_is_explained(monkeypatch):

@@ -66,10 +66,18 @@ def test_official_yaml_merges_to_the_reference(name):
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_yaml_of_this_family_as_published_merges_to_the_reference(name, tmp_path):
-    """The published files write 5e-4 and None, which YAML reads as strings, and use no BASE."""
+    """The published files write 5e-4 and None, which YAML reads as strings, and use no BASE.
+
+    They leave the global batch to the launcher: eight processes, which ours names.
+    """
     path = tmp_path / "published.yaml"
     path.write_text(str(DEFAULTS["yaml"][name]))  # a Python dict of this kind is valid YAML flow style
-    assert load_config(str(path)) == load_config(config_file(name))
+    published, ours = load_config(str(path)), load_config(config_file(name))
+    assert published == load_config(config_file(name), ["TRAIN.GLOBAL_BATCH", "null"])
+    for world in (1, 2, 4, 8, 16):
+        plan = make_plan(ours, world)
+        assert plan.global_batch == make_plan(published, 8).global_batch, world
+        assert plan.lr_scale == make_plan(published, 8).lr_scale
 
 
 def test_precedence(tmp_path):
@@ -291,10 +299,30 @@ def test_global_batch_decides_what_each_process_takes(options, world, expected):
     assert (plan.per_process, plan.accumulation, plan.global_batch) == expected
 
 
-def test_a_global_batch_that_does_not_divide_is_refused():
-    config = load_config(config_file("pola_swin_t"), ["TRAIN.GLOBAL_BATCH", "1024"])
-    with pytest.raises(ConfigError, match="1024 does not divide by 3 processes; the nearest that does is 1023"):
-        make_plan(config, 3)
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 6, 7, 12, 24, 1000])
+@pytest.mark.parametrize("options", ["", "TRAIN.GLOBAL_BATCH 1006", "TRAIN.GLOBAL_BATCH 1009 DATA.BATCH_SIZE 100"])
+def test_a_global_batch_that_does_not_divide_takes_the_nearest_in_few_passes(world, options):
+    config = load_config(config_file("pola_swin_t"), options.split())
+    plan, wanted = make_plan(config, world), config.TRAIN.GLOBAL_BATCH
+    fewest = -(-wanted // (world * config.DATA.BATCH_SIZE))
+    assert plan.per_process <= config.DATA.BATCH_SIZE and plan.accumulation <= 4 * fewest
+    assert abs(plan.global_batch - wanted) <= world * plan.accumulation / 2 or world > wanted / 2
+
+
+def test_accumulation_replaces_the_global_batch_of_a_file_and_the_batch_size_keeps_it(tmp_path):
+    accumulated = load_config(config_file("pola_swin_t"), "TRAIN.ACCUMULATION_STEPS 2 DATA.BATCH_SIZE 64".split())
+    plan = make_plan(accumulated, 2)
+    assert (plan.per_process, plan.accumulation, plan.global_batch, plan.recipe_batch) == (64, 2, 256, 1024)
+    assert config.notes_of(accumulated) == ["TRAIN.ACCUMULATION_STEPS 2 replaces TRAIN.GLOBAL_BATCH 1024 of the file"]
+    smaller = load_config(config_file("pola_swin_t"), ["DATA.BATCH_SIZE", "64"])
+    assert make_plan(smaller, 2).global_batch == 1024 == make_plan(smaller, 2).recipe_batch
+    assert "DATA.BATCH_SIZE 64 only limits the passes: TRAIN.GLOBAL_BATCH 1024" in config.notes_of(smaller)[0]
+    assert config.notes_of(load_config(config_file("pola_swin_t"))) == []
+    other = load_config(config_file("pola_swin_t"), ["TRAIN.GLOBAL_BATCH", "512"])
+    assert make_plan(other, 2).recipe_batch == 1024 and make_plan(other, 2).global_batch == 512
+    path = tmp_path / "own.yaml"  # what a file says replaces what its BASE says
+    path.write_text(f"BASE: [{config_file('pola_swin_t')}]\nTRAIN: {{ACCUMULATION_STEPS: 3}}\n")
+    assert make_plan(load_config(str(path)), 1).global_batch == 384
     with pytest.raises(ConfigError, match="TRAIN.GLOBAL_BATCH decides the accumulation"):
         load_config(config_file("pola_swin_t"), "TRAIN.GLOBAL_BATCH 64 TRAIN.ACCUMULATION_STEPS 2".split())
 

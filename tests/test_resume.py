@@ -284,8 +284,8 @@ def test_another_optimizer_or_function_is_refused_on_resume(tiny):
 
 
 def test_training_continues_from_a_released_checkpoint(tiny, log):
-    options = shlex.join([*RELEASED_OPTIONS, "MODEL.RESUME", str(RELEASED), "OUTPUT", str(tiny.parent / "out")])
-    main.main(load_config(config_file("pola_swin_t"), shlex.split(options)))
+    options = [*RELEASED_OPTIONS, "MODEL.RESUME", str(RELEASED), "OUTPUT", str(tiny.parent / "out")]
+    main.main(load_config(config_file("pola_swin_t"), [*options, "TRAIN.GLOBAL_BATCH", "null"]))
     assert "2 epochs finished, best top-1 12.500 %" in log.text
     assert "schedule and optimizer follow the configuration" in log.text
     assert "epoch 2 [" in log.text and "epoch 1 [" not in log.text

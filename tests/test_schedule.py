@@ -103,3 +103,15 @@ def test_sgd_takes_its_momentum():
     optimizer = build_optimizer(config, build_model(config))
     assert isinstance(optimizer, torch.optim.SGD)
     assert optimizer.defaults["momentum"] == 0.8 and optimizer.defaults["nesterov"]
+
+
+@pytest.mark.parametrize("name", ["cosine", "step"])
+def test_the_curve_may_begin_after_the_warm_up(name):
+    """By default the curve began with the run, so that the rate falls when the warm-up ends (the released recipe)."""
+    options = {"LR_SCHEDULER__NAME": name, "WARMUP_EPOCHS": 5, "LR_SCHEDULER__DECAY_EPOCHS": 3}
+    plain, prefixed = (_rates(50, **options, LR_SCHEDULER__WARMUP_PREFIX=prefix) for prefix in (False, True))
+    peak = max(prefixed)
+    assert prefixed.index(peak) == 26 and plain[:26] == prefixed[:26]  # 25 of 50 steps warm up
+    assert prefixed[27] > 0.99 * peak and plain[26] < 0.8 * peak
+    assert prefixed[50] < (0.02 if name == "cosine" else 0.11) * peak
+    assert all(a >= b for a, b in zip(prefixed[26:], prefixed[27:], strict=False))

@@ -44,6 +44,7 @@ from models.files import CHECKPOINT_VERSION
 from tools.checkpoints import add_checkpoint_arguments, given_config, load_model
 from tools.command_line import answer, number, program
 from tools.hub_folder import architecture_of, hub_config, model_card
+from utils.checkpoints.writing import write_sidecar
 from utils.files import file_digest
 from utils.precision import exact_float32
 
@@ -320,6 +321,9 @@ def export(source: Exportable, name: str, made: Format, folder: Path, tolerance:
         result = Exported(path, deviation_from_eager(source, made.read(temporary)), allowed)
         if result.right:
             _publish(temporary, path)
+            for weights in [path] if path.is_file() else path.glob("*.safetensors"):
+                if weights.suffix in (".pth", ".safetensors"):
+                    write_sidecar(weights)
         return result
     finally:
         _remove(temporary)

@@ -56,10 +56,18 @@ def init(single_process_gpu: int = 0, timeout: float = 1800.0) -> torch.device:
     """Join the process group that the environment describes and return this process's device.
 
     Without WORLD_SIZE in the environment this is one process on GPU `single_process_gpu`, or on the CPU.
-    Raises LaunchError when the node has fewer GPUs than processes, and when a process does not come within `timeout`
-    seconds; from WAITING_NOTICE on, a log line says which are missing.
+    Raises LaunchError when the node has fewer GPUs than processes, when srun started several tasks without torchrun,
+    and when a process does not come within `timeout` seconds; from WAITING_NOTICE on, a log line says which are
+    missing.
     """
     launched = "WORLD_SIZE" in os.environ and "RANK" in os.environ
+    tasks = _environment("SLURM_STEP_NUM_TASKS", _environment("SLURM_NTASKS", 1))
+    if not launched and tasks > 1 and "SLURM_PROCID" in os.environ:
+        raise LaunchError(
+            f"Slurm has started {tasks} tasks of this program, which would each train alone (this is task"
+            f" {os.environ['SLURM_PROCID']}): start one task a node, of pretrain.sh, as slurm/train.sbatch does; a"
+            " single process with srun --ntasks 1"
+        )
     index = local_rank() if launched else single_process_gpu
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()

@@ -1,10 +1,39 @@
 """Kinds of configuration values: what a key accepts, in words and in code. Imports nothing heavy."""
 
+import ast
+import os
 import re
+import reprlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+LONGEST_TEXT = 4096  # characters; also the longest path of Linux
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+_REPR.maxlevel = 2
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, cut where it is long or deep."""
+    try:
+        return _REPR.repr(value)[:200]
+    except ValueError:  # Python refuses to write out integers of thousands of digits
+        return "a number of thousands of digits"
+
+
+def decoded(text: str) -> Any:
+    """The Python value that a text spells, null and ~ as None; the text itself where it spells none.
+
+    YAML 1.1 reads 5e-4 and None as text, and words of a command line are text.
+    """
+    if text in ("null", "~"):
+        return None
+    try:
+        return ast.literal_eval(text) if len(text) <= LONGEST_TEXT else text
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
 
 
 @dataclass(frozen=True)
@@ -25,7 +54,10 @@ def _number(
     def parse(value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, types):
             raise ValueError
-        value = convert(value)
+        try:
+            value = convert(value)
+        except OverflowError:
+            raise ValueError from None
         if not (low <= value < high if open_high else low <= value <= high):  # NaN fails both
             raise ValueError
         return value
@@ -55,11 +87,30 @@ def text(pattern: re.Pattern[str] | None = None, accepts: str = "a string") -> K
     def parse(value: Any) -> str:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError
-        if pattern and not pattern.fullmatch(str(value)):
+        value = str(value)
+        if len(value) > LONGEST_TEXT or "\0" in value or (pattern and not pattern.fullmatch(value)):
+            raise ValueError
+        return value
+
+    return Kind(accepts, parse)
+
+
+def file_path() -> Kind:
+    """A file or folder; `~` is the home folder. An empty text stands for none."""
+    kind = text(accepts=f"a path of at most {LONGEST_TEXT} characters")
+    return Kind(kind.accepts, lambda value: os.path.expanduser(kind.parse(value)))
+
+
+def folder_name() -> Kind:
+    """One or more parts of a path below another one."""
+
+    def parse(value: Any) -> str:
+        value = text().parse(value)
+        if value.startswith(("/", "~")) or ".." in value.split("/") or not value.isprintable():
             raise ValueError
         return str(value)
 
-    return Kind(accepts, parse)
+    return Kind("the name of a folder below OUTPUT: no absolute path, no `..`, no line break", parse)
 
 
 def boolean() -> Kind:

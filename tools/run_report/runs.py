@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from yacs.config import CfgNode
 
 from config import TOKEN_DATASETS, config_from_tree
@@ -18,6 +17,7 @@ from logger import read_records
 from tools.run_report.classes import ByClass, by_class
 from utils.environment import ENVIRONMENT_FILE
 from utils.predictions import PREDICTIONS, Predictions, read_predictions
+from utils.yaml_files import parse_yaml
 
 METRICS_FILE = "metrics.jsonl"
 MARKERS = ("STOPPED", "PREEMPTED")  # each says why the run ended early
@@ -132,9 +132,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         run.notes.append(f"{len(damaged)} damaged {lines} left out of {METRICS_FILE} (number {shown}).")
     with _noting(run, "config.yaml cannot be read", "There is no config.yaml."):
         run.config_text = (folder / "config.yaml").read_text(encoding="utf-8")
-        tree = yaml.safe_load(run.config_text)
-        if not isinstance(tree, dict):
-            raise ValueError("it holds no keys")
+        tree = parse_yaml(run.config_text, "config.yaml")
         run.config, ignored = config_from_tree(tree, str(folder / "config.yaml"))
         if ignored:
             run.notes.append(f"Keys of config.yaml that are unknown here: {', '.join(ignored[:8])}.")
@@ -163,5 +161,5 @@ def _noting(run: RunRecord, problem: str, absent: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         run.notes.append(absent)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         run.notes.append(f"{problem}: {' '.join(str(error).split())}.")

@@ -67,6 +67,11 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         remove_temporary(temporary)
 
 
+def write_sidecar(path: Path) -> None:
+    """Write the sidecar of a file that is complete, so that every reader notices when it changes. Raises OSError."""
+    _write_json(sidecar_of(path), {"files": [{"size": path.stat().st_size, "sha256": file_digest(path)}]})
+
+
 def _written_before(path: Path) -> list[Any]:
     """What the sidecar of the checkpoint that is about to be replaced says of it; nothing where it is damaged."""
     try:
