@@ -103,7 +103,6 @@ def restore(
     _check_epoch(config, loaders, continuation, source)
     weights = weights_of(checkpoint, "model", source)["model"]
     load_weights(training.bare_model, weights, source)
-    load_optimizer_state(training.optimizer, training.bare_model, checkpoint.get("optimizer"), source)
     if training.ema:
         load_weights(training.ema.module, checkpoint.get("model_ema") or weights, source)
     training.skipped = continuation.get("skipped", 0)
@@ -111,6 +110,7 @@ def restore(
     position = stored_position(checkpoint)
     interval = Interval(training.device)
     try:
+        load_optimizer_state(training.optimizer, training.bare_model, checkpoint.get("optimizer"), source)
         if training.scaler and checkpoint.get("scaler"):
             training.scaler.load_state_dict(checkpoint["scaler"])
         restored = bool(states) and len(states) == distributed.world_size()
@@ -118,10 +118,12 @@ def restore(
             restore_generators(states[distributed.rank()])
             if sums := continuation.get("intervals"):
                 interval.load_state(sums[distributed.rank()])
+    except CheckpointError:
+        raise
     except NO_STATE as error:
         raise CheckpointError(
-            f"{source}: the state of its generators or scaler is damaged ({error}); --pretrained starts from its"
-            " weights"
+            f"{source}: the state of its optimizer, generators or scaler is damaged ({error}); --pretrained starts from"
+            " its weights"
         ) from error
     if not restored:  # another number of processes, or a file that stores none
         seed_everything(config.SEED, distributed.rank(), *position)

@@ -132,7 +132,7 @@ def checkout(tmp_path_factory) -> Path:
     for name in ("FILE.pth", "output/quickstart/latest/max_acc.pth"):
         (folder / name).write_bytes(b"")
     (runs / "latest" / "config.yaml").write_text(TINY)
-    for split in ("IMAGENET/val", "IMAGENET_R", "PHOTOS/train", "PHOTOS/val", "photos"):
+    for split in ("IMAGENET/val", "IMAGENET_R", "PHOTOS/train", "PHOTOS/val", "photos", "lra/listops"):
         for label in ("cat", "dog"):
             (folder / split / label).mkdir(parents=True)
             number = len(list(folder.rglob("*.jpg")))

@@ -238,7 +238,10 @@ def test_an_output_that_deviates_is_not_left(checkpoint, tmp_path, monkeypatch, 
     assert re.search(
         r"safetensors: WRONG, \S+ was not written: logits deviate from PyTorch's by at most 1\.0e-03", output
     )
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".pth"]  # the others are written all the same
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [
+        ".json",
+        ".pth",
+    ]  # the others are written all the same
 
 
 def test_logits_that_are_not_finite_are_wrong(checkpoint, tmp_path, monkeypatch):

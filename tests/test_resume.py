@@ -29,12 +29,13 @@ from PIL import Image
 import engine.epoch
 import engine.evaluation
 import main
-from config import load_config
+from config import load_config, parse_command_line
 from engine.state import read_position
 from logger import read_metrics
 from models.files import CheckpointError, load_checkpoint
 from utils.checkpoints.finding import newest_checkpoint
 from utils.checkpoints.naming import epoch_file
+from utils.checkpoints.writing import save_checkpoint
 from utils.faults.preemption import Preempted
 
 # Everything random and everything stateful at once.
@@ -326,3 +327,77 @@ def test_the_stored_configuration_reproduces_the_run(tiny):
         load_checkpoint(epoch_file(folder_of(tiny).parent / tag, 1))["model"] for tag in ("default", "again")
     ]
     assert _same(*assert_values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What was named and is not used
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_named_file_that_is_not_used_is_said_and_a_requeued_job_is_quiet(tiny, log):
+    run(tiny, "TRAIN.EPOCHS 1")
+    weights = tiny.parent / "weights.pth"
+    weights.write_bytes(epoch_file(folder_of(tiny), 1).read_bytes())
+    log.clear()
+    run(tiny, f"TRAIN.EPOCHS 2 MODEL.PRETRAINED {weights}")
+    (line,) = [record.getMessage() for record in log.records if "is not used" in record.getMessage()]
+    assert line.startswith(f"--pretrained {weights} is not used: the run folder holds ckpt_epoch_1.pth")
+    assert "--tag" in line and "TRAIN.AUTO_RESUME False" in line
+    assert "MODEL.PRETRAINED" not in log.text  # not as a key whose new value applies
+    log.clear()
+    run(tiny, f"TRAIN.EPOCHS 3 MODEL.PRETRAINED {weights}")  # the same flags again
+    assert "is not used" not in log.text
+    weights.unlink()
+    log.clear()
+    run(tiny, f"TRAIN.EPOCHS 3 MODEL.PRETRAINED {weights} MODEL.RESUME {weights}")
+    assert log.text.count("is not there, and not needed") == 2
+
+
+def test_a_missing_file_is_noticed_before_anything_heavy_unless_the_run_continues(tiny, capsys):
+    absent = ["--cfg", str(tiny), "--pretrained", str(tiny.parent / "absent.pth")]
+    for arguments, message in (
+        (absent, "--pretrained .*absent.pth: no such file"),
+        ([*absent[:2], "--pretrained", str(tiny.parent)], "a folder, expected a file"),
+        ([*absent[:2], "--resume", str(tiny.parent / "absent.pth")], "--resume .*absent.pth: no such file"),
+        ([*absent[:2], "--data-path", str(tiny.parent / "absent")], "--data-path .*absent: no such folder"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            parse_command_line(arguments)
+        assert re.search(message, capsys.readouterr().err)
+    run(tiny, "TRAIN.EPOCHS 1")
+    assert parse_command_line(absent).MODEL.PRETRAINED.endswith("absent.pth")
+    with pytest.raises(SystemExit, match="2"):
+        parse_command_line([*absent, "--opts", "TRAIN.AUTO_RESUME", "False"])
+
+
+def test_a_run_folder_of_another_data_set_names_what_helps(tiny):
+    run(tiny, "TRAIN.EPOCHS 1")
+    path = epoch_file(folder_of(tiny), 1)
+    checkpoint = load_checkpoint(path)
+    checkpoint["classes"] = [f"class {i}" for i in range(10)]
+    save_checkpoint(checkpoint, path)
+    with pytest.raises(CheckpointError, match=r"was trained on 10 classes.*Another --tag .*--pretrained"):
+        run(tiny, "TRAIN.EPOCHS 2")
+
+
+DAMAGED = [
+    {"continuation": [1]},
+    {"continuation": {"done": "three"}},
+    {"max_accuracy": "best"},
+    {"rng": [5]},
+    {"rng": [{"torch": torch.zeros(3)}]},
+    {"epoch": "last"},
+    {"optimizer": {"state": 3, "param_groups": []}},
+    {"optimizer": {"state": {0: 3}, "param_groups": [3]}},
+    {"model_ema": {"head.bias": torch.zeros(3)}},
+]
+
+
+def test_a_damaged_entry_of_a_checkpoint_is_one_line(tiny):
+    run(tiny, "TRAIN.EPOCHS 1 EMA.ENABLE True")
+    whole = load_checkpoint(epoch_file(folder_of(tiny), 1))
+    path = tiny.parent / "damaged.pth"
+    for damage in DAMAGED:
+        save_checkpoint({**whole, **damage}, path)
+        with pytest.raises(CheckpointError, match=r"damaged\.pth"):
+            run(tiny, f"TRAIN.EPOCHS 2 EMA.ENABLE True TAG other MODEL.RESUME {path}")

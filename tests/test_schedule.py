@@ -3,6 +3,8 @@
 pytest tests/test_schedule.py
 """
 
+import itertools
+
 import pytest
 import torch
 from conftest import config_file, read_json
@@ -114,4 +116,4 @@ def test_the_curve_may_begin_after_the_warm_up(name):
     assert prefixed.index(peak) == 26 and plain[:26] == prefixed[:26]  # 25 of 50 steps warm up
     assert prefixed[27] > 0.99 * peak and plain[26] < 0.8 * peak
     assert prefixed[50] < (0.02 if name == "cosine" else 0.11) * peak
-    assert all(a >= b for a, b in zip(prefixed[26:], prefixed[27:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(prefixed[26:]))
