@@ -80,11 +80,11 @@ class Monitor:
             return
         step = epochs * self.training.steps_per_epoch
         if self.inputs and (pictures := self.inputs.pictures()) is not None:
-            self.metrics.write_images("inputs", pictures, step)
+            self.metrics.tensorboard.write_images("inputs", pictures, step)
             self.training.prepare = self.inputs.prepare  # once is enough: they are large
             self.inputs.kept = None
         named = {f"exponent/{name}": values for name, values in exponents(self.training.bare_model).items()}
-        self.metrics.write_histograms(named, step)
+        self.metrics.tensorboard.write_histograms(named, step)
 
     def draw_curves(self) -> Path | None:
         """Draw the curves of the whole run, now; returns where they are."""
