@@ -194,7 +194,7 @@ class MetricsWriter:
 
     Every record has `kind` (train, val or ema), `epoch` and `step`; times are seconds per step, memory MiB, and what is
     not finite is null. A run continues at `epoch` after `step` optimizer steps: records from there on, which it will
-    write again, are forgotten. A folder of None writes nothing. `check` raises OSError where nothing may be written now.
+    write again, are forgotten. A folder of None writes nothing. `check` raises OSError where nothing may be written.
     """
 
     def __init__(
