@@ -286,6 +286,11 @@ KEYS: dict[str, Key] = {
     "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, real(0, 1, open_high=True), "SGD's momentum"),
     "EMA.ENABLE": Key(False, boolean(), "keep an exponential moving average of the weights and evaluate it too"),
     "EMA.DECAY": Key(0.9999, real(0, 1, open_high=True), "share of the old average kept at each step"),
+    "EMA.WARMUP": Key(
+        False,
+        boolean(),
+        "begin with a lower share, min(DECAY, 1 − step^(−2/3)), so that the average of a short run moves too",
+    ),
     "CHECKPOINT.KEEP": Key(3, integer(1), "newest checkpoints kept, beside the best one"),
     "CHECKPOINT.EVERY_STEPS": Key(
         0, integer(0), "optimizer steps between checkpoints inside an epoch, counted from its start; 0: none"

@@ -1,12 +1,16 @@
 """What a run says: console and log file (rank 0), metrics.jsonl, TensorBoard, and a progress bar on a terminal."""
 
+import errno
+import io
 import json
 import logging
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+KEPT = 10_000  # items that a place which refuses them still gets when it takes them again
+BINS = 30  # of a histogram
 COLOURS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
 
 
@@ -25,30 +31,149 @@ def get_logger() -> logging.Logger:
     return logging.getLogger("polaformer")
 
 
-class _ConsoleHandler(logging.Handler):
-    """Lines on standard output, coloured on a terminal, that leave a progress bar intact."""
+class Sink:
+    """Takes what a run says to a place that may refuse it: a terminal that is gone, a full disk, a folder removed.
+
+    Such a place never ends a run. What it refused is kept, and tried again, in its order, with all that follows and at
+    the end. The first failure is one warning, which every other place gets.
+    """
+
+    def __init__(self, name: str, write: Callable[[Any], None]) -> None:
+        """`write` delivers one item, or nothing of it. Raises OSError or ValueError (a closed stream)."""
+        self.name, self._write = name, write
+        self._kept: deque[Any] = deque(maxlen=KEPT)
+        self._lost, self._warned = 0, False
+
+    def put(self, item: Any) -> None:
+        self._lost += len(self._kept) == KEPT  # the oldest goes
+        self._kept.append(item)
+        self.flush()
+
+    def flush(self) -> None:
+        """Deliver what is kept, as far as it is taken."""
+        try:
+            while self._kept:
+                self._write(self._kept[0])
+                self._kept.popleft()
+        except (OSError, ValueError) as error:
+            if not self._warned:
+                self._warned = True
+                why = getattr(error, "strerror", None) or error
+                get_logger().warning(
+                    "%s could not be written: %s. The run goes on, and it is tried again", self.name, why
+                )
+
+    def close(self) -> None:
+        """The last attempt; says what is missing in the end."""
+        self.flush()
+        if missing := self._lost + len(self._kept):
+            get_logger().warning("%s lacks %d records, which could not be written", self.name, missing)
+
+
+def append(path: Path, content: bytes) -> None:
+    """Append all of `content` to a file, or nothing. Raises OSError naming it."""
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            with suppress(OSError):
+                file.truncate(end)
+            raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a text file; one before it that a crash cut short is ended, so that it spoils itself alone."""
+    content = (line + "\n").encode(errors="backslashreplace")
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            content = b"\n" + content
+    append(path, content)
+
+
+def _print(line: str) -> None:
+    """Write a line to standard output and leave a progress bar intact; a character that it cannot show is escaped.
+
+    Past the stream's buffer: what stayed there would be written again when the program ends, which then fails.
+    """
+    with tqdm.external_write_mode(file=sys.stdout):
+        if not hasattr(sys.stdout, "buffer"):  # a stand-in, such as a notebook's
+            sys.stdout.write(line + "\n")
+            return
+        content = (line + "\n").encode(sys.stdout.encoding, "backslashreplace")
+        file = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)
+        while content:
+            if (count := file.write(content)) is None:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            content = content[count:]
+
+
+class _SinkHandler(logging.Handler):
+    """Log lines to a sink."""
+
+    def __init__(self, sink: Sink) -> None:
+        super().__init__()
+        self.sink = sink
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record)
-        if sys.stdout.isatty():
-            stamp, _, message = line.partition("] ")
-            line = f"{colored(stamp + ']', 'green')} {colored(message, COLOURS.get(record.levelname))}"
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        self.sink.put(self.format(record))
+
+    def close(self) -> None:
+        self.sink.flush()
+        super().close()
 
 
-def setup_logger(rank: int, log_file: Path | None = None) -> logging.Logger:
-    """Rank 0 logs to the console and appends to `log_file`; other ranks only warn, with their rank."""
+class _ConsoleHandler(_SinkHandler):
+    """Lines on standard output, coloured on a terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(Sink("the console", _print))
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        if not sys.stdout.isatty():
+            return line
+        stamp, _, message = line.partition("] ")
+        return f"{colored(stamp + ']', 'green')} {colored(message, COLOURS.get(record.levelname))}"
+
+
+def open_streams() -> None:
+    """Give a program that was started without standard streams some that take everything.
+
+    Else the first file that it opens would get their numbers, and all that libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def setup_logger(rank: int, log_file: Path | None = None, check: Callable[[], None] = lambda: None) -> logging.Logger:
+    """Rank 0 logs to the console and appends to `log_file`; other ranks only warn, with their rank.
+
+    `check` raises OSError where the file must not be written now.
+    """
     logger = get_logger()
+    for handler in logger.handlers:
+        handler.close()
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     who = "" if rank == 0 else f"rank {rank} "
     formatter = logging.Formatter(f"[%(asctime)s] {who}%(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    handlers: list[logging.Handler] = [_ConsoleHandler()]
+    handlers: list[_SinkHandler] = [_ConsoleHandler()]
     if rank == 0 and log_file is not None:
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+
+        def write(line: str) -> None:
+            check()
+            append_line(log_file, line)
+
+        handlers.append(_SinkHandler(Sink(str(log_file), write)))
     for handler in handlers:
+        handler.lock = handlers[0].lock  # one for all: each may warn of itself through the others
         handler.setFormatter(formatter)
         logger.addHandler(handler)
     return logger
@@ -69,65 +194,114 @@ class MetricsWriter:
 
     Every record has `kind` (train, val or ema), `epoch` and `step`; times are seconds per step, memory MiB, and what is
     not finite is null. A run continues at `epoch` after `step` optimizer steps: records from there on, which it will
-    write again, are forgotten. A folder of None writes nothing.
+    write again, are forgotten. A folder of None writes nothing. `check` raises OSError where nothing may be written.
     """
 
-    def __init__(self, folder: Path | None, tensorboard: bool = False, *, epoch: int = 0, step: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        tensorboard: bool = False,
+        *,
+        epoch: int = 0,
+        step: int = 0,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.path = folder / "metrics.jsonl" if folder else None
-        self.tensorboard = None
+        self.tensorboard = TensorBoard(folder / "tensorboard", step, check) if folder and tensorboard else None
+        self._check = check
+        self._written: list[str] = []
+        self._whole = False  # the file holds what was written, and nothing else
+        self._sink = Sink(str(self.path), self._append)
         if self.path and self.path.exists():
-            kept = [
-                record
-                for record in read_metrics(self.path)
-                if record["epoch"] < epoch or (record["kind"] == "train" and record["step"] <= step)
-            ]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            os.replace(temporary, self.path)
-        if folder and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only runs with TENSORBOARD need it
-
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            try:
+                self._written = [
+                    json.dumps(record)
+                    for record in read_metrics(self.path)
+                    if record["epoch"] < epoch or (record["kind"] == "train" and record["step"] <= step)
+                ]
+            except OSError as error:  # then it stays as it is, too
+                get_logger().warning("%s could not be read: %s", self.path, error.strerror)
+                self._whole = True
+            else:
+                self._sink.put(None)
 
     def write(self, kind: str, epoch: int, step: int, **values: float) -> None:
         if self.path is None:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        record: dict[str, Any] = {"kind": kind, "epoch": epoch, "step": step, **finite}
-        with self._losing_records():
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            if self.tensorboard:
-                for name, value in values.items():
-                    self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
-                self.tensorboard.flush()
-
-    def write_images(self, name: str, images: "Tensor", step: int) -> None:
-        """A grid of images (B, 3, H, W), 0 to 1, for TensorBoard alone."""
+        self._sink.put(json.dumps({"kind": kind, "epoch": epoch, "step": step, **finite}))
         if self.tensorboard:
-            with self._losing_records():
-                self.tensorboard.add_images(name, images, step)
-                self.tensorboard.flush()
+            self.tensorboard.write_scalars({f"{kind}/{name}": value for name, value in values.items()}, step)
 
-    def write_histograms(self, values: Mapping[str, "Tensor"], step: int) -> None:
-        """Distributions by name, for TensorBoard alone."""
-        if self.tensorboard:
-            with self._losing_records():
-                for name, each in values.items():
-                    self.tensorboard.add_histogram(name, each, step)
-                self.tensorboard.flush()
-
-    @contextmanager
-    def _losing_records(self) -> Iterator[None]:
-        """A full disk costs the record, not the run."""
-        try:
-            yield
-        except OSError as error:
-            get_logger().error("%s could not be written: %s", error.filename or self.path, error.strerror or error)
+    def _append(self, line: str | None) -> None:
+        assert self.path is not None
+        self._check()
+        lines = [line] if line else []
+        if self._whole and self.path.exists():
+            for each in lines:
+                append_line(self.path, each)
+        else:  # at the start, and where somebody removed it
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(f"{each}\n" for each in [*self._written, *lines]), encoding="utf-8")
+            os.replace(temporary, self.path)
+            self._whole = True
+        self._written += lines
 
     def close(self) -> None:
+        self._sink.close()
         if self.tensorboard:
             self.tensorboard.close()
+
+
+class TensorBoard:
+    """An event file of a run that continues after `step` optimizer steps; what was shown of later ones is forgotten.
+
+    Its records are made by TensorBoard's functions and appended by a sink of ours: TensorBoard's own writer is a thread
+    that a disk which is full for a moment ends for good.
+    """
+
+    def __init__(self, folder: Path, step: int, check: Callable[[], None]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # slow, and only runs with TENSORBOARD need it
+
+        self._event, self._check = Event, check
+        self.path = folder / f"events.out.tfevents.{time.time_ns() // 1000:016d}.{os.getpid()}"
+        self._sink = Sink(str(self.path), self._append)
+        self._first = self._record(file_version="brain.Event:2")
+        self._sink.put(self._record(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def _record(self, **content: Any) -> bytes:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        buffer = io.BytesIO()
+        RecordWriter(buffer).write(self._event(wall_time=time.time(), **content).SerializeToString())
+        return buffer.getvalue()
+
+    def _append(self, record: bytes) -> None:
+        self._check()
+        self.path.parent.mkdir(exist_ok=True)
+        append(self.path, record if self.path.exists() and self.path.stat().st_size else self._first + record)
+
+    def write_scalars(self, values: Mapping[str, float], step: int) -> None:
+        from torch.utils.tensorboard.summary import scalar
+
+        self._sink.put(b"".join(self._record(step=step, summary=scalar(*item)) for item in values.items()))
+
+    def write_images(self, name: str, images: "Tensor", step: int) -> None:
+        """A grid of images (B, 3, H, W), 0 to 1."""
+        from torch.utils.tensorboard.summary import image
+
+        self._sink.put(self._record(step=step, summary=image(name, images)))
+
+    def write_histograms(self, values: Mapping[str, "Tensor"], step: int) -> None:
+        """Distributions by name."""
+        from torch.utils.tensorboard.summary import histogram
+
+        finite = {name: each[each.isfinite()].numpy() for name, each in values.items()}
+        summaries = [histogram(name, each, BINS) for name, each in finite.items() if len(each)]
+        self._sink.put(b"".join(self._record(step=step, summary=each) for each in summaries))
+
+    def close(self) -> None:
+        self._sink.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -40,7 +40,7 @@ from engine.evaluation import evaluate
 from engine.monitoring import RunFiles
 from engine.non_finite import NonFiniteError
 from engine.profiling import step_profiler
-from engine.published import keep_predictions, log_reference, run_evaluation
+from engine.published import best_predictions, log_reference, run_evaluation
 from engine.saving import Checkpointer
 from engine.state import Progress, resume
 from engine.throughput import run_throughput
@@ -143,9 +143,11 @@ def run_training(config: CfgNode, plan: Plan, device: torch.device, request: Sto
     training = build_training(config, plan, model, loaders, device)
     # resume
     seed_everything(config.SEED, distributed.rank())  # from here each rank draws its own
-    progress, interval, found = resume(config, training, loaders)  # on the bare model: wrapping comes after
+    progress, interval, skipped, claims = resume(config, training, loaders)  # on the bare model: wrapping comes after
     record = RunFiles(config, training, progress)
-    writer = CheckpointWriter(plan.folder, config.CHECKPOINT.KEEP, found.skipped) if distributed.rank() == 0 else None
+    writer = None
+    if distributed.rank() == 0:
+        writer = CheckpointWriter(plan.folder, config.CHECKPOINT.KEEP, skipped, claims)
     wrap(config, training)
     if plan.warmup_steps(training.steps_per_epoch) > plan.epochs * training.steps_per_epoch:
         logger.warning("the warm-up of %d steps outlasts the run", plan.warmup_steps(training.steps_per_epoch))
@@ -154,7 +156,7 @@ def run_training(config: CfgNode, plan: Plan, device: torch.device, request: Sto
         validate_epoch(config, training, loaders, progress.epoch, MetricsWriter(None))
     # loop: the watchdog hears of every phase and ends a run that stands still, which a hung collective would not
     watchdog = Watchdog(config.DIST.TIMEOUT)
-    saver = Checkpointer(config, training, loaders, writer, progress.best, request, watchdog.all_alive)
+    saver = Checkpointer(config, training, loaders, writer, request, watchdog.all_alive)
     with watched(config, training, loaders, record, writer, watchdog):
         while progress.epoch < plan.last_epoch:
             progress = run_epoch(config, training, loaders, progress, interval, record.metrics, saver)
@@ -224,17 +226,14 @@ def run_epoch(
 
     recorder = PredictionRecorder()
     # validation can take minutes: told to stop inside it, the run saves the finished steps, and resumes with it
-    top1 = validate_epoch(config, training, loaders, epoch + 1, metrics, after_batch, recorder).top1
-    is_best = top1 > progress.best or epoch == 0
-    if is_best:  # before the checkpoint: killed in between, a start repeats this epoch and writes both
-        keep_predictions(config, training.plan.folder, loaders, recorder, epoch + 1)
-    progress = Progress(epoch + 1, max(top1, progress.best))
-    saver.best = progress.best
-    last = epoch + 1 == training.plan.last_epoch
-    saves = (epoch + 1) % config.SAVE_FREQ == 0 or last or saver.owed
-    if saves or is_best:
-        saver.write(progress, Interval(training.device), best=is_best, own=saves, last=last)
-    return progress
+    results = validate_epoch(config, training, loaders, epoch + 1, metrics, after_batch, recorder)
+    validated = {kind: result.top1 for kind, result in results.items()}
+    better = saver.better(validated)
+    beside: Mapping[str, Callable[[], None]] = {}
+    if "model" in better:
+        beside = best_predictions(config, training.plan.folder, loaders, recorder, epoch + 1)
+    saver.end_epoch(epoch + 1, validated, better, beside)
+    return Progress(epoch + 1)
 
 
 def validate_epoch(
@@ -245,14 +244,14 @@ def validate_epoch(
     metrics: MetricsWriter,
     after_batch: Callable[[], None] | None = None,
     recorder: PredictionRecorder | None = None,
-) -> Accuracy:
-    """Evaluate the model after `epoch` epochs, and its average where there is one; returns the model's accuracy.
+) -> dict[str, Accuracy]:
+    """Evaluate the model after `epoch` epochs, and its average where there is one.
 
     `recorder` is shown what the model, not its average, says about every image.
     """
     amp_dtype = autocast_dtype(config.AMP_DTYPE, training.device) if config.TEST.AMP else None
     averaged = training.ema.module if training.ema else None
-    results = []
+    results = {}
     for kind, model in (("val", training.bare_model), ("ema", averaged)):
         if model is None:
             continue
@@ -262,8 +261,8 @@ def validate_epoch(
             kind, epoch - 1, epoch * training.steps_per_epoch, loss=result.loss, top1=result.top1, top5=result.top5
         )
         get_logger().info("epoch %d %s: %s", epoch - 1, {"val": "validation", "ema": "validation (EMA)"}[kind], result)
-        results.append(result)
-    return results[0]
+        results["model" if kind == "val" else kind] = result
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def measure_checkpoints(folder: Path, batch_size: int, repeats: int) -> dict[str
         config = configuration("pola_pvt_t", f"CHECKPOINT.EVERY_STEPS {every} CHECKPOINT.KEEP 1", folder / name)
         training, loaders = make_training(config, batch_size, steps)
         writer = CheckpointWriter(folder / name, 1)
-        saver = Checkpointer(config, training, loaders, writer, 0.0, StopRequest(), lambda: True)
+        saver = Checkpointer(config, training, loaders, writer, StopRequest(), lambda: True)
         assert loaders.train is not None
 
         contenders[name] = partial(train_and_save, config, training, loaders.train, saver, writer)

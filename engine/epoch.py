@@ -122,7 +122,8 @@ def _optimizer_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # None, not zeros: unused parameters are then left alone
     if training.ema:
-        training.ema.update(training.bare_model)
+        # timm's own loop counts the updates that are done; without warm-up it is the decay at every step, as released
+        training.ema.update(training.bare_model, step + 1 if training.ema.use_warmup else None)
     interval.timed_steps += 1
     return norm
 

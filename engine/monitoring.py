@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from engine.state import Progress
 from engine.training import Training
 from logger import MetricsWriter, get_logger
 from models.classifier import Classifier
+from models.files import CheckpointError, load_checkpoint
 from models.kernels import Kernel
 from utils import distributed
-from utils.checkpoints.naming import BEST_FILE, run_file
+from utils.checkpoints.naming import BESTS, run_file
 from utils.curves import CurvesInBackground
 from utils.environment import record_environment
 
@@ -80,11 +82,11 @@ class Monitor:
             return
         step = epochs * self.training.steps_per_epoch
         if self.inputs and (pictures := self.inputs.pictures()) is not None:
-            self.metrics.write_images("inputs", pictures, step)
+            self.metrics.tensorboard.write_images("inputs", pictures, step)
             self.training.prepare = self.inputs.prepare  # once is enough: they are large
             self.inputs.kept = None
         named = {f"exponent/{name}": values for name, values in exponents(self.training.bare_model).items()}
-        self.metrics.write_histograms(named, step)
+        self.metrics.tensorboard.write_histograms(named, step)
 
     def draw_curves(self) -> Path | None:
         """Draw the curves of the whole run, now; returns where they are."""
@@ -93,6 +95,32 @@ class Monitor:
     def close(self) -> None:
         """End what is being drawn."""
         self.curves.close()
+
+
+class BestWeights(NamedTuple):
+    """What a file of best weights says of itself: the `kind` (model, ema) that is best there, its top-1 in percent."""
+
+    kind: str
+    top1: float
+    epoch: int
+    path: Path
+
+    def __str__(self) -> str:
+        weights = {"model": "the model", "ema": "the average of the weights (EMA)"}[self.kind]
+        return f"{self.top1:.3f} % ({weights} after {self.epoch} epochs)"
+
+
+def best_weights(folder: Path) -> list[BestWeights]:
+    """Those whose files in a run folder are there and whole: what can be evaluated again."""
+    found = []
+    for kind, best in BESTS.items():
+        if (path := folder / best.file).is_file():
+            try:
+                checkpoint = load_checkpoint(path)
+                found.append(BestWeights(kind, checkpoint[best.key], checkpoint["epoch"], path))
+            except (CheckpointError, OSError, KeyError) as problem:
+                get_logger().warning("%s cannot be used: %s", path, problem)
+    return found
 
 
 class RunFiles:
@@ -127,16 +155,21 @@ class RunFiles:
             return
         logger, folder = get_logger(), self.folder
         curves = self.monitor.draw_curves()
-        candidates = [folder / BEST_FILE, run_file(folder, progress.position), Path(config.MODEL.RESUME)]
-        checkpoint = next((path for path in candidates if path.is_file()), candidates[0])
-        remark = "" if checkpoint == candidates[0] else " (of the run it continued from; not exceeded here)"
+        held = best_weights(folder)
+        best = max(held, key=lambda each: each.top1, default=None)  # of equals the model's
+        checkpoint = best.path if best else run_file(folder, progress.position)
         python, script = (
             os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
             for path in (sys.executable, os.path.abspath(main_file))
         )
         words = [python, script, "--cfg", str(folder / "config.yaml"), "--eval", "--resume", str(checkpoint)]
         logger.info("run folder: %s", folder)
-        logger.info("best top-1: %.3f %%%s", progress.best, remark)
+        if best:
+            others = "".join(f"; {each}" for each in held if each is not best)
+            logger.info("best top-1: %s%s", best, others)
+            words += ["--opts", "MODEL.WEIGHTS", best.kind] if best.kind == "ema" else []
+        else:
+            logger.warning("the run folder holds no best weights that can be read")
         if curves:
             logger.info("curves: %s", curves)
         logger.info("evaluate it with: %s", shlex.join(words))

@@ -3,10 +3,11 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -405,16 +406,17 @@ def per_class_table(evaluation: Evaluation) -> str:
     return text.getvalue()
 
 
-def keep_predictions(config: CfgNode, folder: Path, loaders: Loaders, recorder: PredictionRecorder, epoch: int) -> None:
-    """Write the predictions of the best validation so far, after `epoch` epochs, to the run's folder; collective.
-
-    A write that fails is logged and does not end the run.
-    """
-    predictions = recorder.gather(loaders.val.num_images)
-    if distributed.rank() > 0:
-        return
-    path, root = folder / PREDICTIONS, config.DATA.DATA_PATH
-    try:
-        write_predictions(path, predictions, root=root, classes=loaders.classes, epoch=epoch, checkpoint=BEST_FILE)
-    except OSError as error:
-        get_logger().error("%s could not be written (%s); the run goes on", path, error.strerror)
+def best_predictions(
+    config: CfgNode, folder: Path, loaders: Loaders, recorder: PredictionRecorder, epoch: int
+) -> Mapping[str, Callable[[], None]]:
+    """The file in the run's folder, and how to write it, of the predictions after `epoch` epochs; collective."""
+    write = partial(
+        write_predictions,
+        folder / PREDICTIONS,
+        recorder.gather(loaders.val.num_images),
+        root=config.DATA.DATA_PATH,
+        classes=loaders.classes,
+        epoch=epoch,
+        checkpoint=BEST_FILE,
+    )
+    return {PREDICTIONS: write}

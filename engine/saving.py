@@ -1,8 +1,9 @@
 """When a run saves inside an epoch, how it stops where it is told to, and what a write that fails means to it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from typing import Any
 
 from yacs.config import CfgNode
 
@@ -11,7 +12,7 @@ from engine.state import Progress, checkpoint_state
 from engine.training import Interval, Training
 from logger import get_logger
 from utils import distributed
-from utils.checkpoints.naming import run_checkpoints
+from utils.checkpoints.naming import BESTS, run_checkpoints
 from utils.checkpoints.writing import CheckpointWriter
 from utils.faults.preemption import Agreement, Decision, Preempted, StopRequest, leave_marker
 
@@ -29,20 +30,21 @@ class Checkpointer:
         training: Training,
         loaders: Loaders,
         writer: CheckpointWriter | None,
-        best: float,
         request: StopRequest,
         all_alive: Callable[[], bool],
+        keep_folder: Callable[[], None] = lambda: None,
     ) -> None:
+        """`keep_folder` puts a run folder that has gone back, or raises."""
         self.config, self.training, self.loaders = config, training, loaders
         self.writer = writer  # rank 0's
-        self.best = best
-        self.request = request
+        self.request, self.keep_folder = request, keep_folder
         self.agreement = Agreement(request, timedelta(seconds=config.DIST.TIMEOUT + 30), all_alive)
         self.owed = False  # a checkpoint was due at the end of the epoch
         self.saved_at = time.monotonic()
 
     def decide(self, done: int) -> Decision:
         if self.writer:
+            self.keep_folder()
             self._report(self.writer.raise_problem)
         minutes, steps = self.config.CHECKPOINT.EVERY_MINUTES, self.config.CHECKPOINT.EVERY_STEPS
         due = minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
@@ -56,7 +58,7 @@ class Checkpointer:
     def save(self, epoch: int, done: int, interval: Interval, stop: bool) -> None:
         if stop:  # the loader processes were told to stop too, and are not waited for while it saves
             self.loaders.close()
-        self.write(Progress(epoch, self.best, done), interval, last=stop)
+        self.write(Progress(epoch, done), interval, stop=stop)
         if stop:
             folder, reason = self.training.plan.folder, self.request.signal
             why = f"told to stop by {reason.name if reason else 'another rank'}"
@@ -65,30 +67,56 @@ class Checkpointer:
                 leave_marker(folder, f"{why}, saved {where}")
             raise Preempted(f"{why}: saved {where}; the same command continues")
 
+    def better(self, validated: dict[str, float]) -> list[str]:
+        """The kinds of weights whose top-1, `validated`, exceeds all before; on every rank what rank 0 knows."""
+        found: list[str] = []
+        if self.writer:
+            before = {kind: self.writer.best(BESTS[kind].key) for kind in validated}
+            found = [kind for kind, top1 in validated.items() if (best := before[kind]) is None or top1 > best]
+        return distributed.broadcast_object(found)
+
+    def end_epoch(
+        self, epoch: int, validated: dict[str, float], better: list[str], beside: Mapping[str, Callable[[], None]]
+    ) -> None:
+        """`epoch` epochs are finished: save where that is due, the best weights and what is `beside` them always."""
+        last = epoch == self.training.plan.last_epoch
+        saves = epoch % self.config.SAVE_FREQ == 0 or last or self.owed
+        if saves or better:
+            best = {BESTS[kind].file: {BESTS[kind].key: validated[kind]} for kind in better}
+            progress, interval = Progress(epoch), Interval(self.training.device)
+            self.write(progress, interval, validated, best=best, beside=beside, own=saves, last=last)
+        elif self.writer:
+            self.writer.retry()
+
     def write(
         self,
         progress: Progress,
         interval: Interval,
+        validated: dict[str, float] | None = None,
         *,
-        best: bool = False,
-        own: bool = True,
         last: bool = False,
+        stop: bool = False,
+        **what: Any,
     ) -> None:
-        """Save a position, collectively; returns while rank 0 still writes unless this is the `last` one.
+        """Save a position, collectively; returns while rank 0 still writes, but not from the `last` one or to `stop`.
 
-        Raises OSError on every rank when the last one cannot be written.
+        Raises OSError on every rank when such a one cannot be written. `what` is for CheckpointWriter.save.
         """
-        state = checkpoint_state(self.config, self.training, self.loaders, progress, interval)
+        state = checkpoint_state(self.config, self.training, self.loaders, progress, interval, validated)
         problem = None
         if self.writer:
+            self.keep_folder()
             self._report(self.writer.wait)
-            self.writer.save(state, progress.position, best=best, own=own)
-            if last:
+            self.writer.save(state, progress.position, **what)
+            if last or stop:
                 try:
                     self.writer.wait()
                 except Exception as error:  # whatever it is, every rank has to hear of it
                     problem = str(error)
-        if last and (problem := distributed.broadcast_object(problem)):
+                    if stop and self.writer.written == progress.position:  # a best file: the run can continue
+                        get_logger().error("%s", problem)
+                        problem = None
+        if (last or stop) and (problem := distributed.broadcast_object(problem)):
             raise OSError(problem)
         self.saved_at, self.owed = time.monotonic(), False
 

@@ -1,5 +1,6 @@
 """What a run continues from: where it stands, all of its state as a checkpoint holds it, and putting that back."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ from models.registry import function_differences
 from optimizer import load_optimizer_state
 from utils import distributed
 from utils.checkpoints.finding import Found, NoneUsableError, newest_checkpoint, set_aside
-from utils.checkpoints.naming import Position
+from utils.checkpoints.naming import BESTS, Position
+from utils.checkpoints.writing import save_checkpoint
 from utils.randomness import generator_states, restore_generators, seed_everything
 
 STARTING_POINTS = ("MODEL.RESUME", "MODEL.PRETRAINED")  # what a run begins with, and does not need any more later
@@ -33,11 +35,10 @@ NO_STATE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class Progress(NamedTuple):
-    """Where a run stands: finished epochs, the best validation top-1 so far in percent, and optimizer steps done in the
-    epoch after the finished ones (all of them: only its validation is missing)."""
+    """Where a run stands: finished epochs, and optimizer steps done in the epoch after them (all of them: only its
+    validation is missing)."""
 
     epoch: int = 0
-    best: float = 0.0
     done: int = 0
 
     @property
@@ -45,10 +46,28 @@ class Progress(NamedTuple):
         return Position(self.epoch, self.done)
 
 
+class Start(NamedTuple):
+    """Where a run begins or continues: the sums since its last log line, the checkpoints of its folder that cannot be
+    used, and what the best files there hold (rank 0)."""
+
+    progress: Progress
+    interval: Interval
+    skipped: frozenset[Path]
+    claims: dict[str, float]
+
+
 def checkpoint_state(
-    config: CfgNode, training: Training, loaders: Loaders, progress: Progress, interval: Interval
+    config: CfgNode,
+    training: Training,
+    loaders: Loaders,
+    progress: Progress,
+    interval: Interval,
+    validated: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Everything a run continues from, as tensors and plain values; collective, because every rank has generators."""
+    """Everything a run continues from, as tensors and plain values; collective, because every rank has generators.
+
+    `validated`: top-1 of these very weights, in percent, by their kind (model, ema).
+    """
     return {
         "model": training.bare_model.state_dict(),
         "optimizer": training.optimizer.state_dict(),
@@ -71,7 +90,8 @@ def checkpoint_state(
             "seed": config.SEED,
             "world_size": distributed.world_size(),
         },
-        "max_accuracy": progress.best,
+        **{best.key: 0.0 for best in BESTS.values()},  # CheckpointWriter puts in what the best files hold
+        "validated": validated,
         "rng": distributed.gather_objects(generator_states()),
         "classes": list(loaders.classes) if loaders.classes else None,
         "config": config.dump(),
@@ -133,10 +153,7 @@ def restore(
             "inside an epoch of shards: it continues exactly with the batch size, processes, DATA.NUM_WORKERS and"
             " DATA.SHUFFLE_BUFFER it began with; with others its rest is another draw of the images"
         )
-    best = checkpoint.get("max_accuracy", 0.0)
-    if not isinstance(best, int | float):
-        raise CheckpointError(f"{source}: max_accuracy is {type(best).__name__}, expected a number")
-    return Progress(position.epoch, float(best), position.done), interval
+    return Progress(position.epoch, position.done), interval
 
 
 def _continuation(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
@@ -287,19 +304,24 @@ def _log_unused(config: CfgNode, found: Path | None, source: str, stored: dict[s
             )
 
 
-def resume(config: CfgNode, training: Training, loaders: Loaders) -> tuple[Progress, Interval, Found]:
-    """Continue the run folder's newest verified checkpoint, else --resume, else start from --pretrained or scratch.
-
-    Returns where the run stands, the sums since its last log line, and what was found in the run folder.
-    """
+def resume(config: CfgNode, training: Training, loaders: Loaders) -> Start:
+    """Continue the run folder's newest verified checkpoint, else --resume, else start from --pretrained or scratch."""
     logger, folder = get_logger(), training.plan.folder
     progress, interval = Progress(epoch=config.TRAIN.START_EPOCH), Interval(training.device)
-    found, checkpoint = Found(None), {}
+    found, claims, checkpoint = Found(None), dict[str, float](), dict[str, Any]()
+
+    def read(path: Path) -> Position:
+        held = load_checkpoint(path)
+        claims.update(
+            {best.key: _percent(held, best.key, str(path)) for best in BESTS.values() if path.name == best.file}
+        )
+        return stored_position(held)
+
     if config.TRAIN.AUTO_RESUME or distributed.restarts():  # what a restart finds is this very run's
         problem = None
         if distributed.rank() == 0:
             try:
-                found = newest_checkpoint(folder, read_position)
+                found = newest_checkpoint(folder, read)
             except NoneUsableError as error:
                 problem = str(error)
         found, problem = distributed.broadcast_object((found, problem))
@@ -311,14 +333,19 @@ def resume(config: CfgNode, training: Training, loaders: Loaders) -> tuple[Progr
         progress, interval = restore(config, training, loaders, checkpoint, source)
         inside = f" and {progress.done} of {training.steps_per_epoch} steps" if progress.done else ""
         logger.info(
-            "continues from %s: %d epochs%s finished, best top-1 %.3f %%", source, progress.epoch, inside, progress.best
+            "continues from %s: %d epochs%s finished, best top-1 %.3f %%%s",
+            source,
+            progress.epoch,
+            inside,
+            _percent(checkpoint, BESTS["model"].key, source),
+            f", of the average {_percent(checkpoint, BESTS['ema'].key, source):.3f} %" if training.ema else "",
         )
     elif config.MODEL.PRETRAINED:
         source = config.MODEL.PRETRAINED
-        checkpoint = load_checkpoint(source)
-        for line in differing_function(checkpoint, config, loaders.modality, source):
+        pretrained = load_checkpoint(source)
+        for line in differing_function(pretrained, config, loaders.modality, source):
             logger.warning("%s", line)
-        load_pretrained(training.bare_model, checkpoint, source, config.MODEL.WEIGHTS)
+        load_pretrained(training.bare_model, pretrained, source, config.MODEL.WEIGHTS)
         if training.ema:
             training.ema.set(training.bare_model)
         logger.info("starts from the weights of %s", source)
@@ -326,6 +353,32 @@ def resume(config: CfgNode, training: Training, loaders: Loaders) -> tuple[Progr
     distributed.barrier()  # every rank has read its file
     if not found.path and distributed.rank() == 0 and (aside := set_aside(folder, Path(config.MODEL.RESUME))):
         logger.warning("the run folder held checkpoints of an earlier run; they are now in %s", aside)
+    if distributed.rank() == 0:
+        _complete_bests(folder, checkpoint, claims)
     if (steps := progress.epoch * training.steps_per_epoch + progress.done) > 0:
         training.scheduler.step_update(steps - 1)
-    return progress, interval, found
+    return Start(progress, interval, found.skipped, claims)
+
+
+def _complete_bests(folder: Path, checkpoint: dict[str, Any], claims: dict[str, float]) -> None:
+    """Write the best files that the run was killed before, or that --resume brings from elsewhere, and claim them."""
+    validated = checkpoint.get("validated")
+    for kind, best in BESTS.items():
+        if not isinstance(validated, dict) or kind not in validated:
+            continue
+        top1 = _percent(validated, kind, "the checkpoint")
+        if top1 > claims.get(best.key, -1.0):
+            try:
+                save_checkpoint({**checkpoint, **claims, best.key: top1}, folder / best.file)
+            except OSError as error:
+                get_logger().error("%s", error)
+            else:
+                claims[best.key] = top1
+
+
+def _percent(values: Mapping[str, Any], key: str, source: str) -> float:
+    """An accuracy of a checkpoint; 0 where it has none. Raises CheckpointError for what is no number."""
+    value = values.get(key, 0.0)
+    if not isinstance(value, int | float):
+        raise CheckpointError(f"{source}: {key} is a {type(value).__name__}, expected a number")
+    return float(value)

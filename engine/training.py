@@ -150,9 +150,23 @@ def build_training(
         clip_value=config.TRAIN.CLIP_VALUE,
         amp_dtype=amp_dtype,
         scaler=torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None,
-        ema=ModelEmaV3(model, decay=config.EMA.DECAY) if config.EMA.ENABLE else None,
+        ema=_build_average(config, plan, model, steps_per_epoch) if config.EMA.ENABLE else None,
         max_skipped=config.TRAIN.MAX_SKIPPED if config.TRAIN.NON_FINITE == "skip" else None,
     )
+
+
+def _build_average(config: CfgNode, plan: Plan, model: TrainableModel, steps_per_epoch: int) -> ModelEmaV3:
+    decay, steps = config.EMA.DECAY, plan.last_epoch * steps_per_epoch
+    if not config.EMA.WARMUP and (span := 1 / (1 - decay)) > steps:
+        get_logger().warning(
+            "EMA.DECAY %g averages over about %.0f steps, and the run has %d: the average stays near the first weights;"
+            " EMA.WARMUP True, or a decay of at most %g, lets it follow",
+            decay,
+            span,
+            steps,
+            round(max(0.0, 1 - 10 / steps), 4),
+        )
+    return ModelEmaV3(model, decay=decay, use_warmup=config.EMA.WARMUP)
 
 
 def place(model: TrainableModel, device: torch.device) -> TrainableModel:

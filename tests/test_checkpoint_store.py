@@ -26,6 +26,7 @@ from utils.checkpoints.finding import newest_checkpoint, remove_temporary_files
 from utils.checkpoints.naming import Position, epoch_file, position_of, run_checkpoints, run_file, sidecar_of
 from utils.checkpoints.writing import CheckpointWriter, save_checkpoint
 
+BEST = {"max_acc.pth": {"max_accuracy": 50.0}}
 RELEASED = REFERENCE / "checkpoint_official_tiny.pth"
 
 
@@ -188,12 +189,12 @@ def test_an_error_of_the_writer_reaches_the_caller_once_and_nothing_old_is_delet
 
     with monkeypatch.context() as patched:
         patched.setattr(writing, "save_checkpoint", full)
-        writer.save(_state(2), Position(2), best=True)
+        writer.save(_state(2), Position(2), best=BEST)
         with pytest.raises(OSError, match="No space left"):
             writer.wait()
     writer.wait()
     assert [path.name for _, path in run_checkpoints(tmp_path)] == ["ckpt_epoch_1.pth"]
-    writer.save(_state(3), Position(3), best=True)
+    writer.save(_state(3), Position(3), best=BEST)
     writer.wait()
     names = {"ckpt_epoch_3.pth", "max_acc.pth"}
     assert set(os.listdir(tmp_path)) == names | {name + ".json" for name in names}
@@ -202,7 +203,7 @@ def test_an_error_of_the_writer_reaches_the_caller_once_and_nothing_old_is_delet
 def test_the_best_weights_are_never_lost_between_two_files(tmp_path, monkeypatch):
     """A checkpoint that counts an accuracy as reached exists only where the best file holds its weights, or itself."""
     writer, real = CheckpointWriter(tmp_path, keep=1), writing.save_checkpoint
-    writer.save(_state(1), Position(1), best=True)
+    writer.save(_state(1), Position(1), best=BEST)
     writer.wait()
 
     def refusing(name):
@@ -214,22 +215,59 @@ def test_the_best_weights_are_never_lost_between_two_files(tmp_path, monkeypatch
         return save
 
     monkeypatch.setattr(writing, "save_checkpoint", refusing("ckpt_epoch_2.pth"))  # as killed after the best file
-    writer.save(_state(2), Position(2), best=True)
+    writer.save(_state(2), Position(2), best=BEST)
     with pytest.raises(OSError, match="No space left"):
         writer.wait()
     assert newest_checkpoint(tmp_path, read_position).path == tmp_path / "max_acc.pth"
     monkeypatch.setattr(writing, "save_checkpoint", refusing("max_acc.pth"))
-    writer.save(_state(3), Position(3), best=True)
+    writer.save(_state(3), Position(3), best=BEST)
     with pytest.raises(OSError, match="No space left"):
         writer.wait()
     monkeypatch.undo()
-    for epoch in (4, 5):
+    assert load_checkpoint(epoch_file(tmp_path, 3))["step"] == 300  # the position's own file was not refused
+    for epoch in (4, 5):  # the best one is tried again, before anything older goes
         writer.save(_state(epoch), Position(epoch))
     writer.wait()
-    assert [path.name for _, path in run_checkpoints(tmp_path)] == ["ckpt_epoch_5.pth", "ckpt_epoch_3.pth"]
-    writer.save(_state(6), Position(6), best=True)
+    assert [path.name for _, path in run_checkpoints(tmp_path)] == ["ckpt_epoch_5.pth"]
+    assert load_checkpoint(tmp_path / "max_acc.pth")["step"] == 300
+
+
+def test_a_best_counts_once_its_file_is_written_and_is_tried_again(tmp_path, monkeypatch):
+    """What every file claims while the disk refuses one of the two best files, and when it takes it again."""
+    writer, real, refused = CheckpointWriter(tmp_path, keep=9), writing.save_checkpoint, set[str]()
+
+    def refusing(state, path):
+        if path.name in refused:
+            raise OSError(28, "No space left on device", str(path))
+        real(state, path)
+
+    def save(epoch, **best):
+        files = {"model": ("max_acc.pth", "max_accuracy"), "ema": ("max_ema_acc.pth", "max_accuracy_e")}
+        chosen = {files[kind][0]: {files[kind][1]: top1} for kind, top1 in best.items()}
+        writer.save(_state(epoch) | {"max_accuracy": 0.0, "max_accuracy_e": 0.0}, Position(epoch), best=chosen)
+        with suppress(OSError):
+            writer.wait()
+
+    def claims(name):
+        checkpoint = load_checkpoint(tmp_path / name)
+        return checkpoint["epoch"], checkpoint["max_accuracy"], checkpoint["max_accuracy_e"]
+
+    monkeypatch.setattr(writing, "save_checkpoint", refusing)
+    save(1, model=28.0, ema=20.0)
+    assert claims("max_acc.pth") == (1, 28.0, 0.0) and claims("max_ema_acc.pth") == (1, 28.0, 20.0)
+    refused = {"max_acc.pth", "max_ema_acc.pth"}
+    save(2, model=39.0, ema=48.0)
+    assert claims("ckpt_epoch_2.pth") == (2, 28.0, 20.0)
+    refused = {"max_acc.pth"}
+    save(3)
+    assert claims("ckpt_epoch_3.pth") == (3, 28.0, 48.0) and claims("max_ema_acc.pth") == (2, 28.0, 48.0)
+    assert writer.best("max_accuracy") == 39.0  # what a later epoch has to exceed
+    refused = set()
+    writer.retry()
     writer.wait()
-    assert [path.name for _, path in run_checkpoints(tmp_path)] == ["ckpt_epoch_6.pth"]
+    assert claims("max_acc.pth") == (2, 39.0, 48.0)
+    save(4)
+    assert claims("ckpt_epoch_4.pth") == (4, 39.0, 48.0)
 
 
 def _good(folder: Path) -> dict[str, int]:
@@ -248,7 +286,7 @@ def test_a_disk_that_refuses_any_operation_of_a_save_costs_no_checkpoint(error, 
     ready, refused = tmp_path / "ready", []
     writer = CheckpointWriter(ready, keep=2)
     for epoch in (1, 2, 3):
-        writer.save(_state(epoch), Position(epoch), best=epoch == 2)
+        writer.save(_state(epoch), Position(epoch), best=BEST if epoch == 2 else None)
     writer.wait()
     before = {"ckpt_epoch_2.pth": 200, "ckpt_epoch_3.pth": 300, "max_acc.pth": 200}
     assert _good(ready) == before
@@ -256,7 +294,7 @@ def test_a_disk_that_refuses_any_operation_of_a_save_costs_no_checkpoint(error, 
         folder = Path(shutil.copytree(ready, tmp_path / str(operation)))
         writer, problem = CheckpointWriter(folder, keep=2), None
         with FaultyDisk(folder, error, operation, lasting) as disk:
-            writer.save(_state(4), Position(4), best=True)
+            writer.save(_state(4), Position(4), best=BEST)
             try:
                 writer.wait()
             except OSError as raised:
@@ -272,7 +310,7 @@ def test_a_disk_that_refuses_any_operation_of_a_save_costs_no_checkpoint(error, 
         assert problem is None or re.search("could not be (written|removed): (No space|Read-only)", problem), problem
         writer.save(_state(5), Position(5))
         writer.wait()
-        assert {"ckpt_epoch_5.pth": 500, "max_acc.pth": after["max_acc.pth"]}.items() <= _good(folder).items()
+        assert {"ckpt_epoch_5.pth": 500, "max_acc.pth": 400}.items() <= _good(folder).items()  # it was tried again
         remove_temporary_files(folder)  # as the next start does
         names = set(os.listdir(folder))
         assert names == {f"{name}{end}" for name in _good(folder) for end in ("", ".json")}, refused
@@ -295,7 +333,7 @@ def test_a_start_removes_what_killed_writes_and_removals_left(tmp_path):
 def test_newest_files_and_the_best_are_kept(tmp_path):
     writer = CheckpointWriter(tmp_path, keep=2)
     for position in (Position(1), Position(2), Position(9), Position(9, 5), Position(9, 40), Position(10)):
-        writer.save(_state(*position), position, best=position == Position(2))
+        writer.save(_state(*position), position, best=BEST if position == Position(2) else None)
     writer.wait()
     names = ["ckpt_epoch_10.pth", "ckpt_epoch_9_step_40.pth", "max_acc.pth"]
     assert sorted(os.listdir(tmp_path)) == sorted([*names, *(name + ".json" for name in names)])

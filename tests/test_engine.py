@@ -238,6 +238,41 @@ def test_a_collapsed_float16_scale_stops(start):
         train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))
 
 
+def test_an_average_with_warm_up_is_that_of_timm_and_moves_in_a_short_run(start):
+    """EMA.WARMUP: at update n the share min(DECAY, 1 − n^(−2/3)) is kept; without it DECAY, from the first update."""
+    values, averages = [], []
+    for options in ("", "EMA.WARMUP True"):
+        config, training, loaders = start(f"{PLAIN} EMA.ENABLE True EMA.DECAY 0.6 DATA.BATCH_SIZE 256 {options}")
+        average, expected = training.ema, training.bare_model.head.weight.detach().clone()
+        real, count = average.update, 0
+
+        def update(model, step=None, real=real, expected=expected, warm=bool(options)):
+            nonlocal count
+            count += 1
+            share = min(0.6, 1 - count ** (-2 / 3)) if warm else 0.6
+            expected.lerp_(model.head.weight.detach(), 1 - share)
+            real(model, step)
+
+        average.update = update
+        train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))
+        assert count == 5
+        assert torch.allclose(average.module.head.weight, expected, atol=1e-7)
+        values.append(training.bare_model.head.weight.detach().clone())
+        averages.append(average.module.head.weight.detach().clone())
+    assert torch.equal(*values) and not torch.equal(*averages)
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [("", True), ("EMA.WARMUP True", False), ("EMA.DECAY 0.9", False), ("TRAIN.EPOCHS 500", False)],
+)
+def test_an_average_over_more_steps_than_the_run_has_is_said(start, log, options, warned):
+    """22 steps an epoch, two epochs; 0.9999 averages over 10,000 steps."""
+    start(f"EMA.ENABLE True {options}")
+    line = "EMA.DECAY 0.9999 averages over about 10000 steps, and the run has 44: the average stays near the first"
+    assert (line in log.text) == warned
+
+
 def test_the_guard_reads_nothing_back_per_step(start, monkeypatch):
     """Between log lines no value leaves the device: .item(), .tolist(), bool() and float() are forbidden."""
     _, training, loaders = start(f"{PLAIN} PRINT_FREQ 1000 EMA.ENABLE True")

@@ -114,11 +114,15 @@ def test_averaged_weights_get_a_line_of_their_own(tiny, log):
 
 
 def test_evaluation_at_another_size_names_the_key_for_it(tmp_path):
-    small = "MODEL.TYPE pola_pvt_tiny MODEL.LA.ATTN_TYPE LLLL MODEL.NUM_CLASSES 10 DATA.DATASET digits DATA.NUM_WORKERS 0"
+    small = (
+        "MODEL.TYPE pola_pvt_tiny MODEL.LA.ATTN_TYPE LLLL MODEL.NUM_CLASSES 10 DATA.DATASET digits DATA.NUM_WORKERS 0"
+    )
     config = load_config(config_file("pola_pvt_t"), [*small.split(), "DATA.IMG_SIZE", "32", "OUTPUT", str(tmp_path)])
     torch.save({"model": build_model(config).state_dict(), "config": config.dump()}, tmp_path / "file.pth")
     options = [*small.split(), "OUTPUT", str(tmp_path), "EVAL_MODE", "True", "MODEL.RESUME", str(tmp_path / "file.pth")]
-    with pytest.raises(CheckpointError, match="at 32 pixels: --opts DATA.IMG_SIZE 32 TEST.IMG_SIZE 64 evaluates it at 64"):
+    with pytest.raises(
+        CheckpointError, match="at 32 pixels: --opts DATA.IMG_SIZE 32 TEST.IMG_SIZE 64 evaluates it at 64"
+    ):
         main.main(load_config(config_file("pola_pvt_t"), [*options, "DATA.IMG_SIZE", "64"]))
     main.main(load_config(config_file("pola_pvt_t"), [*options, "DATA.IMG_SIZE", "32", "TEST.IMG_SIZE", "64"]))
 

@@ -88,6 +88,19 @@ def run_of(folder: Path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_the_better_of_the_model_and_its_average_is_the_best(tmp_path):
+    records = [("val", 40.25), ("ema", 48.625), ("val", 39.5), ("ema", 47.0)]
+    lines = [{"kind": kind, "epoch": i // 2, "step": 10, "top1": top1} for i, (kind, top1) in enumerate(records)]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = render([read_run(folder, "run")])
+    facts = dict(re.findall(r"<div><dt>(.*?)</dt>\s*<dd[^>]*>(.*?)</dd>", page, re.DOTALL))
+    assert facts["best top-1"].startswith("48.62 %<small>average of the weights (EMA), validation after epoch 1<")
+    assert facts["best top-1, the model"].startswith("40.25 %<small>after epoch 1<")
+    assert facts["best top-1, EMA"].startswith("48.62 %<small>after epoch 1<")
+
+
 def test_classes_are_counted_with_their_confusions_most_frequent_first():
     seen = predictions(
         [0, 0, 0, 1, 1, 1, 1], [[0, 1], [1, 0], [2, 1], [1, 0], [2, 0], [2, 1], [-1, -1]], ["a", "b", "c"]

@@ -65,6 +65,7 @@ def assert_same_run(first: Path, second: Path, epoch: int) -> None:
         "epoch",
         "step",
         "max_accuracy",
+        "max_accuracy_e",
         "rng",
         "continuation",
     ):
@@ -300,11 +301,11 @@ def test_training_continues_from_a_released_checkpoint(tiny, log):
 def test_checkpoints_are_rotated_and_hold_only_plain_values(tiny):
     run(tiny, "TRAIN.EPOCHS 4 CHECKPOINT.KEEP 2 SAVE_FREQ 1 EMA.ENABLE True TENSORBOARD True")
     names = {path.name for path in folder_of(tiny).glob("*.pth*")}
-    kept = {"ckpt_epoch_3.pth", "ckpt_epoch_4.pth", "max_acc.pth"}
+    kept = {"ckpt_epoch_3.pth", "ckpt_epoch_4.pth", "max_acc.pth", "max_ema_acc.pth"}
     assert names == kept | {name + ".json" for name in kept}
     checkpoint = torch.load(epoch_file(folder_of(tiny), 4), weights_only=True)
     keys = "model optimizer lr_scheduler scaler model_ema epoch step continuation max_accuracy rng classes".split()
-    keys += ["config", "version"]
+    keys += ["max_accuracy_e", "validated", "config", "version"]
     assert set(checkpoint) == set(keys)
     assert checkpoint["classes"] == [str(digit) for digit in range(10)]
     records = read_metrics(folder_of(tiny) / "metrics.jsonl")

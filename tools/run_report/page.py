@@ -97,12 +97,15 @@ def _facts(run: RunRecord) -> dict[str, tuple[str, str]]:
     def moment(record: dict[str, Any]) -> str:
         return f"step {record['step']:,}" if run.eval_steps else f"epoch {record['epoch'] + 1}"
 
-    best, ema, timing, facts = run.best(), run.best("ema"), run.timing, {}
+    best, timing, facts = run.best(), run.timing, {}
     if best:
-        facts["best top-1"] = value(best, "top1", "{:.2f} %"), f"validation after {moment(best)}"
+        weights = {"val": "", "ema": "average of the weights (EMA), "}[best["kind"]]
+        facts["best top-1"] = value(best, "top1", "{:.2f} %"), f"{weights}validation after {moment(best)}"
         facts["top-5 there"] = value(best, "top5", "{:.2f} %"), f"loss {value(best, 'loss', '{:.4f}')}"
-    if ema:
-        facts["best top-1, EMA"] = value(ema, "top1", "{:.2f} %"), f"after {moment(ema)}"
+    if ema := run.best("ema"):
+        for title, record in (("the model", run.best("val")), ("EMA", ema)):
+            if record:
+                facts[f"best top-1, {title}"] = value(record, "top1", "{:.2f} %"), f"after {moment(record)}"
     if timing:
         minutes = timing["seconds"] / 60
         text = f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"

@@ -63,9 +63,11 @@ class RunRecord:
             return None
         return self.config.TRAIN.EVAL_STEPS
 
-    def best(self, kind: str = "val") -> dict[str, Any] | None:
-        """The record of the highest top-1, the first of equals."""
-        found = [r for r in self.records if r["kind"] == kind and isinstance(r.get("top1"), int | float)]
+    def best(self, *kinds: str) -> dict[str, Any] | None:
+        """The record of the highest top-1 of these kinds, or of validations of the model or its average; of equals the
+        first."""
+        wanted = kinds or ("val", "ema")
+        found = [r for r in self.records if r["kind"] in wanted and isinstance(r.get("top1"), int | float)]
         return max(found, key=lambda record: record["top1"], default=None)
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from logger import get_logger
-from utils.checkpoints.naming import BEST_FILE, Position, run_checkpoints, sidecar_of
+from utils.checkpoints.naming import BESTS, Position, run_checkpoints, sidecar_of
 
 PATIENCE = (1.0, 5.0, 0.0)  # seconds of waiting after each failure of the file system to read a checkpoint
 
@@ -27,7 +27,7 @@ class Found(NamedTuple):
 def newest_checkpoint(folder: Path, read: Callable[[Path], Position]) -> Found:
     """Walk back from the newest checkpoint to the first that is verified; warns of each one skipped, with the reason.
 
-    The best one counts too, by the position it holds.
+    The best ones count too, by the position they hold.
 
     Args:
         read: verifies a file and returns the position it was written at. Raises ValueError for a file that cannot be
@@ -36,7 +36,6 @@ def newest_checkpoint(folder: Path, read: Callable[[Path], Position]) -> Found:
     Raises:
         NoneUsableError: there are checkpoints and none can be used; to begin anew is for the user to say.
     """
-    best = folder / BEST_FILE
     candidates: list[tuple[Position, Path]] = []
     skipped: set[Path] = set()
 
@@ -58,8 +57,9 @@ def newest_checkpoint(folder: Path, read: Callable[[Path], Position]) -> Found:
         if usable(path) is not None:
             candidates.append((named, path))
             break
-    if best.is_file() and (held := usable(best)) is not None:
-        candidates.append((held, best))
+    for path in (folder / best.file for best in BESTS.values()):
+        if path.is_file() and (held := usable(path)) is not None:
+            candidates.append((held, path))
     if skipped and not candidates:
         raise NoneUsableError(
             f"none of the {len(skipped)} checkpoints in {folder} can be used (the log says why); restore one, or begin"
@@ -81,10 +81,10 @@ def set_aside(folder: Path, named: Path) -> Path | None:
 
     Returns where to, None if there are no checkpoints.
     """
-    best = folder / BEST_FILE
+    bests = [folder / best.file for best in BESTS.values()]
     files = [
         path
-        for path in (*(path for _, path in run_checkpoints(folder)), best)
+        for path in (*(path for _, path in run_checkpoints(folder)), *bests)
         if path.is_file() and path.resolve() != named.resolve()
     ]
     if not files:

@@ -1,14 +1,24 @@
 """What the files of a run folder are called: a checkpoint by what is finished, the best one, and their sidecars.
 
 `ckpt_epoch_3.pth` after three epochs, `ckpt_epoch_3_step_250.pth` 250 optimizer steps later. File times play no part.
-The best one so far is `max_acc.pth`. Beside a checkpoint lies a sidecar, FILE.json, with its size and SHA-256.
+The best one so far is `max_acc.pth`, and by the average of the weights (EMA) `max_ema_acc.pth`. Beside a checkpoint
+lies a sidecar, FILE.json, with its size and SHA-256.
 """
 
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-BEST_FILE = "max_acc.pth"
+
+class Best(NamedTuple):
+    """The file of the best weights so far, and the entry of every checkpoint with their top-1 in percent."""
+
+    file: str
+    key: str
+
+
+BESTS = {"model": Best("max_acc.pth", "max_accuracy"), "ema": Best("max_ema_acc.pth", "max_accuracy_e")}
+BEST_FILE = BESTS["model"].file
 RUN_FILE = re.compile(r"ckpt_epoch_(\d+)(?:_step_(\d+))?\.pth")
 
 

@@ -11,14 +11,15 @@ import io
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from utils.checkpoints.naming import BEST_FILE, Position, run_checkpoints, run_file, sidecar_of
+from logger import get_logger
+from utils.checkpoints.naming import Position, run_checkpoints, run_file, sidecar_of
 from utils.files import file_digest, remove_temporary, write_atomically
 
 
@@ -115,30 +116,74 @@ def snapshot(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
+class Owed(NamedTuple):
+    """A file that has to be written: how, given what the best files hold, and what of that it will hold."""
+
+    write: Callable[[dict[str, float]], None]
+    claims: dict[str, float]
+
+
 class CheckpointWriter:
     """Writes checkpoints of a run folder in a thread, one at a time, and keeps the newest `keep` and the best.
 
     `save` copies the state to host memory and returns; a later `save` or `wait` reports what went wrong. Older files go
-    only after the new one is complete and verified.
+    only after the new one is complete and verified. The best weights stay in memory until their file is written, and
+    only then does a checkpoint count them: `claims` are the entries of its state that the best files make true.
     """
 
-    def __init__(self, folder: Path, keep: int, unusable: frozenset[Path] = frozenset()) -> None:
-        """`unusable` files, left by an accident, do not count as kept."""
-        self.folder, self.keep, self.unusable = folder, keep, set(unusable)
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        unusable: frozenset[Path] = frozenset(),
+        claims: Mapping[str, float] | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`unusable` files, left by an accident, do not count as kept. `check` raises OSError where not to write."""
+        self.folder, self.keep, self.unusable, self.check = folder, keep, set(unusable), check
+        self.claims = dict(claims or {})
         self.waiting: Callable[[], None] = lambda: None  # called once a second while somebody waits for a write
-        self._best_copy: Path | None = None  # holds the best weights, because the best file could not be written
+        self.written: Position | None = None  # the newest position whose own file is complete
+        self._owed: dict[str, Owed] = {}
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
 
-    def save(self, state: dict[str, Any], position: Position, *, best: bool = False, own: bool = True) -> None:
+    def save(
+        self,
+        state: dict[str, Any],
+        position: Position,
+        *,
+        best: Mapping[str, dict[str, float]] | None = None,
+        beside: Mapping[str, Callable[[], None]] | None = None,
+        own: bool = True,
+    ) -> None:
         """Begin to write `state`: as the best one, as the position's own file, or both.
 
         Raises OSError when the write before it failed.
+
+        Args:
+            best: what to claim for each file name under which these weights are the best so far.
+            beside: by their names, how to write files that belong to the best ones.
         """
         self.wait()
         copied = snapshot(state)
-        self._thread = threading.Thread(target=self._write, args=(copied, position, best, own), name="checkpoint")
-        self._thread.start()
+        self._owed |= {name: Owed(lambda claims, write=write: write(), {}) for name, write in (beside or {}).items()}  # type: ignore[misc]
+        for name, claims in (best or {}).items():
+            self._owed[name] = Owed(
+                lambda known, path=self.folder / name: save_checkpoint({**copied, **known}, path),  # type: ignore[misc]
+                claims,
+            )
+        self._begin(lambda: self._write(copied, position, own))
+
+    def retry(self) -> None:
+        """Begin to write the best files that could not be written, where there are any."""
+        if self._owed and not (self._thread and self._thread.is_alive()):
+            self._begin(self._settle)
+
+    def best(self, key: str) -> float | None:
+        """The best so far of an entry, written or still to be written."""
+        known = [self.claims, *(owed.claims for owed in list(self._owed.values()))]
+        return max((claims[key] for claims in known if key in claims), default=None)
 
     def wait(self) -> None:
         """Return when nothing is being written any more. Raises OSError when the last write failed."""
@@ -155,35 +200,51 @@ class CheckpointWriter:
         if problem is not None:
             raise problem
 
-    def _write(self, state: dict[str, Any], position: Position, best: bool, own: bool) -> None:
-        path = run_file(self.folder, position)
-        try:
-            # the best one first: killed in between, a start continues from it, and never from a file that already
-            # counts an accuracy as reached whose weights are nowhere
-            if best:
-                self._best_copy = None if self._tried(state, self.folder / BEST_FILE) else path
-            if own and self._tried(state, path):
-                self.unusable.discard(path)
-                self._remove_old(position)
-        except OSError as error:
-            self._problem = error
+    def _begin(self, work: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=work, name="checkpoint")
+        self._thread.start()
 
-    def _tried(self, state: dict[str, Any], path: Path) -> bool:
-        """Whether the file could be written; the reason is noted where not."""
+    def _write(self, state: dict[str, Any], position: Position, own: bool) -> None:
+        path = run_file(self.folder, position)
+        # the best one first: killed in between, a start continues from it, and never from a file that already
+        # counts an accuracy as reached whose weights are nowhere
+        self._settle()
+        if own and self._tried(lambda: save_checkpoint({**state, **self.claims}, path)):
+            self.written = position
+            self.unusable.discard(path)
+            self._remove_old(position)
+
+    def _settle(self) -> None:
+        """Write what is owed, as far as the disk lets it."""
+        for name, (write, claims) in list(self._owed.items()):
+            if self._tried(lambda: write({**self.claims, **claims}), "" if claims else name):  # noqa: B023
+                self.claims |= claims
+                del self._owed[name]
+
+    def _tried(self, write: Callable[[], None], name: str = "") -> bool:
+        """Whether a file could be written; the reason is noted where not, and of one `name`d, less important, told."""
         try:
-            save_checkpoint(state, path)
+            self.check()
+            write()
         except Exception as error:  # whatever it is, the training loop has to know
-            self._problem = error
+            if name:
+                where = self.folder / name
+                get_logger().error(
+                    "%s could not be written (%s); the run goes on, and tries again", where, _reason(error)
+                )
+            else:
+                self._problem = error
             return False
         return True
 
     def _remove_old(self, newest: Position) -> None:
         """Files of later positions, left unreadable by an accident, neither count nor go."""
-        kept = {*self.unusable, self._best_copy}
-        older = [path for position, path in run_checkpoints(self.folder) if position <= newest and path not in kept]
+        older = [
+            path for position, path in run_checkpoints(self.folder) if position <= newest and path not in self.unusable
+        ]
         for path in older[self.keep :]:
             try:
                 path.unlink(missing_ok=True)
                 sidecar_of(path).unlink(missing_ok=True)
             except OSError as error:
-                raise OSError(f"old checkpoint {path} could not be removed: {_reason(error)}") from error
+                get_logger().error("old checkpoint %s could not be removed: %s", path, _reason(error))
