@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from termcolor import colored
 from tqdm import tqdm
 
+from utils.names import printable_lines
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -23,6 +25,13 @@ COLOURS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
 def get_logger() -> logging.Logger:
     """The run's logger; silent until `setup_logger`."""
     return logging.getLogger("polaformer")
+
+
+class _Formatter(logging.Formatter):
+    """Lines that no name in them can break, and that every file takes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
 
 
 class _ConsoleHandler(logging.Handler):
@@ -44,7 +53,7 @@ def setup_logger(rank: int, log_file: Path | None = None) -> logging.Logger:
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     who = "" if rank == 0 else f"rank {rank} "
-    formatter = logging.Formatter(f"[%(asctime)s] {who}%(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    formatter = _Formatter(f"[%(asctime)s] {who}%(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     handlers: list[logging.Handler] = [_ConsoleHandler()]
     if rank == 0 and log_file is not None:
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))

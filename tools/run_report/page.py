@@ -100,7 +100,8 @@ def _facts(run: RunRecord) -> dict[str, tuple[str, str]]:
     best, ema, timing, facts = run.best(), run.best("ema"), run.timing, {}
     if best:
         facts["best top-1"] = value(best, "top1", "{:.2f} %"), f"validation after {moment(best)}"
-        facts["top-5 there"] = value(best, "top5", "{:.2f} %"), f"loss {value(best, 'loss', '{:.4f}')}"
+        if "top5" in best:
+            facts["top-5 there"] = value(best, "top5", "{:.2f} %"), f"loss {value(best, 'loss', '{:.4f}')}"
     if ema:
         facts["best top-1, EMA"] = value(ema, "top1", "{:.2f} %"), f"after {moment(ema)}"
     if timing:
