@@ -134,6 +134,12 @@ KEYS: dict[str, Key] = {
         "of training images: pillow, exact; simplejpeg (pip install simplejpeg), faster, the same pixels from JPEGs and"
         " resized to within 0.004 grey levels on average; evaluation always uses pillow",
     ),
+    "DATA.EXIF": Key(
+        False,
+        boolean(),
+        "turn and mirror images as the orientation in their EXIF data says, in training, evaluation and every tool;"
+        " False takes the pixels as they are stored, as the released models were trained",
+    ),
     "DATA.MAX_UNREADABLE": Key(
         0.01,
         real(0, 1),

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from termcolor import colored
 from tqdm import tqdm
 
+from utils.names import printable_lines
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -29,6 +31,13 @@ COLOURS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
 def get_logger() -> logging.Logger:
     """The run's logger; silent until `setup_logger`."""
     return logging.getLogger("polaformer")
+
+
+class _Formatter(logging.Formatter):
+    """Lines that no name in them can break, and that every file takes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
 
 
 class Sink:
@@ -163,7 +172,7 @@ def setup_logger(rank: int, log_file: Path | None = None, check: Callable[[], No
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     who = "" if rank == 0 else f"rank {rank} "
-    formatter = logging.Formatter(f"[%(asctime)s] {who}%(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    formatter = _Formatter(f"[%(asctime)s] {who}%(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     handlers: list[_SinkHandler] = [_ConsoleHandler()]
     if rank == 0 and log_file is not None:
 

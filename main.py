@@ -257,9 +257,8 @@ def validate_epoch(
             continue
         seen_by = recorder if kind == "val" else None
         result = evaluate(model, loaders.val, training.device, amp_dtype, after_batch, seen_by)
-        metrics.write(
-            kind, epoch - 1, epoch * training.steps_per_epoch, loss=result.loss, top1=result.top1, top5=result.top5
-        )
+        top5 = {} if result.top5 is None else {"top5": result.top5}
+        metrics.write(kind, epoch - 1, epoch * training.steps_per_epoch, loss=result.loss, top1=result.top1, **top5)
         get_logger().info("epoch %d %s: %s", epoch - 1, {"val": "validation", "ema": "validation (EMA)"}[kind], result)
         results["model" if kind == "val" else kind] = result
     return results

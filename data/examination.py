@@ -5,20 +5,22 @@ import hashlib
 import os
 import tarfile
 import warnings
-import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from data.findings import Layout, Report, Task
 from data.imagenet import are_wordnet_ids
-from data.sources.base import UnreadableImage, decode
-from data.sources.shards import INDEX_FILE
+from data.sources.base import TURNED, WIDE, UnreadableImage, decode, label_of, read_file
+from data.sources.shards import INDEX_FILE, image_member, read_samples
+from data.sources.zip import open_index, read_member
+from data.sources.zip_index import ZipIndex
+from utils.names import printable
 from utils.parallel import parallel
 
 IMAGENET = {"train": 1_281_167, "val": 50_000}
@@ -26,12 +28,14 @@ SPLITS = ("train", "val")
 
 
 class Image(NamedTuple):
-    """What was seen of one image: `problem` where it does not decode, else the digest of its bytes."""
+    """What was seen of one image: `problem` where it does not decode, else the digest of its bytes and what is to be
+    known of it (`decode`)."""
 
     name: str
     label: int
     digest: bytes
     problem: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Examined(NamedTuple):
@@ -40,50 +44,51 @@ class Examined(NamedTuple):
 
 
 def _examine_image(name: str, label: int, read: Callable[[], bytes]) -> Image:
+    notes: list[str] = []
     try:
         data = read()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged EXIF data, which training does not read
-            decode(data, name)
+            warnings.simplefilter("ignore")  # damaged EXIF data
+            decode(data, name, notes=notes)
     except UnreadableImage as error:
         return Image(name, label, b"", str(error))
-    except OSError as error:
-        return Image(name, label, b"", f"{name}: {error.strerror or error}")
-    except (zipfile.BadZipFile, zlib.error) as error:
-        return Image(name, label, b"", f"{name}: {error}")
-    return Image(name, label, hashlib.blake2b(data, digest_size=16).digest())
+    return Image(name, label, hashlib.blake2b(data, digest_size=16).digest(), notes=tuple(notes))
 
 
 @functools.lru_cache(maxsize=2)
-def _open_zip(path: Path, process: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
+def _open_zip(path: Path, process: int) -> tuple[ZipIndex, BinaryIO]:
+    return open_index(path), path.open("rb", buffering=0)
 
 
 def examine(task: Task) -> Examined:
     """Decode and hash the images of one task."""
     if task.archive is not None and task.archive.suffix == ".tar":
         return _examine_shard(task.archive, task.images)
-    archive = _open_zip(task.archive, os.getpid()) if task.archive else None
     found = []
     for name, label in zip(task.names, task.labels, strict=True):
-        read = functools.partial(archive.read, name) if archive else Path(name).read_bytes
-        found.append(_examine_image(f"{task.archive}/{name}" if archive else name, label, read))
+        if task.archive:
+            index, file = _open_zip(task.archive, os.getpid())
+            shown, position = printable(f"{task.archive}/{name}"), index.find(os.fsencode(name))
+            assert position is not None, "the check has found it there"
+            read = functools.partial(read_member, index, file.fileno(), position, shown)
+        else:
+            shown, read = printable(name), functools.partial(read_file, name)
+        found.append(_examine_image(shown, label, read))
     return Examined(found, [])
 
 
 def _examine_shard(path: Path, expected: int) -> Examined:
-    """Every sample of a shard: neighbouring members with the same key, one an image and one its label."""
+    """Every sample of a shard."""
     images, errors, count = [], [], 0
     try:
-        for key, members in _samples(path):
+        for key, members in read_samples(path):
             count += 1
-            extension = next((extension for extension in members if f".{extension}" in IMG_EXTENSIONS), None)
-            label = members.get("cls", b"").strip()
-            if extension is None or not label.isdigit():
+            extension, label = image_member(members), label_of(members.get("cls", b""))
+            if extension is None or label is None:
                 errors.append(f"{path}: sample {key} has {' and '.join(sorted(members))}, expected an image and a cls")
                 continue
             read = functools.partial(members.__getitem__, extension)
-            images.append(_examine_image(f"{path}/{key}.{extension}", int(label), read))
+            images.append(_examine_image(printable(f"{path}/{key}.{extension}"), label, read))
     except (OSError, tarfile.TarError) as error:
         errors.append(f"{path}: {error} after {count} of {expected} images")
     else:
@@ -92,29 +97,12 @@ def _examine_shard(path: Path, expected: int) -> Examined:
     return Examined(images, errors)
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    key, members = "", dict[str, bytes]()
-    with tarfile.open(path, "r|*") as archive:
-        for member in archive:
-            folder, slash, name = member.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            content = archive.extractfile(member)
-            if content is None:
-                continue
-            if folder + slash + stem != key and members:
-                yield key, members
-                members = {}
-            key = folder + slash + stem
-            members[extension.lower()] = content.read()
-            archive.members = []  # type: ignore[attr-defined]  # or it remembers every member
-    if members:
-        yield key, members
-
-
 def compare_classes(layouts: dict[str, Layout], report: Report) -> None:
     """The class names of the splits against each other, and their order."""
     named = {split: layout.classes for split, layout in layouts.items() if layout.classes}
     train, val = named.get("train"), named.get("val")
+    if train and len(train) == 1:
+        report.warn(f"train has one class, {train[0]}: there is nothing to tell apart")
     if train and val and train != val:
         if strange := sorted(set(val) - set(train)):
             report.error(f"val has {len(strange)} classes that train lacks", strange)
@@ -153,40 +141,73 @@ def compare_counts(layouts: dict[str, Layout], counts: dict[str, Counter[int]], 
             report.facts.append(f"{split}: WordNet ids, but not the 1,000 classes of ImageNet")
 
 
+@dataclass
+class _Contents:
+    """Which images have the same content, and which are even one file."""
+
+    first: dict[bytes, tuple[str, int, str]] = field(default_factory=dict)  # split, label and path, by content
+    again: dict[bytes, list[tuple[int, str]]] = field(default_factory=dict)  # label and path of those that come again
+    between: list[str] = field(default_factory=list)
+    within: list[str] = field(default_factory=list)
+    relabelled: list[str] = field(default_factory=list)
+    one_file: list[str] = field(default_factory=list)
+
+    def add(self, split: str, image: Image, path: str) -> None:
+        """`path` is the image's own file, or its name in an archive."""
+        first_split, label, first = self.first.setdefault(image.digest, (split, image.label, path))
+        if (first_split, first) == (split, path):
+            return
+        pair = f"{image.name} = {printable(first)}"
+        (self.within if split == first_split else self.between).append(pair)
+        if label != image.label:
+            self.relabelled.append(f"{image.name} (label {image.label}) = {printable(first)} (label {label})")
+        others = self.again.setdefault(image.digest, [(label, first)])
+        for label, other in others:
+            with suppress(OSError):  # in an archive there are no files to compare
+                if label != image.label and os.path.samefile(path, other):
+                    self.one_file.append(f"{image.name} (label {image.label}) is {printable(other)} (label {label})")
+        others.append((image.label, path))
+
+
 def examine_all(tasks: Sequence[Task], workers: int, report: Report) -> dict[str, Counter[int]]:
     """Decode every image and compare their contents; returns images per split and label, unreadable ones included."""
     counts: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
-    first: dict[bytes, tuple[str, int, str]] = {}  # by content: split, label and name of the first such image
-    archives, between, within, relabelled = (list[str]() for _ in range(4))
+    contents, archives = _Contents(), list[str]()
     unreadable: dict[str, list[str]] = {split: [] for split in SPLITS}
+    noted: dict[str, list[str]] = {WIDE: [], TURNED: []}
     with tqdm(total=sum(task.images for task in tasks), desc="checking", unit="img", disable=None) as bar:
         for task, examined in zip(tasks, parallel(examine, tasks, workers), strict=True):
             archives += examined.errors
-            for image in examined.images:
+            paths = [image.name for image in examined.images] if task.archive else task.names
+            for image, path in zip(examined.images, paths, strict=True):
                 counts[task.split][image.label] += 1
+                for note in image.notes:
+                    noted[note].append(image.name)
                 if image.problem:
                     unreadable[task.split].append(image.problem)
-                    continue
-                split, label, name = first.setdefault(image.digest, (task.split, image.label, image.name))
-                if name == image.name and split == task.split:
-                    continue
-                (within if split == task.split else between).append(f"{image.name} = {name}")
-                if label != image.label:
-                    relabelled.append(f"{image.name} (label {image.label}) = {name} (label {label})")
+                else:
+                    contents.add(task.split, image, path)
             bar.update(task.images)
     for text, names in (
         ("{:,} problems in the contents of shards", archives),
         *((f"{split}: {{:,}} images are unreadable or truncated", names) for split, names in unreadable.items()),
+        ("{:,} images are one file with another label", contents.one_file),
     ):
         if names:
             report.error(text.format(len(names)), names)
     for text, names in (
-        ("{:,} images are in train and in val with the same content", between),
-        ("{:,} images repeat the content of another of their split", within),
-        ("{:,} images have the content of one with another label", relabelled),
+        ("{:,} images are in train and in val with the same content", contents.between),
+        ("{:,} images repeat the content of another of their split", contents.within),
+        ("{:,} images have the content of one with another label", contents.relabelled),
+        ("{:,} images have 16-bit grey levels, of which the upper 8 bits are used", noted[WIDE]),
     ):
         if names:
             report.warn(text.format(len(names)), names)
+    if turned := noted[TURNED]:
+        report.facts.append(
+            f"{len(turned):,} images carry an orientation in EXIF, which DATA.EXIF True obeys and False ignores, such"
+            f" as {turned[0]}"
+        )
     return counts
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.names import printable
+
 EXAMPLES = 10  # of a finding that are printed
 CHUNK = 256  # images of a task
 
@@ -51,7 +53,7 @@ class Report:
             if self.is_clean
             else f"{errors} kinds of errors, {len(self.findings) - errors} of warnings"
         )
-        return "\n".join(lines) + "\n"
+        return "".join(f"{printable(line)}\n" for line in lines)
 
 
 class Task(NamedTuple):

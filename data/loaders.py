@@ -4,9 +4,10 @@ import itertools
 import os
 import signal
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
@@ -16,7 +17,7 @@ from config import Plan
 from data.builders import builder_of
 from data.datasets import EvalDataset, Sample, TrainDataset, too_many_unreadable
 from data.samplers import EvalSampler, TrainSampler
-from data.sources.base import DataError, FractionSource, Modality, Source, training_decoder
+from data.sources.base import DataError, FractionSource, Modality, Source
 from data.sources.shards import ShardDataset, ShardEvalDataset, ShardSplit, ShardTrainDataset
 from data.transforms import Images
 from logger import get_logger
@@ -241,7 +242,6 @@ def _build_train(config: CfgNode, modality: Modality, source: Source | ShardSpli
             seed=config.SEED,
             buffer=config.DATA.SHUFFLE_BUFFER,
             max_unreadable=max_unreadable,
-            decoder=training_decoder(config.DATA.DECODER),
         )
     else:
         dataset = TrainDataset(source, transform, seed=config.SEED, max_unreadable=max_unreadable)
@@ -256,13 +256,16 @@ def _build_train(config: CfgNode, modality: Modality, source: Source | ShardSpli
     return Batches(loader, max_unreadable, modality=modality)
 
 
-def build_loaders(config: CfgNode, plan: Plan, *, train: bool = True) -> Loaders:
+def build_loaders(
+    config: CfgNode, plan: Plan, *, train: bool = True, trained_on: Sequence[str] | None = None
+) -> Loaders:
     """Loaders of this process's share of the data.
 
     Args:
         plan: of the configuration and the number of processes.
-        train: False builds only the loader of what --eval is on; then `train/` need not exist and the classes are those
-            of `val/`.
+        train: False builds only the loader of what --eval is on; then `train/` need not exist.
+        trained_on: then, the names of a model's classes. Where all of the data set's are among them, its labels become
+            theirs, and classes without images are named; else the classes are those of the data set.
 
     Raises:
         DataError: a data set that is absent, empty, badly laid out, or smaller than one step.
@@ -272,8 +275,18 @@ def build_loaders(config: CfgNode, plan: Plan, *, train: bool = True) -> Loaders
     modality.require(config)
     if not train:
         source = builder.open(config, builder.evaluation_split)
-        batches = evaluation_batches(config, modality, source, plan)
-        return Loaders(None, batches, source.classes, source.num_classes, modality, *_described(source))
+        own = source.classes
+        classes = tuple(trained_on or ())
+        if not own or not classes or not set(own) - {""} <= set(classes):
+            classes = () if own is None or "" in own else own
+        relabel = None
+        if own and classes and classes != own:
+            output = {name: label for label, name in enumerate(classes)}
+            relabel = torch.tensor([output.get(name, 0) for name in own])  # labels without a name have no images
+        batches = evaluation_batches(config, modality, source, plan, relabel=relabel)
+        num_classes = len(classes) or source.num_classes
+        _name_absent_classes(source, classes, relabel, num_classes)
+        return Loaders(None, batches, classes or None, num_classes, modality, *_described(source))
     train_source = builder.open(config, "train")
     val_source = builder.open(config, "val", train_source.classes)
     if config.DATA.TRAIN_FRACTION < 1:
@@ -281,6 +294,9 @@ def build_loaders(config: CfgNode, plan: Plan, *, train: bool = True) -> Loaders
             raise DataError("DATA.TRAIN_FRACTION needs images that can be read in any order; shards are streamed")
         train_source = FractionSource(train_source, config.DATA.TRAIN_FRACTION)
     _require_same_classes(train_source, val_source)
+    if train_source.num_classes == 1:
+        get_logger().warning("the training set has one class: there is nothing to tell apart")
+    _name_absent_classes(val_source, train_source.classes, None, train_source.num_classes)
     return Loaders(
         _build_train(config, modality, train_source, plan),
         evaluation_batches(config, modality, val_source, plan, repeated=True),
@@ -293,19 +309,36 @@ def build_loaders(config: CfgNode, plan: Plan, *, train: bool = True) -> Loaders
 
 def _require_same_classes(train: Source | ShardSplit, val: Source | ShardSplit) -> None:
     """Raise DataError where the labels of the two splits do not mean the same."""
-    if train.classes and val.classes and val.classes != train.classes:
+    names = enumerate(zip(train.classes or (), val.classes or (), strict=False))
+    if differing := [f"{label} is {ours} and {theirs}" for label, (ours, theirs) in names if theirs not in ("", ours)]:
         raise DataError(
-            "the labels of train_map.txt and val_map.txt disagree: class folders "
-            + ", ".join(
-                f"{label} is {ours} and {theirs}"
-                for label, (ours, theirs) in enumerate(zip(train.classes, val.classes, strict=False))
-                if ours != theirs
-            )
+            "the labels of train_map.txt and val_map.txt disagree: class folders " + ", ".join(differing[:5])
         )
     if val.num_classes > train.num_classes:
         raise DataError(
             f"the validation set has labels up to {val.num_classes - 1}, the training set only"
             f" {train.num_classes} classes"
+        )
+
+
+def _name_absent_classes(
+    source: Source | ShardSplit, classes: Sequence[str] | None, relabel: Tensor | None, num_classes: int
+) -> None:
+    """Warn of classes without images in what is evaluated; what shards hold is not known before they are read."""
+    if isinstance(source, ShardSplit):
+        present = set(range(len(source.classes)))
+    else:
+        present = set(np.unique(source.labels).tolist())
+    if relabel is not None:
+        present = {int(relabel[label]) for label in present}
+    absent = [classes[label] if classes else str(label) for label in range(num_classes) if label not in present]
+    if absent:
+        get_logger().warning(
+            "%d of %d classes have no image in the validation set: %s%s",
+            len(absent),
+            num_classes,
+            ", ".join(absent[:5]),
+            ", …" if len(absent) > 5 else "",
         )
 
 

@@ -21,8 +21,9 @@ from config import Plan
 from data.builders import builder_of
 from data.imagenet import imagenet_ids
 from data.loaders import Batches, Loaders, evaluation_batches
-from data.sources.base import DataError
+from data.sources.base import DataError, decoder_for
 from data.sources.image_files import data_format, open_source
+from data.sources.listing import is_litter
 from data.transforms import Images
 
 TITLES = {
@@ -204,8 +205,8 @@ def open_test_set(config: CfgNode, plan: Plan, ids: tuple[str, ...], source: str
 
     def opener(folder: Path) -> Callable[[], Batches]:
         def open_part() -> Batches:
-            images = open_source(config, folder, folder)
-            if images.classes is None:
+            images = open_source(config, folder, folder, decoder=decoder_for(config, "val"))
+            if images.classes is None or "" in images.classes:
                 raise DataError(f"{folder}: the map file does not give every class folder a label of its own")
             relabel = torch.tensor(_relabelling(name, images.classes, labels, folder))
             return evaluation_batches(config, Images(), images, plan, cropped=name == "c", relabel=relabel)
@@ -234,7 +235,7 @@ def _relabelling(name: str, folders: Sequence[str], labels: dict[str, int], root
 
 
 def _subfolders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_litter(entry.name))
 
 
 def _corruptions(root: Path) -> tuple[dict[str, Path], tuple[str, ...]]:

@@ -35,7 +35,7 @@ from data.test_sets import (
     own_images,
 )
 from engine.evaluation import EvaluatedModel, evaluate
-from engine.state import check_classes, configuration_in, differing_function
+from engine.state import check_classes, configuration_in, differing_function, stored_classes
 from engine.training import place
 from logger import get_logger
 from models import build_model
@@ -182,7 +182,7 @@ def build_evaluation_set(config: CfgNode, plan: Plan, checkpoint: dict[str, Any]
     """What TEST.BENCHMARK names, for the classes of a checkpoint. Raises CheckpointError or DataError."""
     names = checkpoint.get("classes")
     if config.TEST.BENCHMARK in ("val", "real"):
-        loaders = build_loaders(config, plan, train=False)
+        loaders = build_loaders(config, plan, train=False, trained_on=stored_classes(checkpoint))
         check_classes(checkpoint, loaders, source)
         return own_images(config, loaders, names, source)
     return open_test_set(config, plan, output_ids(names, num_classes_of(checkpoint, source), source), source)
@@ -227,7 +227,7 @@ def pooled(accuracies: Sequence[Accuracy]) -> Accuracy:
         sum(getattr(a, field) for a in accuracies) for field in ("images", "correct1", "correct5", "non_finite")
     )
     loss = sum(a.loss * a.images for a in accuracies) / images if images else float("nan")
-    return Accuracy(images, correct1, correct5, non_finite, loss)
+    return Accuracy(images, correct1, correct5, non_finite, loss, accuracies[0].classes)
 
 
 def class_counts(predictions: Predictions, num_classes: int) -> np.ndarray:

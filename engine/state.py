@@ -27,6 +27,7 @@ from utils import distributed
 from utils.checkpoints.finding import Found, NoneUsableError, newest_checkpoint, set_aside
 from utils.checkpoints.naming import BESTS, Position
 from utils.checkpoints.writing import save_checkpoint
+from utils.names import printable
 from utils.randomness import generator_states, restore_generators, seed_everything
 
 STARTING_POINTS = ("MODEL.RESUME", "MODEL.PRETRAINED")  # what a run begins with, and does not need any more later
@@ -237,11 +238,16 @@ def read_position(path: Path) -> Position:
     return stored_position(load_checkpoint(path))
 
 
+def stored_classes(checkpoint: dict[str, Any]) -> tuple[str, ...]:
+    """The names of a checkpoint's classes as data sets have theirs; none where it stores none."""
+    return tuple(map(printable, checkpoint.get("classes") or ()))
+
+
 def check_classes(checkpoint: dict[str, Any], loaders: Loaders, source: str) -> None:
     """Raise CheckpointError unless the checkpoint's classes are the data set's: by name, else by number."""
-    stored, head = checkpoint.get("classes"), num_classes_of(checkpoint, source)
+    stored, head = stored_classes(checkpoint), num_classes_of(checkpoint, source)
     if stored and loaders.classes:
-        stored, own = tuple(stored), loaders.classes
+        own = loaders.classes
         if stored == own:
             return
         lacking, strange = sorted(set(stored) - set(own)), sorted(set(own) - set(stored))

@@ -253,12 +253,12 @@ def test_no_more_rows_than_asked_for_are_measured_and_images_are_averaged(folder
         ),
         ("visualize", "{image} --heads 0,1 --layers layers.0.blocks.0", "has no head 1, expected 0 to 0"),
         ("visualize", "{image} --points 40,3", "point 40,3 is outside of the 32×32 image"),
-        ("visualize", "{folder}/no_image.jpg", "no_image.jpg: not an image in any format Pillow knows"),
+        ("visualize", "{folder}/no_image.jpg", "no_image.jpg: not an image in any format that is read"),
         ("visualize", "{folder}/absent.jpg", "absent.jpg: No such file or directory; name an image file or a folder"),
         ("visualize", "{folder}/empty", "holds no images"),
         ("analyze", "{image} --layers layers.9.blocks.0", "no attention layer 'layers.9.blocks.0', expected some of"),
         ("analyze", "{image} --layers layers.3.blocks.0 --metrics gate", "none of layers.3.blocks.0 has it"),
-        ("analyze", "{folder}/no_image.jpg", "no_image.jpg: not an image in any format Pillow knows"),
+        ("analyze", "{folder}/no_image.jpg", "no_image.jpg: not an image in any format that is read"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(folder, capsys, tool, arguments, message):

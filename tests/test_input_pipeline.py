@@ -109,7 +109,7 @@ OTHERS = {
     "CMYK": encoded(PHOTOGRAPH.convert("CMYK")),
     "PNG": encoded(PHOTOGRAPH, "PNG"),
     "PNG with alpha": encoded(PHOTOGRAPH.convert("RGBA"), "PNG"),
-    "GIF": encoded(PHOTOGRAPH, "GIF"),
+    "TIFF": encoded(PHOTOGRAPH, "TIFF"),
     "damaged": _with_zeros(encoded(PHOTOGRAPH, quality=95)),
 }
 
@@ -117,7 +117,9 @@ OTHERS = {
 @pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS.keys())
 def test_what_simplejpeg_cannot_do_is_left_to_pillow(content, monkeypatch):
     asked = []
-    monkeypatch.setattr(data.sources.base, "decode", lambda content, name: asked.append(name) or decode(content, name))
+    monkeypatch.setattr(
+        data.sources.base, "decode", lambda content, name, **options: asked.append(name) or decode(content, name)
+    )
     assert torch.equal(decode_fast(content, "a.file"), pixels(decode(content, "a.file")))
     assert asked == ["a.file"]
 
@@ -389,7 +391,7 @@ def test_folder_lists_the_files_that_torchvision_lists_in_its_order(folder):
     with open(strange, "wb") as file:
         file.write(encoded(PHOTOGRAPH.resize((8, 8))))
     source, expected = FolderSource(root), ImageFolder(str(root))
-    assert [(source.name(i), int(source.labels[i])) for i in range(len(source.labels))] == expected.samples
+    assert [(source.path(i), int(source.labels[i])) for i in range(len(source.labels))] == expected.samples
     for i in range(len(source.labels)):
         assert torch.equal(pixels(source.load(i)), pixels(expected[i][0]))
 
@@ -408,13 +410,13 @@ def test_index_of_a_folder_is_names_and_eight_bytes(tmp_path, monkeypatch):
     count = 20_000
     (tmp_path / "n01440764").mkdir()
     names = [f"n01440764_{i:05d}.JPEG" for i in range(count)]
-    listed = [(str(tmp_path / "n01440764" / name), 0) for name in names]
-    monkeypatch.setattr(data.sources.folder, "make_dataset", lambda *_, **__: iter(listed))  # not so many real files
+    listed = [str(tmp_path / "n01440764" / name) for name in names]
+    monkeypatch.setattr(data.sources.folder.Listing, "images", lambda *_: iter(listed))  # not so many real files
     source, held = traced_bytes(lambda: FolderSource(tmp_path))
     length = len("n01440764/" + names[0])
     assert held / count < length + 4 + 4 + 1
     assert held / count * IMAGENET < 60 * 2**20
-    assert source.name(count - 1) == listed[-1][0]
+    assert source.name(count - 1) == listed[-1]
 
 
 def private_pages(function) -> int:

@@ -195,7 +195,9 @@ def test_unreadable_images_are_named_and_the_rest_goes_on(checkpoint, capsys, tm
     assert [row["file"] for row in result["predictions"]] == [str(path) for path in good]
     assert [entry["file"] for entry in result["unreadable"]] == [str(files[i]) for i in (1, 3, 4)]
     lines = captured.err.splitlines()
-    assert lines[0] == f"unreadable: {files[1]}: not an image in any format Pillow knows"
+    assert (
+        lines[0] == f"unreadable: {files[1]}: not an image in any format that is read (JPEG, PNG, PPM, BMP, TIFF, WEBP)"
+    )
     assert lines[2] == f"unreadable: {files[4]}: No such file or directory"
     assert lines[3] == "3 of 6 files are no complete images"
     whole = predictions(capsys, "--checkpoint", checkpoint, *good)["predictions"]

@@ -350,7 +350,8 @@ def run(arguments: argparse.Namespace) -> None:
     layers = choose_layers(loaded.model, names)
     transform = evaluation_transform(loaded.config, image_size(loaded.config))
     if arguments.images:
-        images = [read_image(path, transform) for path in find_images(arguments.images)]
+        exif = loaded.config.DATA.EXIF
+        images = [read_image(path, transform, exif=exif) for path in find_images(arguments.images)]
     else:
         from sklearn.datasets import load_sample_images  # slow to import
 

@@ -10,9 +10,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from yacs.config import CfgNode
 
 from config import ConfigError, config_from_tree, load_config
-from data.sources.base import DataError, Picture, UnreadableImage, decode
+from data.sources.base import DataError, Picture, UnreadableImage, decode, read_file
+from data.sources.listing import Listing
 from models import CheckpointError, load
 from models.classifier import Classifier
+from utils.names import printable
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, opts: bool = False) -> None:
@@ -40,7 +42,8 @@ def load_model(path: Path, *, ema: bool = False, config: CfgNode | None = None) 
     if not isinstance(model, Classifier):
         raise CheckpointError(f"{path} holds a model of sequences ({type(model).__name__}), expected one of images")
     assert model.config is not None
-    return LoadedModel(model, config or config_from_tree(model.config, str(path))[0], model.classes)
+    classes = None if model.classes is None else [printable(name) for name in model.classes]
+    return LoadedModel(model, config or config_from_tree(model.config, str(path))[0], classes)
 
 
 def given_config(arguments: argparse.Namespace) -> CfgNode | None:
@@ -55,17 +58,15 @@ def open_checkpoint(arguments: argparse.Namespace) -> LoadedModel:
     return load_model(arguments.checkpoint, ema=arguments.ema, config=given_config(arguments))
 
 
-def read_image(path: Path, transform: Callable[[Picture], Tensor]) -> Tensor:
+def read_image(path: Path, transform: Callable[[Picture], Tensor], *, exif: bool = False) -> Tensor:
     """uint8 (3, H, W) of an image file after a transform. Raises UnreadableImage for what is none or cannot be read."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"{path}: {error.strerror}; name an image file or a folder of images") from error
-    return transform(decode(data, str(path)))
+    if not path.exists():
+        raise UnreadableImage(f"{path}: No such file or directory; name an image file or a folder of images")
+    return transform(decode(read_file(path), printable(path), exif=exif))
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Files as they are named, and of folders every image below them, sorted; hidden folders are left out.
+    """Files as they are named, and of folders every image below them, sorted; what `Listing` leaves out is left out.
 
     Raises DataError for a folder without images.
     """
@@ -74,12 +75,9 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
+        listing = Listing(path, classes=False)
         images = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in IMG_EXTENSIONS
-            and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            map(Path, [*listing.loose, *(file for name in listing.folders for file in listing.images(name))])
         )
         if not images:
             raise DataError(f"{path} holds no images ({', '.join(IMG_EXTENSIONS)})")

@@ -4,6 +4,9 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from typing import TextIO
+
+from utils.names import printable_lines
 
 INTERRUPTED = 130  # exit code of Ctrl-C
 
@@ -55,12 +58,17 @@ def some_of(names: Sequence[str], what: str) -> Callable[[str], list[str]]:
     return parse
 
 
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a message, whatever is in the names that it tells."""
+    print(printable_lines(text), file=file)
+
+
 def answer(run: Callable[[], int | None], *, mistakes: tuple[type[Exception], ...] = (ValueError, OSError)) -> int:
     """A program's exit code: what `run` returns; 2 and one line on standard error for a mistake; 130 for Ctrl-C."""
     try:
         return run() or 0
     except mistakes as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)

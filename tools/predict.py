@@ -21,34 +21,40 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from yacs.config import CfgNode
 
 from config import evaluation_config, image_size
 from data.imagenet import readable_names
-from data.sources.base import DataError, Picture, UnreadableImage, decode
+from data.sources.base import TURNED, DataError, UnreadableImage, decode, read_file
 from data.transforms import Normalise, evaluation_transform
 from models import build_model
 from models.classifier import Classifier
 from models.loading import load_resized
 from tools.checkpoints import LoadedModel, add_checkpoint_arguments, find_images, open_checkpoint
-from tools.command_line import answer, program, whole
+from tools.command_line import answer, program, say, whole
 from utils.files import file_digest
+from utils.names import printable
 from utils.precision import autocast, autocast_dtype, exact_float32
 
 FORMATS = ("table", "csv", "json")
 
 
 class Prediction(NamedTuple):
-    """The most probable classes of an image, best first, and the softmax probability of each."""
+    """The most probable classes of an image, best first, and the softmax probability of each.
+
+    `turned`: its EXIF data ask for a rotation that was not applied.
+    """
 
     file: str
     labels: list[int]
     probabilities: list[float]
+    turned: bool = False
 
     def named(self, names: Sequence[str]) -> list[tuple[int, str, float]]:
         """Label, name and probability of each."""
@@ -60,26 +66,34 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-class _Images(Dataset[Tensor | Unreadable]):
-    """The image of each path as the model's uint8 input, or why it cannot be read."""
+class Readable(NamedTuple):
+    """An image as the model's uint8 input, and what `decode` notes of it."""
 
-    def __init__(self, paths: Sequence[Path], transform: Callable[[Picture], Tensor]) -> None:
-        self.paths, self.transform = paths, transform
+    pixels: Tensor
+    notes: list[str]
+
+
+class _Images(Dataset[Readable | Unreadable]):
+    """The image of each path, or why it cannot be read."""
+
+    def __init__(self, paths: Sequence[Path], config: CfgNode) -> None:
+        self.paths, self.exif = paths, config.DATA.EXIF
+        self.transform = evaluation_transform(config, image_size(config))
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Tensor | Unreadable:
-        path = self.paths[index]
+    def __getitem__(self, index: int) -> Readable | Unreadable:
+        path, notes = self.paths[index], list[str]()
+        name = printable(path)
         try:
-            return self.transform(decode(path.read_bytes(), str(path)))
-        except OSError as error:
-            return Unreadable(str(path), error.strerror or str(error))
+            image = decode(read_file(path), name, exif=self.exif, notes=notes)
         except UnreadableImage as error:
-            return Unreadable(str(path), str(error).removeprefix(f"{path}: "))
+            return Unreadable(name, str(error).removeprefix(f"{name}: "))
+        return Readable(self.transform(image), notes)
 
 
-def _as_list(samples: list[Tensor | Unreadable]) -> list[Tensor | Unreadable]:
+def _as_list(samples: list[Readable | Unreadable]) -> list[Readable | Unreadable]:
     return samples
 
 
@@ -94,6 +108,15 @@ def at_evaluation_size(loaded: LoadedModel, source: str) -> LoadedModel:
     return LoadedModel(model.eval(), sized, loaded.classes)
 
 
+def with_exif(config: CfgNode, exif: bool) -> CfgNode:
+    """The configuration with another DATA.EXIF."""
+    config = config.clone()
+    config.defrost()
+    config.DATA.EXIF = exif
+    config.freeze()
+    return config
+
+
 @torch.inference_mode()
 def predict(
     loaded: LoadedModel, paths: Sequence[Path], *, topk: int, batch_size: int, device: torch.device, workers: int = 0
@@ -103,21 +126,24 @@ def predict(
     normalise = Normalise(device)
     amp_dtype = autocast_dtype(loaded.config.AMP_DTYPE, device) if loaded.config.TEST.AMP else None
     loader = DataLoader(
-        _Images(paths, evaluation_transform(loaded.config, image_size(loaded.config))),
+        _Images(paths, loaded.config),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_as_list,
     )
-    files = map(str, paths)
+    files = map(printable, paths)
     for batch in loader:
         results: Iterator[tuple[list[int], list[float]]] = iter(())
-        if images := [sample for sample in batch if isinstance(sample, Tensor)]:
+        if images := [sample.pixels for sample in batch if isinstance(sample, Readable)]:
             with exact_float32(), autocast(device, amp_dtype):
                 logits = model(normalise(torch.stack(images).to(device)))
             best = logits.float().softmax(dim=-1).topk(min(topk, model.num_classes))
             results = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         for sample, file in zip(batch, files, strict=False):  # in this order it takes no file too many
-            yield sample if isinstance(sample, Unreadable) else Prediction(file, *next(results))
+            if isinstance(sample, Unreadable):
+                yield sample
+            else:
+                yield Prediction(file, *next(results), turned=TURNED in sample.notes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,6 +210,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", metavar="N", type=whole(), default=32, help="default 32")
     what = "processes that decode images where there is more than a batch of them; default 4, or the number of cores"
     add("--workers", metavar="N", type=whole(), default=min(4, os.cpu_count() or 1), help=what)
+    what = "turn images as their EXIF data say, or not; default: as the checkpoint was trained (DATA.EXIF)"
+    add("--exif", action=argparse.BooleanOptionalAction, help=what)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=_device, default=device, help="cpu, cuda or cuda:N; default: cuda where there is one")
     return parser
@@ -201,6 +229,8 @@ def run(arguments: argparse.Namespace) -> int:
     form = arguments.format or (ending if ending in FORMATS else "table")
     paths = find_images(arguments.images)
     loaded = open_checkpoint(arguments)
+    if arguments.exif is not None:
+        loaded = loaded._replace(config=with_exif(loaded.config, arguments.exif))
     if loaded.config.MODEL.SWIN.IN_CHANS != 3:
         raise DataError(f"{arguments.checkpoint} takes {loaded.config.MODEL.SWIN.IN_CHANS} channels, images give 3")
     results = list(
@@ -218,7 +248,7 @@ def run(arguments: argparse.Namespace) -> int:
     names = readable_names(loaded.classes, loaded.model.num_classes)
     if form == "json":
         about = {
-            "checkpoint": str(arguments.checkpoint),
+            "checkpoint": printable(arguments.checkpoint),
             "sha256": file_digest(arguments.checkpoint),
             "weights": "model_ema" if arguments.ema else "model",
         }
@@ -229,10 +259,16 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.output.write_text(text, encoding="utf-8")
     else:
         sys.stdout.write(text)
+    if turned := [prediction.file for prediction in predictions if prediction.turned]:
+        say(
+            f"{len(turned)} images carry a rotation in their EXIF data that was not applied, such as {turned[0]};"
+            " --exif applies it",
+            file=sys.stderr,
+        )
     for entry in unreadable:
-        print(f"unreadable: {entry.file}: {entry.reason}", file=sys.stderr)
+        say(f"unreadable: {entry.file}: {entry.reason}", file=sys.stderr)
     if unreadable:
-        print(f"{len(unreadable)} of {len(paths)} files are no complete images", file=sys.stderr)
+        say(f"{len(unreadable)} of {len(paths)} files are no complete images", file=sys.stderr)
     return 1 if unreadable else 0
 
 

@@ -30,17 +30,18 @@ if not __package__:  # run as tools/prepare_imagenet.py: what it imports lies be
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from data.sources.base import DataError, UnreadableImage, decode, require_folder
+from data.sources.base import TURNED, DataError, UnreadableImage, decode, orientation, read_file, require_folder
 from data.sources.folder import FolderSource
+from data.sources.listing import is_folder_name, is_image, is_litter
 from data.sources.shards import INDEX_FILE, Index, Shard
-from tools.command_line import answer, program, whole
+from tools.command_line import answer, program, say, whole
 from tools.imagenet_labels import read_ground_truth
 from tools.prepared_folder import STATE, FolderDigest, owned, require_same_settings
 from utils.files import file_digest, written
+from utils.names import printable
 from utils.parallel import WorkerLost, parallel
 
 SPLITS = ("train", "val")
@@ -62,7 +63,8 @@ class Entry(NamedTuple):
 
 
 def _images(root: Path, pattern: str) -> list[Path]:
-    return [path for path in root.glob(pattern) if path.is_file() and path.name.lower().endswith(IMG_EXTENSIONS)]
+    paths = (path for path in root.glob(pattern) if not is_litter(str(path.relative_to(root))))
+    return [path for path in paths if path.is_file() and is_image(path.name)]
 
 
 def _flat_val(root: Path, ground_truth: Path, class_ids: Path | None) -> list[tuple[Path, str]]:
@@ -76,6 +78,11 @@ def _flat_val(root: Path, ground_truth: Path, class_ids: Path | None) -> list[tu
     if not names:
         raise DataError(f"{root} holds no images")
     classes = read_ground_truth(ground_truth, names, class_ids)
+    if strange := sorted(name for name in set(classes.values()) if not is_folder_name(name)):
+        raise DataError(
+            f"{ground_truth} leads to the class {strange[0]!r}, which is no name of a class folder: expected no / and"
+            " no dot at its start"
+        )
     for path in placed:
         if path.parent.name != classes[path.name]:
             raise DataError(f"{path}: {ground_truth} says that its class is {classes[path.name]}")
@@ -127,7 +134,7 @@ def list_input(
 
 
 def _entries(root: Path, source: FolderSource) -> list[Entry]:
-    paths = map(source.name, range(len(source.labels)))
+    paths = map(source.path, range(len(source.labels)))
     return [Entry(p, Path(p).relative_to(root).as_posix(), n) for p, n in zip(paths, source.labels, strict=True)]
 
 
@@ -141,17 +148,18 @@ def prepare_image(path: str, short_side: int | None, quality: int) -> tuple[byte
 
     Images that are not larger are kept. Raises UnreadableImage for what does not decode whole.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"{path}: {error.strerror}") from error
-    image = decode(data, path)
+    data = read_file(path)
+    image = decode(data, printable(path), notes=(notes := list[str]()))
     if short_side is None or min(image.size) <= short_side:
         return data, False
     scale = short_side / min(image.size)
     width, height = (max(short_side, int(side * scale)) for side in image.size)
     buffer = io.BytesIO()
-    image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
+    more = {}
+    if TURNED in notes:  # or DATA.EXIF would have nothing to obey
+        more["exif"] = exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation(image)
+    image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality, **more)
     return buffer.getvalue(), True
 
 
@@ -280,7 +288,8 @@ def _prepared(unit: Unit, result: Result) -> Iterator[tuple[int, str, bytes]]:
         try:
             data, resized = prepare_image(entry.path, unit.short_side, unit.quality)
         except UnreadableImage as error:
-            result.unreadable.append((entry.path, str(error).removeprefix(f"{entry.path}: ")))
+            name = printable(entry.path)
+            result.unreadable.append((name, str(error).removeprefix(f"{name}: ")))
             continue
         result.images += 1
         result.resized += resized
@@ -323,7 +332,8 @@ def prepare(
     """
     classes, splits = list_input(root, ground_truth, class_ids)
     state = output / STATE
-    if output.resolve() in (root.resolve(), *((root / split).resolve() for split in SPLITS)):
+    inside = [split for split in SPLITS if output.resolve().is_relative_to((root / split).resolve())]
+    if inside or output.resolve() == root.resolve():
         raise DataError(f"the output folder {output} is the input; name another one")
     if output.exists() and not state.exists() and any(output.iterdir()):
         raise DataError(f"the output folder {output} holds other files; name a new one")
@@ -337,7 +347,7 @@ def prepare(
         unreadable = [f"{path}\t{reason}\n" for total, _ in totals.values() for path, reason in total.unreadable]
         report = output / REPORT
         if unreadable:
-            report.write_text("".join(unreadable), encoding="utf-8", errors="surrogateescape")
+            report.write_text("".join(unreadable), encoding="utf-8")
         else:
             report.unlink(missing_ok=True)
         if options.format == "shards" and (skip_unreadable or not unreadable):
@@ -410,8 +420,9 @@ def _assemble_zip(output: Path, split: str, units: list[Unit], total: Result) ->
                 for member in part:
                     content = part.extractfile(member)
                     assert content is not None
-                    archive.writestr(zipfile.ZipInfo(member.name), content.read())
-                    lines.append(f"{member.name}\t{labels[member.name.partition('/')[0]]}\n")
+                    name = printable(member.name)
+                    archive.writestr(zipfile.ZipInfo(name), content.read())
+                    lines.append(f"{name}\t{labels[member.name.partition('/')[0]]}\n")
                     part.members = []  # or it remembers every member
     with _written(output / f"{split}_map.txt", state) as file:
         file.write("".join(lines).encode())
@@ -480,7 +491,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Place the validation images, or prepare the data set; 1 where images are unreadable and none may be."""
     if arguments.output is None:
         moved, placed = place_val(arguments.input, arguments.val_ground_truth, arguments.class_ids)
-        print(f"{arguments.input / 'val'}: {moved:,} images moved into class folders, {placed:,} were in place")
+        say(f"{arguments.input / 'val'}: {moved:,} images moved into class folders, {placed:,} were in place")
         return 0
     totals = prepare(
         arguments.input,
@@ -495,7 +506,7 @@ def run(arguments: argparse.Namespace) -> int:
     unreadable = [name for total in totals.values() for name, _ in total.unreadable]
     if not unreadable:
         return 0
-    print(
+    say(
         f"{len(unreadable)} unreadable images are listed in {arguments.output / REPORT}: "
         + ", ".join(unreadable[:DETAILS])
         + (" …" if len(unreadable) > DETAILS else "")

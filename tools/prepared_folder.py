@@ -56,7 +56,7 @@ class FolderDigest:
         self._digest, self.bytes = hashlib.sha256(), 0
 
     def add(self, name: str, data: bytes) -> None:
-        self._digest.update(f"{name}\n{len(data)}\n".encode())
+        self._digest.update(f"{name}\n{len(data)}\n".encode("utf-8", "surrogateescape"))
         self._digest.update(data)
         self.bytes += len(data)
 

@@ -15,10 +15,11 @@ from pathlib import Path
 if not __package__:  # run as tools/report.py: what it imports lies beside tools/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.command_line import answer, program
+from tools.command_line import answer, program, say
 from tools.run_report.page import DEFAULT_CURVES, render
 from tools.run_report.runs import ReportError, find_runs, names_of, read_run
 from utils.curves import METRICS
+from utils.files import write_atomically
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,14 +54,14 @@ def run(arguments: argparse.Namespace) -> None:
     _write(path, page)
     for run in runs:
         for note in run.notes:
-            print(f"note: {run.name}: {note}")
-    print(f"{path} ({path.stat().st_size / 1e6:.2f} MB): {', '.join(run.name for run in runs)}")
+            say(f"note: {run.name}: {note}")
+    say(f"{path} ({path.stat().st_size / 1e6:.2f} MB): {', '.join(run.name for run in runs)}")
 
 
 def _write(path: Path, page: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
+        write_atomically(path, page.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise ReportError(
             f"{path} cannot be written ({error.strerror}); --output FILE puts the page elsewhere"

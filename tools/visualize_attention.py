@@ -28,9 +28,10 @@ from data.transforms import Normalise, evaluation_transform
 from models.attention_maps import COMBINED, LayerRecord, attention_layers, choose_layers, kernel_in, record
 from models.kernels import KERNELS
 from tools.checkpoints import LoadedModel, add_checkpoint_arguments, find_images, open_checkpoint, read_image
-from tools.command_line import answer, program, some_of, whole
+from tools.command_line import answer, program, say, some_of, whole
 from tools.overlays import COLOURS, ground, key_map, paint, token_at
 from tools.pages import data_uri, render_page
+from utils.names import printable
 
 DEPTHWISE = "+depthwise"
 STREAMS = dict.fromkeys(name for kernel in KERNELS.values() if kernel.streams for name in (COMBINED, *kernel.streams))
@@ -329,23 +330,25 @@ def run(arguments: argparse.Namespace) -> None:
         layers = list(attention_layers(loaded.model)) if arguments.layers else last_of_each_stage(loaded.model)
     else:
         layers = choose_layers(loaded.model, arguments.layers.split(","))
-    transform = evaluation_transform(loaded.config, image_size(loaded.config))
-    images = [(path, read_image(path, transform)) for path in find_images(arguments.images)]
+    transform, exif = evaluation_transform(loaded.config, image_size(loaded.config)), loaded.config.DATA.EXIF
+    images = [(path, read_image(path, transform, exif=exif)) for path in find_images(arguments.images)]
     pages: list[Page] = []
     arguments.output.mkdir(parents=True, exist_ok=True)
     for path, pixels in images:
         height, width = pixels.shape[1:]
         points = arguments.points or [(int(x * width), int(y * height)) for x, y in DEFAULT_POINTS]
         chosen = {"layers": layers, "heads": arguments.heads, "points": points, "maps": arguments.streams}
-        page = draw_page(loaded, pixels, path.name, **chosen, size=arguments.size)
-        taken = sum(Path(other.name).stem == path.stem for other in pages)
-        file = arguments.output / f"{path.stem}{f'-{taken + 1}' if taken else ''}.png"
+        page = draw_page(loaded, pixels, printable(path.name), **chosen, size=arguments.size)
+        stem = Path(printable(path.name)).stem
+        taken = sum(Path(other.name).stem == stem for other in pages)
+        file = arguments.output / f"{stem}{f'-{taken + 1}' if taken else ''}.png"
         draw_grid(page).save(file)
         pages.append(page)
-        print(f"{path}: {file}")
+        say(f"{path}: {file}")
     target = arguments.output / "index.html"
-    target.write_text(page_html(pages, f"{loaded.config.MODEL.NAME}, {arguments.checkpoint.name}"), encoding="utf-8")
-    print(f"all {len(pages)} images: {target}")
+    source = printable(f"{loaded.config.MODEL.NAME}, {arguments.checkpoint.name}")
+    target.write_text(page_html(pages, source), encoding="utf-8")
+    say(f"all {len(pages)} images: {target}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

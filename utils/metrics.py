@@ -18,6 +18,7 @@ class Accuracy:
     correct5: int
     non_finite: int  # images whose logits were not all finite; they count as wrong
     loss: float  # mean cross-entropy, without label smoothing
+    classes: int | None = None  # of the model, where they are known
 
     @property
     def top1(self) -> float:
@@ -25,12 +26,13 @@ class Accuracy:
         return 100 * self.correct1 / self.images
 
     @property
-    def top5(self) -> float:
-        """Percent."""
-        return 100 * self.correct5 / self.images
+    def top5(self) -> float | None:
+        """Percent; None for up to five classes, where every guess is among five."""
+        return None if self.classes and self.classes <= 5 else 100 * self.correct5 / self.images
 
     def __str__(self) -> str:
-        text = f"{self.images} images, top-1 {self.top1:.3f} %, top-5 {self.top5:.3f} %, loss {self.loss:.4f}"
+        top5 = "" if self.top5 is None else f", top-5 {self.top5:.3f} %"
+        text = f"{self.images} images, top-1 {self.top1:.3f} %{top5}, loss {self.loss:.4f}"
         return text + (f", {self.non_finite} images with non-finite logits" if self.non_finite else "")
 
 
@@ -44,10 +46,12 @@ class AccuracyCounter:
     def __init__(self, device: torch.device) -> None:
         # images, correct at 1, correct at 5, non-finite, sum of losses: float64 holds the counts exactly below 2^53
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self.classes = 0
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """logits (B, classes), labels (B,)."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
+        self.classes = logits.shape[1]
         own = logits.gather(1, labels[:, None])
         before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
         rank = ((logits > own) | ((logits == own) & before)).sum(dim=1)
@@ -61,4 +65,4 @@ class AccuracyCounter:
         images, correct1, correct5, non_finite, loss = distributed.sum_over_ranks(self.sums.clone()).tolist()
         if images != expected_images:
             raise RuntimeError(f"evaluation counted {images:.0f} images, the data set has {expected_images}")
-        return Accuracy(int(images), int(correct1), int(correct5), int(non_finite), loss / images)
+        return Accuracy(int(images), int(correct1), int(correct5), int(non_finite), loss / images, self.classes)

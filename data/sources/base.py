@@ -5,19 +5,30 @@ A source knows its samples' names and labels and decodes one image at a time.
 
 import io
 import math
+import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torchvision.transforms.functional import pil_to_tensor
 from yacs.config import CfgNode
 
 from data.findings import Report
+from utils.names import printable
+
+# What the extensions of images promise. Pillow's other decoders are never started, whatever a file is called: that for
+# EPS runs another program.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+MOST_CLASSES = 1_000_000  # a label beyond is damage, and would size what is kept for each class
+LARGEST_FILE = 1 << 28  # bytes of an encoded image: the pixels of the largest that Pillow takes without a warning
+WIDE, TURNED = "wide", "turned"  # what `decode` notes
 
 
 class DataError(ValueError):
@@ -33,7 +44,8 @@ Decoder = Callable[[bytes, str], Picture]  # of a whole file and its name; raise
 
 
 class Source(Protocol):
-    """Images with labels. `classes` are their names, or None where the format stores none."""
+    """Images with labels. `classes` are their names, "" for a label without images, or None where the format stores
+    none; like every name they are printable (utils/names.py)."""
 
     @property
     def labels(self) -> Sequence[int] | np.ndarray: ...
@@ -111,43 +123,110 @@ def require_folder(path: Path) -> None:
         raise DataError(f"data set folder {path} {problem}; --data-path names the folder that holds train/ and val/")
 
 
-def decode(data: bytes, name: str) -> Image.Image:
-    """Decode a whole image file to RGB. Raises UnreadableImage, with its name, if it is truncated or no image."""
+def label_of(text: str | bytes) -> int | None:
+    """The label that a map or a shard writes, from 0 to below MOST_CLASSES; None for anything else."""
+    text = text.strip()
+    return int(text) if text.isdigit() and text.isascii() and len(text) < len(str(MOST_CLASSES)) else None
+
+
+def read_file(path: str | Path) -> bytes:
+    """An image file. Raises UnreadableImage, with its name, for what cannot be read or is no regular file."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever, reading a device may
+            raise UnreadableImage(f"{printable(path)}: is no regular file")
+        if status.st_size > LARGEST_FILE:
+            raise UnreadableImage(f"{printable(path)}: {status.st_size:,} bytes, expected at most {LARGEST_FILE:,}")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UnreadableImage(f"{printable(path)}: {error.strerror}") from error
+
+
+def decode(data: bytes, name: str, *, exif: bool = False, notes: list[str] | None = None) -> Image.Image:
+    """Decode a whole image file to RGB. Raises UnreadableImage, with its name, if it is truncated or no image.
+
+    Of 16-bit grey levels the upper 8 bits are taken; wider ones are refused.
+
+    Args:
+        exif: turn and mirror the image as its EXIF data say (DATA.EXIF).
+        notes: WIDE is appended for 16-bit grey levels, TURNED for an image whose EXIF data were not obeyed.
+    """
+    noted = [] if notes is None else notes
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            file.load()
+            image: Image.Image = file
+            if exif:
+                image = ImageOps.exif_transpose(file) if orientation(file) != 1 else file
+            elif notes is not None and orientation(file) != 1:
+                noted.append(TURNED)
+            if file.mode.startswith(("I", "F")):
+                image = _narrow(image, file)
+                noted.append(WIDE)
             return image.convert("RGB")
     except UnidentifiedImageError as error:
-        raise UnreadableImage(f"{name}: not an image in any format Pillow knows") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{name}: {error}") from error
+        raise UnreadableImage(f"{name}: not an image in any format that is read ({', '.join(FORMATS)})") from error
+    except Exception as error:  # a decoder may fail in any way
+        raise UnreadableImage(f"{name}: {printable(error) or type(error).__name__}") from error
 
 
-def decode_fast(data: bytes, name: str) -> torch.Tensor:
+def orientation(image: Image.Image) -> int:
+    """How an image's EXIF data say that it is turned, 1 to 8; 1: not at all."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF data say nothing
+        return 1
+
+
+def _narrow(image: Image.Image, file: ImageFile.ImageFile) -> Image.Image:
+    """The 16-bit grey levels of an image as 8-bit ones; Pillow would cut them at 255. Raises ValueError for wider ones.
+
+    `file` is where it comes from, perhaps turned.
+    """
+    tags = getattr(file, "tag_v2", {})  # of a TIFF file
+    if image.mode == "F" or (image.mode == "I" and file.format not in ("PNG", "PPM")):
+        raise ValueError(
+            "grey levels of 32 bits or signed ones have no range that is known; store the image with 8 or 16 bits"
+        )
+    bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
+    levels = np.asarray(image) >> (bits - 8)
+    inverted = tags.get(ExifTags.Base.PhotometricInterpretation) == 0  # which Pillow does for 8 bits alone
+    return Image.fromarray((255 - levels if inverted else levels).astype(np.uint8))
+
+
+def decode_fast(data: bytes, name: str, *, exif: bool = False) -> torch.Tensor:
     """Decode a whole image file to uint8 (3, H, W), a JPEG by simplejpeg: the same pixels as `decode`, sooner.
 
     What simplejpeg refuses or converts in its own way (other formats, CMYK, damaged files, huge ones) is left to
-    `decode`, which also decides what counts as unreadable.
+    `decode`, which also decides what counts as unreadable; so is what EXIF data turn.
     """
-    import simplejpeg  # optional: training_decoder has looked for it
+    import simplejpeg  # optional: decoder_for has looked for it
 
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours in ("YCbCr", "RGB", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or height * width):
+        turned = exif and orientation(Image.open(io.BytesIO(data), formats=FORMATS)) != 1
+        same = colours in ("YCbCr", "RGB", "Gray") and not turned
+        if same and height * width <= (Image.MAX_IMAGE_PIXELS or height * width):
             return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
-    except ValueError:  # refused: Pillow decides
+    except (ValueError, OSError):  # refused: Pillow decides
         pass
-    return pil_to_tensor(decode(data, name))
+    return pil_to_tensor(decode(data, name, exif=exif))
 
 
-def training_decoder(name: str) -> Decoder:
-    """The decoder that DATA.DECODER names. Raises DataError where it is not installed."""
-    if name == "pillow":
-        return decode
+def require_simplejpeg() -> None:
+    """Raise DataError where it is not installed."""
     if find_spec("simplejpeg") is None:
         raise DataError(
             "DATA.DECODER is simplejpeg, which is not installed; `pip install simplejpeg` or set DATA.DECODER pillow"
         )
-    return decode_fast
+
+
+def decoder_for(config: CfgNode, split: str) -> Decoder:
+    """What decodes the images of a split: DATA.DECODER those of train, Pillow the others, because that is exact."""
+    fast = split == "train" and config.DATA.DECODER == "simplejpeg"
+    if fast:
+        require_simplejpeg()
+    return partial(decode_fast if fast else decode, exif=config.DATA.EXIF)
 
 
 class FractionSource:

@@ -6,7 +6,7 @@ from yacs.config import CfgNode
 
 from data.examination import examine_layouts
 from data.findings import Layout, Report
-from data.sources.base import DataError, DatasetBuilder, Decoder, Source, decode, require_folder, training_decoder
+from data.sources.base import DataError, DatasetBuilder, Decoder, Source, decode, decoder_for, require_folder
 from data.sources.folder import FolderSource, check_folder
 from data.sources.shards import INDEX_FILE, ShardSplit, check_shards, read_index
 from data.sources.zip import ZipSource, check_zip, warm_page_cache
@@ -42,16 +42,24 @@ def open_source(
     map file or shards of the split in `root`. Raises DataError."""
     format = data_format(config, root)
     if format == "shards":
-        return ShardSplit(root, split)
+        return ShardSplit(root, split, decoder)
     if format == "folder":
         return FolderSource(folder, classes, decoder)
     source = ZipSource(root / f"{split}.zip", root / f"{split}_map.txt", decoder)
+    if split == "train":
+        source.require_every_label()
     local_rank, local_size = distributed.local_rank(), distributed.local_world_size()
     if config.DATA.CACHE_MODE == "full" and local_rank == 0:
         warm_page_cache(source.path)
     elif config.DATA.CACHE_MODE == "part":
         warm_page_cache(source.path, share=local_rank, shares=local_size)
     return source
+
+
+def _nearby(root: Path) -> Path | None:
+    """A data set of folders one level above or below, for a path that is one level too deep or not deep enough."""
+    places = (root.resolve().parent, *sorted(path for path in root.iterdir() if path.is_dir()))
+    return next((place for place in places if (place / "train").is_dir() and (place / "val").is_dir()), None)
 
 
 class ImageFiles(DatasetBuilder):
@@ -64,8 +72,9 @@ class ImageFiles(DatasetBuilder):
             raise DataError("no data set: --data-path names the folder that holds train/ and val/")
         root = Path(config.DATA.DATA_PATH)
         require_folder(root)
-        decoder = training_decoder(config.DATA.DECODER) if split == "train" else decode  # evaluation is exact
-        return open_source(config, root, root / split, split, classes, decoder)
+        if data_format(config, root) == "folder" and not (root / split).is_dir() and (meant := _nearby(root)):
+            raise DataError(f"{root} holds no {split}/; did you mean --data-path {meant}?")
+        return open_source(config, root, root / split, split, classes, decoder_for(config, split))
 
     def check(self, config: CfgNode, report: Report) -> None:
         if not config.DATA.DATA_PATH:

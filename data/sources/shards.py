@@ -10,24 +10,27 @@ import functools
 import itertools
 import json
 import random
+import re
 import tarfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.datasets import Sample, SampleRandomness, too_many_unreadable
 from data.findings import Layout, Report, Task
 from data.samplers import Draw
-from data.sources.base import DataError, Decoder, Picture, UnreadableImage, decode
+from data.sources.base import LARGEST_FILE, DataError, Decoder, Picture, UnreadableImage, decode, label_of
+from data.sources.listing import is_image, is_litter
+from utils.names import printable
 
 INDEX_FILE = "shards.json"
 INDEX_VERSION = 1
+META = re.compile(r"__[^/]*__($|/)")  # files of WebDataset's own
 MEND = "python main.py … --check-data examines every shard, tools.prepare_imagenet writes them anew"
 
 
@@ -66,13 +69,19 @@ def read_index(root: Path) -> Index:
         if tree["version"] != INDEX_VERSION:
             raise DataError(f"{path} is of version {tree['version']}, expected {INDEX_VERSION}")
         splits = {
-            split: [Shard(str(s["name"]), int(s["images"]), int(s["bytes"])) for s in entry["shards"]]
+            split: [Shard(str(s["name"]), s["images"], s["bytes"]) for s in entry["shards"]]
             for split, entry in tree["splits"].items()
         }
         for split, shards in splits.items():
+            for shard in shards:
+                if type(shard.images) is not int or type(shard.bytes) is not int or shard.images < 1:
+                    raise DataError(
+                        f"{path}: {printable(shard.name)} has {shard.images} images in {shard.bytes} bytes, expected"
+                        f" whole numbers and at least one image; {MEND}"
+                    )
             if sum(shard.images for shard in shards) != tree["splits"][split]["images"]:
                 raise DataError(f"{path}: the counts of the {split} shards do not add up to its total")
-        return Index(tuple(map(str, tree["classes"])), splits)
+        return Index(tuple(map(printable, tree["classes"])), splits)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is no index of shards ({error!r}); tools.prepare_imagenet writes one") from error
 
@@ -82,20 +91,22 @@ def file_problem(root: Path, shard: Shard) -> str | None:
     path = root / shard.name
     try:
         size = path.stat().st_size
-    except OSError as error:
-        return f"{path}: {error.strerror}"
+    except (OSError, ValueError) as error:  # a ValueError for a name that no file can have
+        return f"{path}: {getattr(error, 'strerror', None) or error}"
+    if not path.is_file():
+        return f"{path} is no regular file"
     if size != shard.bytes:
         return f"{path} has {size} bytes, {INDEX_FILE} says {shard.bytes}"
     return None
 
 
-def _library() -> tuple[Any, Any]:
-    """WebDataset's filters and tar iterators."""
+def _shuffle() -> Callable[..., Any]:
+    """WebDataset's shuffle buffer."""
     try:
-        from webdataset import filters, tariterators  # slow to import, and only shards need it
+        from webdataset.filters import shuffle  # slow to import, and only shards need it
     except ModuleNotFoundError:
         raise DataError("tar shards are read by the package webdataset: pip install webdataset") from None
-    return filters, tariterators
+    return shuffle
 
 
 class Encoded(NamedTuple):
@@ -107,9 +118,47 @@ class Encoded(NamedTuple):
     label: int
 
 
-def image_member(sample: dict[str, Any]) -> str | None:
-    """The extension under which a sample of WebDataset's holds its image."""
-    return next((field for field in sample if f".{field}" in IMG_EXTENSIONS), None)
+def read_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members of each sample of a shard, as WebDataset has them: neighbouring files of one name, by extension.
+
+    Raises OSError or TarError where the shard is damaged.
+    """
+    try:
+        yield from _samples(path)
+    except (OSError, tarfile.TarError):
+        raise
+    except Exception as error:  # that of a compression, or of a header's numbers
+        raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    key, members = "", dict[str, bytes]()
+    with path.open("rb", buffering=1 << 20) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
+        for member in archive:
+            archive.members = []  # type: ignore[attr-defined]  # or it remembers every member
+            folder, slash, name = member.name.rpartition("/")
+            stem, dot, extension = name.partition(".")
+            meta = META.match(member.name) is not None
+            if not (member.isreg() and stem and dot) or meta or is_litter(member.name):
+                continue
+            if folder + slash + stem != key and members:
+                yield key, members
+                members = {}
+            key, extension = folder + slash + stem, extension.lower()
+            if extension in members:
+                raise tarfile.ReadError(f"it has two files {printable(member.name)} one after the other")
+            if sum(map(len, members.values())) + member.size > LARGEST_FILE:
+                raise tarfile.ReadError(f"{printable(key)} has more than {LARGEST_FILE:,} bytes")
+            content = archive.extractfile(member)
+            assert content is not None, "regular files have content"
+            members[extension] = content.read()
+    if members:
+        yield key, members
+
+
+def image_member(members: Iterable[str]) -> str | None:
+    """The extension under which a sample holds its image."""
+    return next((extension for extension in members if is_image(f".{extension}")), None)
 
 
 class ShardSplit:
@@ -119,10 +168,11 @@ class ShardSplit:
     empty, or webdataset is not installed.
     """
 
-    def __init__(self, root: Path, split: str) -> None:
+    def __init__(self, root: Path, split: str, decoder: Decoder = decode) -> None:
         index = read_index(root)
+        self.decoder = decoder
         self.root, self.classes, self.num_classes = root, index.classes, len(index.classes)
-        self.shards = [shard for shard in index.splits.get(split, []) if shard.images]
+        self.shards = index.splits.get(split, [])
         if not self.shards:
             raise DataError(f"{root / INDEX_FILE} lists no images of the split {split}")
         problems = [problem for shard in self.shards if (problem := file_problem(root, shard))]
@@ -130,7 +180,7 @@ class ShardSplit:
             raise DataError(f"{len(problems)} of {len(self.shards)} {split} shards are damaged: {problems[0]}; {MEND}")
         self.num_images = sum(shard.images for shard in self.shards)
         self._first = list(itertools.accumulate((shard.images for shard in self.shards), initial=0))
-        _library()
+        _shuffle()
 
     def read(self, order: Sequence[int], begin: int, end: int) -> Iterator[Encoded]:
         """The images `begin` to `end` of the sequence that the shards make in `order`; other shards stay closed."""
@@ -142,34 +192,35 @@ class ShardSplit:
             first += images
 
     def _read_shard(self, number: int, begin: int, end: int) -> Iterator[Encoded]:
-        """Raises DataError where the shard is not what the index says: fewer images, no label, an unreadable tar."""
+        """Raises DataError where the shard is not what the index says: other images, no label, an unreadable tar."""
         shard, count = self.shards[number], 0
         path = self.root / shard.name
-        _, tariterators = _library()
         try:
-            with path.open("rb", buffering=1 << 20) as file:
-                members = tariterators.tar_file_expander([{"url": shard.name, "stream": file}])
-                for sample in itertools.islice(tariterators.group_by_keys(members), end):
-                    count += 1
-                    if count > begin:
-                        yield self._encoded(number, count - 1, sample)
+            samples = read_samples(path)
+            for key, members in itertools.islice(samples, end):
+                count += 1
+                if count > begin:
+                    yield self._encoded(number, count - 1, printable(key), members)
+            if end == shard.images and next(samples, None):
+                count += 1
         except (OSError, tarfile.TarError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error.args[0]
             raise DataError(f"{path}: {reason} after {count} of {shard.images} images; {MEND}") from error
-        if count < end:
-            raise DataError(f"{path} holds {count} images, {INDEX_FILE} says {shard.images}; {MEND}")
+        if count != end:
+            more = "more than " if count > end else ""
+            raise DataError(f"{path} holds {more}{min(count, end)} images, {INDEX_FILE} says {shard.images}; {MEND}")
 
-    def _encoded(self, number: int, place: int, sample: dict[str, Any]) -> Encoded:
-        shard = self.shards[number]
-        extension, label = image_member(sample), sample.get("cls", b"").strip()
-        if extension is None or not label.isdigit() or int(label) >= self.num_classes:
+    def _encoded(self, number: int, place: int, key: str, members: dict[str, bytes]) -> Encoded:
+        path = self.root / self.shards[number].name
+        extension, written = image_member(members), members.get("cls", b"")
+        label = label_of(written)
+        if extension is None or label is None or label >= self.num_classes:
             raise DataError(
-                f"{self.root / shard.name}: sample {sample['__key__']} has the members"
-                f" {sorted(field for field in sample if not field.startswith('__'))} and the label {label!r}, expected"
-                f" an image and a cls member from 0 to {self.num_classes - 1}; {MEND}"
+                f"{path}: sample {key} has the members {sorted(members)} and the label {written.strip()[:20]!r},"
+                f" expected an image and a cls member from 0 to {self.num_classes - 1}; {MEND}"
             )
-        name = f"{self.root / shard.name}/{sample['__key__']}.{extension}"
-        return Encoded(self._first[number] + place, name, sample[extension], int(label))
+        name = f"{printable(path)}/{key}.{extension}"
+        return Encoded(self._first[number] + place, name, members[extension], label)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +264,6 @@ def shuffled(
     reading begins with the earliest image that is still in the buffer then: `read(first, end)` is asked for nothing
     before it. The first draw needs a quarter of the buffer, which grows to its size from there.
     """
-    filters, _ = _library()
     empty: dict[int, _Slot] = {}  # in the buffer, with nothing read yet
     images: Iterator[Encoded] | None = None
     fed = begin
@@ -228,7 +278,7 @@ def shuffled(
             fed += 1
             yield slot
 
-    draws = filters.shuffle(buffer, initial=buffer // 4, rng=generator)(feed())
+    draws = _shuffle()(buffer, initial=buffer // 4, rng=generator)(feed())
     for _ in range(skip):
         del empty[next(draws).position]
     first = min(empty, default=fed)
@@ -283,7 +333,7 @@ class ShardEvalDataset(ShardDataset):
     def __iter__(self) -> Iterator[Sample]:
         begin, end = self._range(len(self), *_this_stream())
         for encoded in self.split.read(range(len(self.split.shards)), begin, end):
-            image = self.transform(decode(encoded.data, encoded.name))
+            image = self.transform(self.split.decoder(encoded.data, encoded.name))
             yield Sample(image, encoded.label, position=encoded.position, name=encoded.name)
 
 
@@ -310,12 +360,11 @@ class ShardTrainDataset(ShardDataset):
         seed: int,
         buffer: int,
         max_unreadable: int,
-        decoder: Decoder = decode,
     ) -> None:
         super().__init__(split, transform, batch_size=batch_size, rank=rank, world_size=world_size)
         share = split.num_images // world_size
         self.begin, self.end = rank * share, (rank + 1) * share
-        self.seed, self.buffer, self.max_unreadable, self.decoder = seed, buffer, max_unreadable, decoder
+        self.seed, self.buffer, self.max_unreadable = seed, buffer, max_unreadable
         # epoch and first sample, in memory that loader processes which outlive an epoch see too
         self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
 
@@ -347,7 +396,7 @@ class ShardTrainDataset(ShardDataset):
                     ahead.append(next(images))
                 encoded = ahead[len(unreadable)]
                 try:
-                    image = self.decoder(encoded.data, encoded.name)
+                    image = self.split.decoder(encoded.data, encoded.name)
                     break
                 except UnreadableImage as error:
                     unreadable.append(str(error))

@@ -1,19 +1,21 @@
 """Images in a zip file, with a map file of their labels."""
 
+import codecs
 import os
-import zipfile
-import zlib
 from array import array
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.findings import Layout, Report, chunks
-from data.sources.base import DataError, Decoder, Picture, UnreadableImage, decode
-from data.sources.zip_index import ZipError, ZipIndex
+from data.sources.base import DataError, Decoder, Picture, UnreadableImage, decode, label_of
+from data.sources.listing import is_image, is_litter
+from data.sources.zip_index import ZipError, ZipIndex, as_text
+from logger import get_logger
+from utils.names import printable
 
 
 class ZipSource:
@@ -29,38 +31,53 @@ class ZipSource:
                 raise DataError(f"{path} does not exist; --zip needs train.zip, train_map.txt, val.zip and val_map.txt")
         self.path, self._decoder = zip_path, decoder
         self._handle: tuple[int, BinaryIO] | None = None
-        try:
-            index = ZipIndex.of(zip_path)
-        except (ZipError, OSError) as error:
-            raise DataError(f"{zip_path} is not a readable zip file: {error}") from error
+        index = open_index(zip_path)
         positions, labels = array("q"), array("i")
-        with map_path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                line = line.removesuffix("\n")
-                name, tab, label = line.rpartition("\t")
-                if not tab or not label.strip().isdecimal():
-                    raise DataError(f"{map_path} line {number}: expected `path<TAB>label`, received {line!r}")
-                position = index.find(name.encode())
-                if position is None:
-                    raise DataError(f"{map_path} line {number} names {name!r}, which {zip_path} does not contain")
-                positions.append(position)
-                labels.append(int(label))
+        left_out: list[str] = []
+        for number, line in map_lines(map_path):
+            name, label = parsed(line)
+            if label is None:
+                raise DataError(f"{map_path} line {number}: expected `path<TAB>label`, received '{as_text(line)[:80]}'")
+            if is_litter(os.fsdecode(name)):
+                left_out.append(as_text(name))
+                continue
+            position = index.find(name)
+            if position is None:
+                raise DataError(
+                    f"{map_path} line {number} names '{as_text(name)}', which {zip_path} does not contain; names are"
+                    " in UTF-8"
+                )
+            positions.append(position)
+            labels.append(label)
         if not labels:
             raise DataError(f"{map_path} is empty; expected lines `path<TAB>label`")
+        if left_out:
+            get_logger().info(
+                "%s: %d hidden or system files are left out, such as %s", map_path, len(left_out), left_out[0]
+            )
         self._index = index.take(positions)
         self.labels = np.array(labels)
         self.num_classes = int(self.labels.max()) + 1
         self.classes = self._class_names()
 
     def _class_names(self) -> tuple[str, ...] | None:
-        folders: list[set[bytes]] = [set() for _ in range(self.num_classes)]
-        for name, label in zip(self._index.names, self.labels, strict=True):
-            folders[label].add(name.rpartition(b"/")[0].rpartition(b"/")[2])
-        names = [next(iter(found)).decode() for found in folders if len(found) == 1]
-        unique = len(names) == self.num_classes == len(set(names)) and all(names)
-        return tuple(names) if unique else None
+        """The folder of each label, "" for labels without images; None where folders and labels do not correspond."""
+        folders: dict[int, set[bytes]] = {}
+        for name, label in zip(self._index.names, self.labels.tolist(), strict=True):
+            folders.setdefault(label, set()).add(name.rpartition(b"/")[0].rpartition(b"/")[2])
+        names = {label: as_text(next(iter(found))) for label, found in folders.items() if len(found) == 1}
+        if len(names) < len(folders) or len(set(names.values())) < len(names) or not all(names.values()):
+            return None
+        return tuple(names.get(label, "") for label in range(self.num_classes))
+
+    def require_every_label(self) -> None:
+        """Raise DataError where a label between the others has no image: the classes would not be what they seem."""
+        counts = np.bincount(self.labels)
+        if gaps := np.flatnonzero(counts == 0).tolist():
+            raise DataError(
+                f"{self.path}: {len(gaps)} labels from 0 to {self.num_classes - 1} have no image"
+                f" ({', '.join(map(str, gaps[:5]))}); number the classes from 0 without gaps"
+            )
 
     @property
     def index_bytes(self) -> int:
@@ -68,19 +85,50 @@ class ZipSource:
         return self._index.nbytes + self.labels.nbytes
 
     def name(self, index: int) -> str:
-        return f"{self.path}:{self._index.names[index].decode()}"
+        return f"{printable(self.path)}:{as_text(self._index.names[index])}"
 
     def load(self, index: int) -> Picture:
         if self._handle is None or self._handle[0] != os.getpid():  # each forked worker has a handle of its own
             self._handle = (os.getpid(), self.path.open("rb", buffering=0))
-        try:
-            data = self._index.read(self._handle[1].fileno(), index)
-        except (OSError, ZipError, zlib.error) as error:
-            raise UnreadableImage(f"{self.name(index)}: {error}") from error
-        return self._decoder(data, self.name(index))
+        name = self.name(index)
+        return self._decoder(read_member(self._index, self._handle[1].fileno(), index, name), name)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_handle": None}
+
+
+def open_index(path: Path) -> ZipIndex:
+    """The index of a zip. Raises DataError for what is none."""
+    try:
+        return ZipIndex.of(path)
+    except (ZipError, OSError) as error:
+        raise DataError(f"{path} is not a readable zip file: {error}") from error
+
+
+def read_member(index: ZipIndex, descriptor: int, position: int, name: str) -> bytes:
+    """A file of a zip. Raises UnreadableImage, with its name, where it is damaged."""
+    try:
+        return index.read(descriptor, position)
+    except (OSError, ZipError) as error:
+        raise UnreadableImage(f"{name}: {error}") from error
+
+
+def map_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and content of each line of a map that is not empty. Raises DataError where it cannot be read."""
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                line = line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").removesuffix(b"\n")
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def parsed(line: bytes) -> tuple[bytes, int | None]:
+    """Name and label of a map's line; without a label it is malformed."""
+    name, tab, label = line.rpartition(b"\t")
+    return name, label_of(label) if tab else None
 
 
 def warm_page_cache(path: Path, *, share: int = 0, shares: int = 1) -> None:
@@ -100,12 +148,12 @@ def check_zip(root: Path, split: str, report: Report) -> Layout | None:
         report.error(f"{' and '.join(absent)} do{'es' if len(absent) == 1 else ''} not exist")
         return None
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = Counter(info.filename for info in archive.infolist() if not info.is_dir())
-        lines = map_path.read_text(encoding="utf-8").splitlines()
-    except (zipfile.BadZipFile, OSError, UnicodeDecodeError) as error:
-        report.error(f"{path} and {map_path.name} cannot be read: {error}")
+        index, lines = open_index(path), list(map_lines(map_path))
+    except DataError as error:
+        report.error(str(error))
         return None
+    # a folder has an entry of its own, which ends in a slash
+    members = Counter(name for name in index.names if not name.endswith(b"/") and not is_litter(os.fsdecode(name)))
     samples = _check_map(path, map_path, lines, members, report)
     if not samples:
         report.error(f"{map_path} names no image of {path.name}")
@@ -114,43 +162,47 @@ def check_zip(root: Path, split: str, report: Report) -> Layout | None:
     if gaps := [str(label) for label in range(max(counts)) if label not in counts]:
         # a class that only one split lacks is found where splits are compared
         (report.error if split == "train" else report.warn)(f"{map_path}: {len(gaps)} labels have no image", gaps)
-    return Layout(_class_folders(map_path, samples, report), counts, chunks(split, path, list(samples.items())))
+    # tasks are of str, which holds any bytes in this form
+    named = [(os.fsdecode(name), label) for name, label in samples.items()]
+    return Layout(_class_folders(map_path, samples, report), counts, chunks(split, path, named))
 
 
-def _check_map(path: Path, map_path: Path, lines: list[str], members: Counter[str], report: Report) -> dict[str, int]:
+def _check_map(
+    path: Path, map_path: Path, lines: list[tuple[int, bytes]], members: Counter[bytes], report: Report
+) -> dict[bytes, int]:
     """The label of each image that the map names rightly; what is wrong with the others is a finding."""
-    samples: dict[str, int] = {}
+    samples: dict[bytes, int] = {}
     malformed, absent, repeated = [], [], []
-    for number, line in enumerate(lines, start=1):
-        name, tab, label = line.rpartition("\t")
-        if not line.strip():
+    for number, line in lines:
+        name, label = parsed(line)
+        if label is None:
+            malformed.append(f"line {number}: '{as_text(line)[:80]}'")
+        elif is_litter(os.fsdecode(name)):
             continue
-        if not tab or not label.strip().isdecimal():
-            malformed.append(f"line {number}: {line!r}")
         elif name not in members:
-            absent.append(f"line {number}: {name}")
+            absent.append(f"line {number}: {as_text(name)}")
         elif name in samples:
-            repeated.append(f"line {number}: {name}")
+            repeated.append(f"line {number}: {as_text(name)}")
         else:
-            samples[name] = int(label)
+            samples[name] = label
     if malformed:
         report.error(f"{map_path}: {len(malformed):,} lines are not `path<TAB>label`", malformed)
     if absent:
         report.error(f"{map_path} names {len(absent):,} files that {path.name} does not contain", absent)
     if repeated:
         report.error(f"{map_path} names {len(repeated):,} files again", repeated)
-    if unnamed := [name for name in members if name not in samples and name.lower().endswith(IMG_EXTENSIONS)]:
+    if unnamed := [as_text(name) for name in members if name not in samples and is_image(os.fsdecode(name))]:
         report.error(f"{path} contains {len(unnamed):,} images without a (valid) line in {map_path.name}", unnamed)
-    if twice := [name for name, count in members.items() if count > 1]:
+    if twice := [as_text(name) for name, count in members.items() if count > 1]:
         report.error(f"{path} contains {len(twice):,} names more than once", twice)
     return samples
 
 
-def _class_folders(map_path: Path, samples: dict[str, int], report: Report) -> tuple[str, ...] | None:
+def _class_folders(map_path: Path, samples: dict[bytes, int], report: Report) -> tuple[str, ...] | None:
     """The name of each label's folder; None where labels and folders do not correspond."""
     folders: dict[int, set[str]] = {}
     for name, number in samples.items():
-        folders.setdefault(number, set()).add(os.path.dirname(name))
+        folders.setdefault(number, set()).add(as_text(os.path.dirname(name)))
     mixed = [f"label {label}: {', '.join(sorted(names)[:5])}" for label, names in folders.items() if len(names) > 1]
     by_label = [next(iter(folders.get(label, {""}))) for label in range(max(samples.values()) + 1)]
     named = not mixed and all(by_label) and len(set(by_label)) == len(by_label)

@@ -13,6 +13,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from data.sources.base import LARGEST_FILE
+from utils.names import printable
+
 
 class PackedNames:
     """Byte strings one after another in a single buffer, and where each ends; indexing gives `bytes`."""
@@ -55,7 +58,8 @@ _LOCATOR_64_SIZE = 20  # its signature says that a 64-bit end stands right befor
 _ENCRYPTED, _UTF_8 = 0x1, 0x800  # flags
 _STORED, _DEFLATED = 0, 8  # methods
 _TOO_WIDE = 0xFFFFFFFF  # stands for what only the 64-bit extra field can hold
-_MEMBER = np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc", "<u4"), ("method", "u1")])
+_MOST = ((1 << 64) - 1, _TOO_WIDE, _TOO_WIDE, _TOO_WIDE, 255)  # of each number that is kept; larger files are refused
+_MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("original", "<u4"), ("crc", "<u4"), ("method", "u1")])
 
 
 class ZipError(ValueError):
@@ -63,11 +67,13 @@ class ZipError(ValueError):
 
 
 class Member(NamedTuple):
-    """One file in a zip: its name in UTF-8, where its header starts, its compressed size, its checksum, its method."""
+    """One file in a zip: its name in UTF-8, where its header starts, its size compressed and not, its checksum, its
+    method."""
 
     name: bytes
     offset: int
     size: int
+    original: int
     crc: int
     method: int
 
@@ -90,7 +96,7 @@ class ZipIndex:
 
         def names(file: BinaryIO) -> Iterator[bytes]:
             for name, *numbers in zip_members(file):
-                rows.extend(struct.pack("<QQIB", *numbers))
+                rows.extend(struct.pack("<Q3IB", *map(min, numbers, _MOST)))
                 yield name
 
         with path.open("rb", buffering=1 << 20) as file:
@@ -119,18 +125,31 @@ class ZipIndex:
         return self.names.nbytes + self.members.nbytes
 
     def read(self, descriptor: int, position: int) -> bytes:
-        """Content of one file of the open zip. Raises ZipError, zlib.error or OSError where it is damaged."""
-        offset, size, crc, method = (int(value) for value in self.members[position])
-        header = os.pread(descriptor, 4 + _LOCAL.size, offset)
+        """Content of one file of the open zip. Raises ZipError or OSError where it is damaged or too large.
+
+        It takes no more memory than the zip's directory says, and LARGEST_FILE allows.
+        """
+        offset, size, original, crc, method = (int(value) for value in self.members[position])
+        if max(size, original) > LARGEST_FILE:
+            raise ZipError(f"{max(size, original):,} bytes, expected at most {LARGEST_FILE:,}")
+        header = os.pread(descriptor, 4 + _LOCAL.size, offset) if offset < 1 << 62 else b""
         if len(header) < 4 + _LOCAL.size or not header.startswith(b"PK\x03\x04"):
             raise ZipError("no file starts where the zip's directory says")
         name_length, extra_length = _LOCAL.unpack_from(header, 4)
         content = os.pread(descriptor, size, offset + len(header) + name_length + extra_length)
         if method == _DEFLATED:
-            content = zlib.decompress(content, -zlib.MAX_WBITS)
-        if zlib.crc32(content) != crc:
-            raise ZipError("the zip's checksum of this file is another one")
+            try:
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, original + 1)
+            except zlib.error as error:
+                raise ZipError(str(error)) from error
+        if len(content) != original or zlib.crc32(content) != crc:
+            raise ZipError("the zip's size or checksum of this file is another one")
         return content
+
+
+def as_text(name: bytes) -> str:
+    """A name in a zip or a map as it is shown."""
+    return printable(name.decode("utf-8", "surrogateescape"))
 
 
 def zip_members(file: BinaryIO) -> Iterator[Member]:
@@ -149,12 +168,12 @@ def zip_members(file: BinaryIO) -> Iterator[Member]:
         if not flags & _UTF_8 and not name.isascii():
             name = name.decode("cp437").encode()
         if flags & _ENCRYPTED:
-            raise ZipError(f"{name.decode()} is encrypted")
+            raise ZipError(f"{as_text(name)} is encrypted")
         if method not in (_STORED, _DEFLATED):
-            raise ZipError(f"{name.decode()} has compression method {method}, expected 0 (stored) or 8 (deflated)")
+            raise ZipError(f"{as_text(name)} has compression method {method}, expected 0 (stored) or 8 (deflated)")
         if _TOO_WIDE in (original_size, size, offset):
-            _, size, offset = _wide_values(extra, (original_size, size, offset))
-        yield Member(name, offset + shift, size, crc, method)
+            original_size, size, offset = _wide_values(extra, (original_size, size, offset))
+        yield Member(name, offset + shift, size, original_size, crc, method)
 
 
 def _find_directory(file: BinaryIO) -> tuple[int, int, int]:

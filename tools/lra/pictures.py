@@ -16,13 +16,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.sources.base import DataError
+from data.sources.base import FORMATS, DataError
 from data.sources.bundled import FASHION_MNIST_FILES, FashionMnistSource
 from data.sources.token_cache import FileRecord
 from tools.lra import files
 from tools.lra.cache import Content, Sample
 from tools.lra.files import find, label_of, new_source, note, record_of
 from tools.prepared_folder import FolderDigest
+from utils.names import printable
 from utils.parallel import parallel
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,6 +186,8 @@ def read_pathfinder_batch(metadata: Path) -> PathfinderBatch:
             raise DataError(f"{where} has {len(columns)} columns, expected {METADATA_COLUMNS}; is the file truncated?")
         label = label_of(columns[3].encode(), 2, where)
         path = root / columns[0] / columns[1]
+        if not os.path.abspath(path).startswith(os.path.join(os.path.abspath(root), "")):
+            raise DataError(f"{where} names {printable(path)}, which lies outside of {root}")
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -206,9 +209,9 @@ def read_pathfinder_batch(metadata: Path) -> PathfinderBatch:
 
 def _grey_image(data: bytes, path: Path) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # a decoder may fail in any way
         raise DataError(f"{path} is no complete image: {error}") from error
     if image.mode != "L" or image.size != (PATHFINDER_SIDE, PATHFINDER_SIDE):
         raise DataError(

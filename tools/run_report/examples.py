@@ -59,7 +59,7 @@ def _load(run: RunRecord, predictions: Predictions, rows: list[int], data_path: 
         raise ValueError("the samples are sequences")
     from config import image_size
     from data.builders import builder_of
-    from data.sources.base import Picture, decode
+    from data.sources.base import Picture
     from data.sources.shards import ShardSplit
     from data.transforms import evaluation_transform
 
@@ -74,7 +74,7 @@ def _load(run: RunRecord, predictions: Predictions, rows: list[int], data_path: 
     for index, file in zip(predictions.index[rows].tolist(), predictions.file[rows].tolist(), strict=True):
         if isinstance(source, ShardSplit):
             encoded = next(source.read(range(len(source.shards)), index, index + 1))
-            name, image = encoded.name, decode(encoded.data, encoded.name)
+            name, image = encoded.name, source.decoder(encoded.data, encoded.name)
         elif index < len(source.labels):
             name, image = source.name(index), source.load(index)
         else:

@@ -101,7 +101,8 @@ def _facts(run: RunRecord) -> dict[str, tuple[str, str]]:
     if best:
         weights = {"val": "", "ema": "average of the weights (EMA), "}[best["kind"]]
         facts["best top-1"] = value(best, "top1", "{:.2f} %"), f"{weights}validation after {moment(best)}"
-        facts["top-5 there"] = value(best, "top5", "{:.2f} %"), f"loss {value(best, 'loss', '{:.4f}')}"
+        if "top5" in best:
+            facts["top-5 there"] = value(best, "top5", "{:.2f} %"), f"loss {value(best, 'loss', '{:.4f}')}"
     if ema := run.best("ema"):
         for title, record in (("the model", run.best("val")), ("EMA", ema)):
             if record:

@@ -19,6 +19,7 @@ from logger import get_logger
 from utils import distributed
 from utils.checkpoints.finding import remove_temporary_files
 from utils.faults.preemption import remove_marker
+from utils.names import printable_lines
 
 LOCK_FILE = ".lock"
 PATIENCE = 20.0  # seconds that a run waits for an earlier one that may just be saving
@@ -133,7 +134,7 @@ def own_folder(folder: Path, lasting: tuple[type[Exception], ...]) -> Iterator[N
         yield
     except lasting as problem:
         if not stopped.exists():
-            stopped.write_text(f"{problem}\n", encoding="utf-8")
+            stopped.write_text(f"{printable_lines(problem)}\n", encoding="utf-8")
         raise
     finally:
         if lock:
