@@ -158,9 +158,9 @@ def in_fresh_process(function: Callable[..., Returned], *arguments: Any, threads
 
 
 def configuration(name: str, options: str = "", **values: object) -> CfgNode:
-    """Of configs/`name`.yaml, with `KEY VALUE` pairs, and values whose keys are written SECTION__KEY."""
+    """Of configs/`name`.yaml with `KEY VALUE` pairs, and values whose keys are SECTION__KEY; a step is one pass."""
     words = [str(word) for key, value in values.items() for word in (key.replace("__", "."), value)]
-    return load_config(str(ROOT / "configs" / f"{name}.yaml"), [*options.split(), *words])
+    return load_config(str(ROOT / "configs" / f"{name}.yaml"), ["TRAIN.GLOBAL_BATCH", "null", *options.split(), *words])
 
 
 def device_slug(device: torch.device) -> str:

@@ -220,9 +220,10 @@ def _build_train(config: CfgNode, modality: Modality, source: Source | ShardSpli
     rank, world_size = distributed.rank(), plan.world_size
     size = source.num_images if isinstance(source, ShardSplit) else len(source.labels)
     if size < plan.global_batch:
+        key = "DATA.BATCH_SIZE" if config.TRAIN.GLOBAL_BATCH is None else "TRAIN.GLOBAL_BATCH"
         raise DataError(
             f"{size} training images on {world_size} processes are less than one step of"
-            f" {plan.accumulation} × {plan.per_process} images; lower DATA.BATCH_SIZE or TRAIN.GLOBAL_BATCH"
+            f" {plan.accumulation} × {plan.per_process} images; lower {key}"
         )
     samples = None if plan.epoch_steps is None else plan.epoch_steps * plan.accumulation * plan.per_process
     share = config.DATA.MAX_UNREADABLE

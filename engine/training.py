@@ -15,7 +15,6 @@ from yacs.config import CfgNode
 
 from config import Plan
 from data.loaders import Loaders
-from data.sources.base import DataError
 from data.transforms import mixup_enabled
 from logger import get_logger
 from lr_scheduler import build_scheduler
@@ -104,12 +103,6 @@ def build_training(
     """Optimizer, schedule, scaler, average and loss around a bare model that is already on its device."""
     assert loaders.train is not None
     steps_per_epoch = len(loaders.train) // plan.accumulation
-    if not steps_per_epoch:
-        raise DataError(
-            f"{loaders.train.num_images} training samples are fewer than the {plan.global_batch} of one optimizer step;"
-            f" --opts TRAIN.GLOBAL_BATCH {max(plan.world_size, loaders.train.num_images // 8)}, for example, gives"
-            " several steps an epoch"
-        )
     optimizer = build_optimizer(config, model, plan.lr_scale)
     amp_dtype = autocast_dtype(config.AMP_DTYPE, device) if config.AMP else None
     get_logger().info(

@@ -43,6 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 def loaders(root: Path, *options: str, train: bool = True) -> Loaders:
     fixed = f"DATA.DATA_PATH {root} DATA.IMG_SIZE 64 DATA.BATCH_SIZE 4 DATA.NUM_WORKERS 0".split()
+    fixed += ["TRAIN.GLOBAL_BATCH", "null"]
     config = load_config(config_file("pola_swin_t"), [*fixed, *options])
     return build_loaders(config, make_plan(config), train=train)
 

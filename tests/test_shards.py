@@ -93,6 +93,7 @@ def loaders(
     root: Path, *options: str, rank: int = 0, world_size: int = 1, train: bool = True, monkeypatch=None
 ) -> Loaders:
     fixed = f"DATA.DATA_PATH {root} DATA.IMG_SIZE 32 DATA.BATCH_SIZE 4 DATA.NUM_WORKERS 0 DATA.SHUFFLE_BUFFER 8".split()
+    fixed += ["TRAIN.GLOBAL_BATCH", "null"]
     config = load_config(config_file("pola_swin_t"), [*fixed, *options])
     if monkeypatch is None:
         return build_loaders(config, make_plan(config), train=train)
