@@ -44,7 +44,7 @@ class Sink:
     """Takes what a run says to a place that may refuse it: a terminal that is gone, a full disk, a folder removed.
 
     Such a place never ends a run. What it refused is kept, and tried again, in its order, with all that follows and at
-    the end. The first failure is one warning, which every other place gets.
+    the end. The first failure is one warning, which every other place gets; "not now" (EAGAIN) is none.
     """
 
     def __init__(self, name: str, write: Callable[[Any], None]) -> None:
@@ -58,6 +58,10 @@ class Sink:
         self._kept.append(item)
         self.flush()
 
+    def drop(self) -> None:
+        """Forget what is kept."""
+        self._kept.clear()
+
     def flush(self) -> None:
         """Deliver what is kept, as far as it is taken."""
         try:
@@ -65,7 +69,7 @@ class Sink:
                 self._write(self._kept[0])
                 self._kept.popleft()
         except (OSError, ValueError) as error:
-            if not self._warned:
+            if not self._warned and not isinstance(error, BlockingIOError):
                 self._warned = True
                 why = getattr(error, "strerror", None) or error
                 get_logger().warning(
@@ -239,8 +243,7 @@ class MetricsWriter:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._sink.put(json.dumps({"kind": kind, "epoch": epoch, "step": step, **finite}))
-        if self.tensorboard:
-            self.tensorboard.write_scalars({f"{kind}/{name}": value for name, value in values.items()}, step)
+        self._show(kind, step, values)
 
     def _append(self, line: str | None) -> None:
         assert self.path is not None
@@ -255,6 +258,19 @@ class MetricsWriter:
             os.replace(temporary, self.path)
             self._whole = True
         self._written += lines
+
+    def restore(self) -> None:
+        """Write everything again into a folder that lost it."""
+        self._sink.put(None)
+        if self.tensorboard and not self.tensorboard.path.exists():
+            self.tensorboard.drop_kept()  # those records are in metrics.jsonl now
+            for record in map(json.loads, self._written):
+                kind, _, step = (record.pop(name) for name in ("kind", "epoch", "step"))
+                self._show(kind, step, {name: math.nan if each is None else each for name, each in record.items()})
+
+    def _show(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        if self.tensorboard:
+            self.tensorboard.write_scalars({f"{kind}/{name}": value for name, value in values.items()}, step)
 
     def close(self) -> None:
         self._sink.close()
@@ -308,6 +324,10 @@ class TensorBoard:
         finite = {name: each[each.isfinite()].numpy() for name, each in values.items()}
         summaries = [histogram(name, each, BINS) for name, each in finite.items() if len(each)]
         self._sink.put(b"".join(self._record(step=step, summary=each) for each in summaries))
+
+    def drop_kept(self) -> None:
+        """Forget what could not be written."""
+        self._sink.drop()
 
     def close(self) -> None:
         self._sink.close()

@@ -16,6 +16,9 @@ if __name__ == "__main__":
 
     import torch
 
+    from logger import open_streams
+
+    open_streams()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
     torch.set_flush_denormal(True)
@@ -25,6 +28,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing import errors
@@ -53,7 +57,7 @@ from models.options import AttentionOptions, attention_keywords
 from models.registry import body_of
 from utils import distributed
 from utils.checkpoints.writing import CheckpointWriter
-from utils.faults.folder_lock import RunFolderError, open_folder, own_folder
+from utils.faults.folder_lock import LOG_FILE, Hold, RunFolderError, RunLock, nothing_left, open_folder, own_folder
 from utils.faults.preemption import PeersLostError, Preempted, StopRequest
 from utils.faults.watchdog import Watchdog
 from utils.metrics import Accuracy
@@ -95,18 +99,23 @@ def check(config: CfgNode) -> None:
 
 
 def setup(config: CfgNode) -> tuple[torch.device, Plan]:
-    """Join the other processes, open the run folder and its log, seed every generator."""
+    """Join the other processes, open the run folder, seed every generator."""
     setup_logger(int(os.environ.get("RANK", 0)))  # for what goes wrong before the ranks know each other
     device = distributed.init(config.LOCAL_RANK, config.DIST.TIMEOUT)
     plan = make_plan(config, distributed.world_size())
     if not config.THROUGHPUT_MODE:
         open_folder(plan.folder)
-        setup_logger(distributed.rank(), plan.folder / "log.txt")
     # sizes are fixed, so the search for fast kernels pays
     torch.backends.cudnn.benchmark = not config.EVAL_MODE and not config.DETERMINISTIC
     if config.DETERMINISTIC:
         deterministic()
     seed_everything(config.SEED)  # the same on every rank: all build the same model
+    return device, plan
+
+
+def begin_log(config: CfgNode, device: torch.device, folder: Path | None, lock: RunLock | None = None) -> None:
+    """Open a run folder's log, and say on what the run is; a training run does so once it has the folder to itself."""
+    setup_logger(distributed.rank(), folder / LOG_FILE if folder else None, lock.check if lock else lambda: None)
     options = AttentionOptions.of(attention_keywords(config))
     get_logger().info(
         "%d × %s, torch %s, %s",
@@ -117,7 +126,6 @@ def setup(config: CfgNode) -> tuple[torch.device, Plan]:
     )
     for note in notes_of(config):
         get_logger().warning("%s", note)
-    return device, plan
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,8 +133,8 @@ def setup(config: CfgNode) -> tuple[torch.device, Plan]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run_training(config: CfgNode, plan: Plan, device: torch.device, request: StopRequest) -> Progress:
-    """Train from where the run stands to its last epoch, saving and evaluating on the way.
+def run_training(config: CfgNode, plan: Plan, device: torch.device, request: StopRequest, hold: Hold) -> Progress:
+    """Train from where the run stands to its last epoch, saving and evaluating on the way; `hold` is that of its folder.
 
     Raises Preempted when the run was told to stop by `request` and has saved.
     """
@@ -144,10 +152,10 @@ def run_training(config: CfgNode, plan: Plan, device: torch.device, request: Sto
     # resume
     seed_everything(config.SEED, distributed.rank())  # from here each rank draws its own
     progress, interval, skipped, claims = resume(config, training, loaders)  # on the bare model: wrapping comes after
-    record = RunFiles(config, training, progress)
-    writer = None
-    if distributed.rank() == 0:
-        writer = CheckpointWriter(plan.folder, config.CHECKPOINT.KEEP, skipped, claims)
+    lock = hold.lock
+    record, writer = RunFiles(config, training, progress, lock.check if lock else lambda: None), None
+    if lock:
+        writer = CheckpointWriter(plan.folder, config.CHECKPOINT.KEEP, skipped, claims, lock.check)
     wrap(config, training)
     if plan.warmup_steps(training.steps_per_epoch) > plan.epochs * training.steps_per_epoch:
         logger.warning("the warm-up of %d steps outlasts the run", plan.warmup_steps(training.steps_per_epoch))
@@ -156,7 +164,14 @@ def run_training(config: CfgNode, plan: Plan, device: torch.device, request: Sto
         validate_epoch(config, training, loaders, progress.epoch, MetricsWriter(None))
     # loop: the watchdog hears of every phase and ends a run that stands still, which a hung collective would not
     watchdog = Watchdog(config.DIST.TIMEOUT)
-    saver = Checkpointer(config, training, loaders, writer, request, watchdog.all_alive)
+
+    def keep_folder() -> None:
+        if lock and lock.keep():
+            writer.claims.clear()  # type: ignore[union-attr]
+            record.restore()
+
+    saver = Checkpointer(config, training, loaders, writer, request, watchdog.all_alive, keep_folder)
+    hold.began = True
     with watched(config, training, loaders, record, writer, watchdog):
         while progress.epoch < plan.last_epoch:
             progress = run_epoch(config, training, loaders, progress, interval, record.metrics, saver)
@@ -305,16 +320,20 @@ def main(config: CfgNode) -> None:
     check(config)
     if config.THROUGHPUT_MODE:
         device, _ = setup(config)
+        begin_log(config, device, None)
         run_throughput(config, device)
     elif config.EVAL_MODE:
         device, plan = setup(config)
-        run_evaluation(config, plan, device)
+        with nothing_left(plan.folder):
+            begin_log(config, device, plan.folder)
+            run_evaluation(config, plan, device)
     else:
         request = StopRequest()
         with request.listening():  # told to stop while it starts, a run stops at its first step
             device, plan = setup(config)
-            with own_folder(plan.folder, LASTING):
-                run_training(config, plan, device, request)
+            with nothing_left(plan.folder), own_folder(plan.folder, LASTING) as hold:
+                begin_log(config, device, plan.folder, hold.lock)
+                run_training(config, plan, device, request, hold)
     distributed.cleanup()
 
 

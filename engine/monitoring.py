@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,14 +14,15 @@ from yacs.config import CfgNode
 from data.transforms import Normalise
 from engine.state import Progress
 from engine.training import Training
-from logger import MetricsWriter, get_logger
+from logger import MetricsWriter, Sink, get_logger
 from models.classifier import Classifier
 from models.files import CheckpointError, load_checkpoint
 from models.kernels import Kernel
 from utils import distributed
 from utils.checkpoints.naming import BESTS, run_file
 from utils.curves import CurvesInBackground
-from utils.environment import record_environment
+from utils.environment import ENVIRONMENT_FILE, environment_with
+from utils.files import write_atomically
 
 PICTURES = 8  # inputs that are shown
 
@@ -129,28 +131,52 @@ class RunFiles:
     Rank 0 writes it; on the others everything here does nothing.
     """
 
-    def __init__(self, config: CfgNode, training: Training, progress: Progress) -> None:
+    def __init__(
+        self, config: CfgNode, training: Training, progress: Progress, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """`check` raises OSError where nothing may be written into the folder."""
         self.folder, is_main = training.plan.folder, distributed.rank() == 0
         self.metrics = MetricsWriter(
             self.folder if is_main else None,
             config.TENSORBOARD,
             epoch=progress.epoch,
             step=progress.epoch * training.steps_per_epoch + progress.done,
+            check=check,
         )
-        self.monitor = None
+        self.monitor, self._about = None, dict[str, Sink]()
         if is_main:
-            (self.folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
-            record_environment(self.folder, training.device, training.plan.world_size)
+            about = {
+                "config.yaml": config.dump().encode(errors="backslashreplace"),
+                ENVIRONMENT_FILE: environment_with(self.folder, training.device, training.plan.world_size),
+            }
+
+            def write(name: str) -> None:
+                check()
+                write_atomically(self.folder / name, about[name])
+
+            self._about = {name: Sink(str(self.folder / name), write) for name in about}
+            for name, sink in self._about.items():
+                sink.put(name)
             self.monitor = Monitor(training, self.folder, self.metrics)
+
+    def restore(self) -> None:
+        """Write what is known of the run into a folder that is made anew."""
+        self.metrics.restore()
+        for name, sink in self._about.items():
+            sink.put(name)
 
     def epoch_ended(self, epochs: int) -> None:
         """`epochs` are finished."""
+        for sink in self._about.values():
+            sink.flush()
         if self.monitor:
             self.monitor.epoch_ended(epochs)
 
     def summarise(self, config: CfgNode, progress: Progress, main_file: str) -> None:
         """Draw the curves of the whole run; say where it lies, how good it is, and how to evaluate it again."""
         self.metrics.close()
+        for sink in self._about.values():
+            sink.close()
         if self.monitor is None:
             return
         logger, folder = get_logger(), self.folder

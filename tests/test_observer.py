@@ -26,7 +26,7 @@ from logger import get_logger, read_metrics
 from models import build_model
 from tools import report
 from utils.curves import POINTS, CurvesInBackground, draw_curves, thin
-from utils.environment import record_environment
+from utils.environment import environment_with
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +115,7 @@ def test_the_environment_of_every_start_is_stored_without_names(trained):
 
 def test_a_damaged_environment_file_does_not_stop_a_run(tmp_path):
     (tmp_path / "environment.json").write_text("{")
-    record_environment(tmp_path, torch.device("cpu"), 2)
-    (start,) = json.loads((tmp_path / "environment.json").read_text())
+    (start,) = json.loads(environment_with(tmp_path, torch.device("cpu"), 2))
     assert start["processes"] == 2
 
 

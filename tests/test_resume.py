@@ -402,3 +402,18 @@ def test_a_damaged_entry_of_a_checkpoint_is_one_line(tiny):
         save_checkpoint({**whole, **damage}, path)
         with pytest.raises(CheckpointError, match=r"damaged\.pth"):
             run(tiny, f"TRAIN.EPOCHS 2 EMA.ENABLE True TAG other MODEL.RESUME {path}")
+
+
+def test_a_start_that_fails_leaves_nothing_behind(tiny, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"garbage")
+    pretrained, elsewhere = f"MODEL.PRETRAINED {tmp_path / 'weights.pth'}", tmp_path / "other"
+    with pytest.raises(CheckpointError, match="weights.pth"):
+        run(tiny, f"OUTPUT {elsewhere} {pretrained}")
+    with pytest.raises(CheckpointError, match="weights.pth"):
+        run(tiny, f"OUTPUT {elsewhere} EVAL_MODE True MODEL.RESUME {tmp_path / 'weights.pth'}")
+    assert not elsewhere.exists()
+    run(tiny, "TRAIN.EPOCHS 1")
+    before = sorted(path.name for path in folder_of(tiny).iterdir())
+    with pytest.raises(CheckpointError, match=r"finish the epoch|trained with"):
+        run(tiny, "TRAIN.EPOCHS 2 MODEL.LA.ALPHA 3")
+    assert sorted(path.name for path in folder_of(tiny).iterdir()) == before

@@ -14,8 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.files import write_atomically
-
 if TYPE_CHECKING:
     import torch
 
@@ -50,15 +48,15 @@ def describe(device: "torch.device", processes: int) -> dict[str, Any]:
     }
 
 
-def record_environment(folder: Path, device: "torch.device", processes: int) -> None:
-    """Append this start to `folder`/environment.json, replacing a file that is damaged."""
+def environment_with(folder: Path, device: "torch.device", processes: int) -> bytes:
+    """What `folder`/environment.json has to hold: the earlier starts, as far as it can be read, and this one."""
     path = folder / ENVIRONMENT_FILE
     try:
         starts = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         starts = []
     starts = [*(starts if isinstance(starts, list) else []), describe(device, processes)][-KEPT:]
-    write_atomically(path, (json.dumps(starts, indent=1) + "\n").encode())
+    return (json.dumps(starts, indent=1) + "\n").encode()
 
 
 @cache

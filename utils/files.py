@@ -7,6 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from logger import get_logger
+
 
 @contextmanager
 def written(path: Path, temporary: Path | None = None) -> Iterator[IO[bytes]]:
@@ -22,6 +24,10 @@ def written(path: Path, temporary: Path | None = None) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and error.filename is None:  # a full disk does not say which file it had no room for
+            error.filename = str(path)
+        raise
     finally:
         remove_temporary(temporary)
 
@@ -30,6 +36,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that `path` holds either what was there before or all of `content`. Raises OSError."""
     with written(path) as file:
         file.write(content)
+
+
+def write_note(path: Path, text: str) -> None:
+    """Write a line for whoever looks there later; a disk that refuses it is logged."""
+    try:
+        write_atomically(path, (text + "\n").encode(errors="backslashreplace"))
+    except OSError as error:
+        get_logger().error("%s could not be written (%s): %s", path, error.strerror, text)
 
 
 def remove_temporary(path: Path) -> None:

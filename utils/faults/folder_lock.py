@@ -11,19 +11,22 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from logger import get_logger
+from logger import get_logger, setup_logger
 from utils import distributed
 from utils.checkpoints.finding import remove_temporary_files
 from utils.faults.preemption import remove_marker
+from utils.files import write_note
 from utils.names import printable_lines
 
-LOCK_FILE = ".lock"
+LOCK_FILE, LOG_FILE = ".lock", "log.txt"
 PATIENCE = 20.0  # seconds that a run waits for an earlier one that may just be saving
 STOPPED = "STOPPED"  # in the run folder: why a run ended that would end alike if torchrun started it again
+OF_A_START = {LOCK_FILE, LOG_FILE, STOPPED}
 
 
 class RunFolderError(ValueError):
@@ -32,6 +35,10 @@ class RunFolderError(ValueError):
 
 class RunFolderBusyError(RunFolderError):
     """Another run is writing into the folder."""
+
+
+class FolderGoneError(BlockingIOError):
+    """The folder at the run's path is not the one that it holds: nothing can be written there for now."""
 
 
 def open_folder(folder: Path) -> None:
@@ -80,15 +87,16 @@ class RunLock:
     """Held by rank 0 from start to end; the system releases it with the process, however that ends.
 
     A POSIX record lock: loader processes do not inherit it, and it holds across machines where the file system says so.
+    It is that of one folder: where that is deleted or renamed, another run could take its place.
     """
 
     def __init__(self, folder: Path) -> None:
         """Take the lock, waiting up to PATIENCE. Raises RunFolderBusyError naming its holder."""
-        self._file: IO[str] | None = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+        self.folder = folder
+        self._file: IO[bytes] = (folder / LOCK_FILE).open("a+b", buffering=0)
         began, told = time.monotonic(), False
         while not _taken(self._file):
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
+            holder = _holder(self._file)
             if not told:
                 told = True
                 get_logger().warning("the run folder is in use by %s: waiting %g s for its end", holder, PATIENCE)
@@ -98,32 +106,106 @@ class RunLock:
                     f"the run folder {folder} is in use by {holder}: end that run first, or give this one another --tag"
                 )
             time.sleep(0.1)
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        self._file.flush()
+        _sign(self._file)
+
+    def check(self) -> None:
+        """Raise OSError where the folder that is now at this path is not the one that is held."""
+        mine, there = os.fstat(self._file.fileno()), None
+        with suppress(FileNotFoundError, NotADirectoryError):
+            there = (self.folder / LOCK_FILE).stat()
+        if there is None or not os.path.samestat(mine, there):
+            raise FolderGoneError(errno.EAGAIN, "the run folder was deleted or renamed", str(self.folder))
+
+    def keep(self) -> bool:
+        """Where the folder was deleted or renamed, make it anew and hold that one; returns whether.
+
+        Raises RunFolderBusyError where another run has taken its place.
+        """
+        try:
+            self.check()
+        except FolderGoneError:
+            with suppress(OSError):  # such as a file at its place: tried again at the next step
+                self.folder.mkdir(parents=True, exist_ok=True)
+                return self._replace((self.folder / LOCK_FILE).open("a+b", buffering=0))
+        except OSError:  # a file system that does not answer says nothing about the folder
+            pass
+        return False
+
+    def _replace(self, file: IO[bytes]) -> bool:
+        if not _taken(file):
+            holder = _holder(file)
+            file.close()
+            raise RunFolderBusyError(
+                f"the run folder {self.folder} was deleted or renamed under this run, and {holder} has begun"
+                " another run there: this one stops. Its checkpoints are where the folder went"
+            )
+        self._file.close()
+        self._file = file
+        _sign(file)
+        get_logger().warning(
+            "the run folder %s was deleted or renamed under the run: it is made anew, and the run goes on in it",
+            self.folder,
+        )
+        return True
 
     def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._file.close()
+
+
+def _sign(file: IO[bytes]) -> None:
+    """Say in a lock file who holds it, as far as the disk has room."""
+    who = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    with suppress(OSError):
+        file.truncate(0)
+        file.write(who.encode())
+
+
+def _holder(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace").strip() or "another process"
+
+
+@dataclass
+class Hold:
+    """A run in its folder: rank 0's lock, and whether it has begun to train, until when it leaves nothing behind."""
+
+    lock: RunLock | None
+    began: bool = False
 
 
 @contextmanager
-def own_folder(folder: Path, lasting: tuple[type[Exception], ...]) -> Iterator[None]:
+def nothing_left(folder: Path) -> Iterator[None]:
+    """Where what follows fails, remove the folder again if it holds nothing but what every start writes."""
+    try:
+        yield
+    except Exception:
+        if distributed.rank() == 0 and folder.is_dir() and {path.name for path in folder.iterdir()} <= OF_A_START:
+            setup_logger(0)  # closes the log file
+            with suppress(OSError):
+                for path in folder.iterdir():
+                    path.unlink()
+                for empty in (folder, *folder.parents[:2]):  # of the tag, the name and the output
+                    empty.rmdir()
+        raise
+
+
+@contextmanager
+def own_folder(folder: Path, lasting: tuple[type[Exception], ...]) -> Iterator[Hold]:
     """Keep other runs out of the run folder, and note there why this one ended if it would end alike again (`lasting`).
 
-    Raises RunFolderBusyError, on every rank, where another run is in it, and RunFolderError where torchrun has started
-    processes again after such an end.
+    A run that fails before it begins to train leaves no note in the folder, which may be that of a finished run, but
+    one for torchrun alone. Raises RunFolderBusyError, on every rank, where another run is in it, and RunFolderError where
+    torchrun has started processes again after such an end, or after that refusal.
     """
     lock, problem = None, None
     if distributed.rank() == 0:
         try:
-            lock = RunLock(folder)
+            lock = _first_lock(folder)
         except RunFolderBusyError as error:
             problem = str(error)
     if problem := distributed.broadcast_object(problem):
         raise RunFolderBusyError(problem)
-    stopped = folder / STOPPED
+    stopped, hold = folder / STOPPED, Hold(lock)
     try:
         if distributed.restarts() and stopped.exists():
             raise RunFolderError(f"not tried again: {stopped.read_text(encoding='utf-8').strip()}")
@@ -131,17 +213,45 @@ def own_folder(folder: Path, lasting: tuple[type[Exception], ...]) -> Iterator[N
             remove_temporary_files(folder)
             remove_marker(folder)
             stopped.unlink(missing_ok=True)
-        yield
+        yield hold
     except lasting as problem:
-        if not stopped.exists():
-            stopped.write_text(f"{printable_lines(problem)}\n", encoding="utf-8")
+        if not hold.began:
+            _note_refusal(str(problem))
+        elif not stopped.exists():
+            write_note(stopped, printable_lines(problem))
+        raise
+    except RunFolderBusyError as problem:
+        _note_refusal(str(problem))
         raise
     finally:
         if lock:
             lock.release()
 
 
-def _taken(file: IO[str]) -> bool:
+def _first_lock(folder: Path) -> RunLock:
+    """The lock, unless an earlier start by the same torchrun was refused or failed: the folder may be that of another
+    run, in which no STOPPED of ours may be, so that it is noted among torchrun's own files."""
+    if (refusal := _refusal()) and distributed.restarts() and refusal.exists():
+        raise RunFolderBusyError(f"not tried again: {refusal.read_text(encoding='utf-8').strip()}")
+    try:
+        return RunLock(folder)
+    except RunFolderBusyError as error:
+        _note_refusal(str(error))
+        raise
+
+
+def _refusal() -> Path | None:
+    """Where torchrun keeps the files of all its starts: ERROR_FILE is LOGS/attempt_N/RANK/error.json."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(error_file).parents[2] / "refused" if error_file else None
+
+
+def _note_refusal(why: str) -> None:
+    if refusal := _refusal():
+        write_note(refusal, why)
+
+
+def _taken(file: IO[bytes]) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

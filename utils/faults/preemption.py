@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from utils.files import write_note
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 AGREEMENT_TIMEOUT = 10.0  # seconds a rank that was told to stop waits for the others' answer
 MARKER = "PREEMPTED"
@@ -106,7 +108,7 @@ class Agreement:
 
 def leave_marker(folder: Path, message: str) -> None:
     """Write the marker by which launch scripts know a preempted run from a finished one."""
-    (folder / MARKER).write_text(message + "\n", encoding="utf-8")
+    write_note(folder / MARKER, message)
 
 
 def remove_marker(folder: Path) -> None:
