@@ -834,8 +834,7 @@ def _require_files(config: CfgNode) -> None:
         return
     for flag, given in (("--resume", config.MODEL.RESUME), ("--pretrained", config.MODEL.PRETRAINED)):
         if given and not Path(given).is_file():
-            what = "a folder, expected a file" if Path(given).is_dir() else "no such file"
-            raise ConfigError(f"{flag} {given}: {what}")
+            raise ConfigError(f"{flag} {given}: {'not a file' if Path(given).exists() else 'no such file'}")
 
 
 def continues(config: CfgNode) -> bool:

@@ -134,7 +134,7 @@ def begin_log(config: CfgNode, device: torch.device, folder: Path | None, lock: 
 
 
 def run_training(config: CfgNode, plan: Plan, device: torch.device, request: StopRequest, hold: Hold) -> Progress:
-    """Train from where the run stands to its last epoch, saving and evaluating on the way; `hold` is that of its folder.
+    """Train from where the run stands to its last epoch, saving and evaluating on the way; `hold` is its folder's.
 
     Raises Preempted when the run was told to stop by `request` and has saved.
     """
@@ -331,7 +331,7 @@ def main(config: CfgNode) -> None:
         request = StopRequest()
         with request.listening():  # told to stop while it starts, a run stops at its first step
             device, plan = setup(config)
-            with nothing_left(plan.folder), own_folder(plan.folder, LASTING) as hold:
+            with own_folder(plan.folder, LASTING) as hold:
                 begin_log(config, device, plan.folder, hold.lock)
                 run_training(config, plan, device, request, hold)
     distributed.cleanup()

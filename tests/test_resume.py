@@ -358,7 +358,7 @@ def test_a_missing_file_is_noticed_before_anything_heavy_unless_the_run_continue
     absent = ["--cfg", str(tiny), "--pretrained", str(tiny.parent / "absent.pth")]
     for arguments, message in (
         (absent, "--pretrained .*absent.pth: no such file"),
-        ([*absent[:2], "--pretrained", str(tiny.parent)], "a folder, expected a file"),
+        ([*absent[:2], "--pretrained", str(tiny.parent)], "not a file"),
         ([*absent[:2], "--resume", str(tiny.parent / "absent.pth")], "--resume .*absent.pth: no such file"),
         ([*absent[:2], "--data-path", str(tiny.parent / "absent")], "--data-path .*absent: no such folder"),
     ):

@@ -26,7 +26,6 @@ from utils.names import printable_lines
 LOCK_FILE, LOG_FILE = ".lock", "log.txt"
 PATIENCE = 20.0  # seconds that a run waits for an earlier one that may just be saving
 STOPPED = "STOPPED"  # in the run folder: why a run ended that would end alike if torchrun started it again
-OF_A_START = {LOCK_FILE, LOG_FILE, STOPPED}
 
 
 class RunFolderError(ValueError):
@@ -175,18 +174,25 @@ class Hold:
 
 @contextmanager
 def nothing_left(folder: Path) -> Iterator[None]:
-    """Where what follows fails, remove the folder again if it holds nothing but what every start writes."""
+    """Where what follows fails, remove the folder again if nothing but a log was written into it."""
     try:
         yield
     except Exception:
-        if distributed.rank() == 0 and folder.is_dir() and {path.name for path in folder.iterdir()} <= OF_A_START:
-            setup_logger(0)  # closes the log file
-            with suppress(OSError):
-                for path in folder.iterdir():
-                    path.unlink()
-                for empty in (folder, *folder.parents[:2]):  # of the tag, the name and the output
-                    empty.rmdir()
+        if distributed.rank() == 0:
+            _remove_bare(folder, {LOG_FILE})
         raise
+
+
+def _remove_bare(folder: Path, expected: set[str]) -> None:
+    """Remove a run folder that holds nothing but `expected` files, and the empty ones above it."""
+    with suppress(OSError):
+        files = list(folder.iterdir())
+        if {path.name for path in files} <= expected:
+            setup_logger(0)  # closes the log file
+            for path in files:
+                path.unlink()
+            for empty in (folder, *folder.parents[:2]):  # of the tag, the name and the output
+                empty.rmdir()
 
 
 @contextmanager
@@ -194,8 +200,9 @@ def own_folder(folder: Path, lasting: tuple[type[Exception], ...]) -> Iterator[H
     """Keep other runs out of the run folder, and note there why this one ended if it would end alike again (`lasting`).
 
     A run that fails before it begins to train leaves no note in the folder, which may be that of a finished run, but
-    one for torchrun alone. Raises RunFolderBusyError, on every rank, where another run is in it, and RunFolderError where
-    torchrun has started processes again after such an end, or after that refusal.
+    one for torchrun alone; a folder that was not there before it removes. Raises RunFolderBusyError, on every rank,
+    where another run is in it, and RunFolderError where torchrun has started processes again after such an end, or
+    after that refusal.
     """
     lock, problem = None, None
     if distributed.rank() == 0:
@@ -204,6 +211,8 @@ def own_folder(folder: Path, lasting: tuple[type[Exception], ...]) -> Iterator[H
         except RunFolderBusyError as error:
             problem = str(error)
     if problem := distributed.broadcast_object(problem):
+        if distributed.rank() == 0:
+            _remove_bare(folder, set())
         raise RunFolderBusyError(problem)
     stopped, hold = folder / STOPPED, Hold(lock)
     try:
@@ -225,6 +234,8 @@ def own_folder(folder: Path, lasting: tuple[type[Exception], ...]) -> Iterator[H
         raise
     finally:
         if lock:
+            if not hold.began:
+                _remove_bare(folder, {LOCK_FILE, LOG_FILE})
             lock.release()
 
 
