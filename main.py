@@ -41,6 +41,7 @@ from data.loaders import Loaders, build_loaders
 from data.sources.base import DataError
 from engine.epoch import train_one_epoch
 from engine.evaluation import evaluate
+from engine.memory import OutOfMemoryError, leave_to_the_loader, memory_problem
 from engine.monitoring import RunFiles
 from engine.non_finite import NonFiniteError
 from engine.profiling import step_profiler
@@ -201,7 +202,7 @@ def watched(
             try:
                 yield
             except RuntimeError as error:  # a collective that failed says little: the watchdog knows who is gone
-                if not isinstance(error, EXPECTED):
+                if not isinstance(error, EXPECTED) and not memory_problem(error):
                     watchdog.explain(error)
                 raise
     finally:
@@ -235,7 +236,7 @@ def run_epoch(
 
     def after_batch() -> None:
         done = training.steps_per_epoch
-        training.beat((epoch + 1) * done, "validation")
+        training.beat((epoch + 1) * done - 1, "validation")
         if saver.decide(done).stop:
             saver.save(epoch, done, Interval(training.device), stop=True)
 
@@ -292,6 +293,7 @@ EXPECTED = (
     NonFiniteError,
     RunFolderError,
     PeersLostError,
+    OutOfMemoryError,
     OSError,
 )
 LASTING = (ConfigError, DataError, CheckpointError, NonFiniteError)  # these would come again
@@ -309,8 +311,12 @@ def reported(config: CfgNode) -> None:
         traceback.clear_frames(preempted.__traceback__)
         distributed.barrier()  # the store may be in rank 0, which has to be the last to leave
         distributed.cleanup()
-    except EXPECTED as problem:
-        raise type(problem)(str(problem)) from None
+    except Exception as problem:
+        if why := memory_problem(problem):
+            raise OutOfMemoryError(why) from None
+        if isinstance(problem, EXPECTED):
+            raise type(problem)(str(problem)) from None
+        raise
 
 
 def main(config: CfgNode) -> None:
@@ -339,6 +345,7 @@ def main(config: CfgNode) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.unraisablehook = leave_to_the_loader
     try:
         reported(COMMAND_LINE)
     except EXPECTED as problem:

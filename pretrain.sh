@@ -15,7 +15,7 @@
 # SHUTDOWN_TIMEOUT  seconds that processes have to save and end when the run is told to stop    120
 # PYTHON       interpreter                          .venv/bin/python if it exists, else python3
 #
-# SIGTERM, SIGUSR1 (save, then end) and SIGINT (end) reach every process. Exit codes: 0 finished; 75 told to stop and
+# SIGTERM, SIGUSR1, SIGHUP (save, then end) and SIGINT (end) reach every process; started with nohup, SIGHUP is ignored. Exit codes: 0 finished; 75 told to stop and
 # saved, the same command continues; anything else is a failure.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -69,23 +69,25 @@ else
 fi
 
 # torchrun's own options, by environment, so that a version without them starts all the same
-export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1,SIGQUIT
+[[ -n "$(trap -p HUP)" ]] || PET_SIGNALS_TO_HANDLE+=,SIGHUP  # started with nohup, it stays ignored by all
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${SHUTDOWN_TIMEOUT:-120}"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a new store after every restart: the old one's addresses are stale
 export POLAFORMER_LAUNCHER=$$  # processes that lose this script save and end
 rm -f "$folder/PREEMPTED"
 set -m  # torchrun in a process group of its own: Ctrl-C reaches it once, through the trap below
-"$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --max_restarts "${MAX_RESTARTS:-3}" --nproc_per_node "$NPROC" \
+"$PYTHON" "$here/utils/faults/launch.py" "${rendezvous[@]}" --max_restarts "${MAX_RESTARTS:-3}" --nproc_per_node "$NPROC" \
   "$here/main.py" "${arguments[@]}" &
 launcher=$!
 told=
 stop() {  # once: torchrun does not survive a third signal
-  trap '' TERM USR1
+  trap '' TERM USR1 HUP
   told=1
   kill "-$1" "$launcher" 2> /dev/null || true
 }
 trap 'stop TERM' TERM
 trap 'stop USR1' USR1
+trap 'stop HUP' HUP  # without effect where it is ignored
 trap 'kill -INT "$launcher" 2> /dev/null || true' INT
 watcher=
 if (( NNODES > 1 )); then

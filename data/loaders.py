@@ -169,6 +169,7 @@ def _outlive_stop_signals(worker: int) -> None:
     """A loader process that was told to stop with the whole run goes on for a while, so that the run can save."""
     signal.set_wakeup_fd(-1)  # of the process it was forked from
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(STOP_DELAY))
 
 

@@ -31,7 +31,8 @@ def client(path: str, arguments: list[str]) -> None:
     except ConnectionRefusedError:
         with open(os.path.join(os.path.dirname(path), "error"), encoding="utf-8") as reason:
             sys.exit(reason.read())
-    request = json.dumps([arguments, dict(os.environ), os.getcwd()]).encode()
+    ignored = [number for number in FORWARDED if signal.getsignal(number) == signal.SIG_IGN]
+    request = json.dumps([arguments, dict(os.environ), os.getcwd(), ignored]).encode()
     socket.send_fds(connection, [struct.pack("!q", len(request))], [0, 1, 2])
     connection.sendall(request)
     (started,) = struct.unpack("!q", receive(connection, 8))

@@ -30,6 +30,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -124,13 +125,13 @@ def _serve(listener: socket.socket, alive: int) -> None:
                 importlib.import_module(name)
             connection, _ = listener.accept()
             header, streams, _, _ = socket.recv_fds(connection, 8, 3)
-            arguments, environment, folder = json.loads(receive(connection, *struct.unpack("!q", header)))
+            arguments, environment, folder, ignored = json.loads(receive(connection, *struct.unpack("!q", header)))
             pid = os.fork()
             if pid == 0:
                 os.chdir(folder)
                 for number, stream in enumerate(streams):
                     os.dup2(stream, number)
-                _become(arguments, environment)
+                _become(arguments, environment, ignored)
             for stream in streams:
                 os.close(stream)
             clients[pid] = connection
@@ -152,7 +153,7 @@ def rank_of(process: Path) -> int | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _become(arguments: list[str], environment: dict[str, str]) -> None:
+def _become(arguments: list[str], environment: dict[str, str], ignored: Sequence[int]) -> None:
     """Run, in this fresh fork, what python would run with these arguments; does not return."""
     os.setsid()
     os.closerange(3, 1 << 16)
@@ -161,6 +162,8 @@ def _become(arguments: list[str], environment: dict[str, str]) -> None:
     for number in (*FORWARDED, signal.SIGCHLD, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     random.seed()
     faulthandler.register(signal.SIGUSR2, file=2)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -168,7 +171,8 @@ def _become(arguments: list[str], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     while arguments[0] in ("-u", "-W"):
         arguments = arguments[2 if arguments[0] == "-W" else 1 :]
-    launcher = arguments[0] == "-m" and arguments[1].startswith("torch.distributed.")
+    launcher = arguments[0].endswith("utils/faults/launch.py")
+    launcher |= arguments[0] == "-m" and arguments[1].startswith("torch.distributed.")
     if launcher:
         Path("/proc/self/comm").write_text("torchrun")
     else:
@@ -219,7 +223,8 @@ class _Fork(subprocess.Popen):
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _become(arguments[1:], self._environment)
+            ignored = [number for number in FORWARDED if signal.getsignal(number) == signal.SIG_IGN]
+            _become(arguments[1:], self._environment, ignored)
         self._child_created = True
 
 

@@ -378,6 +378,29 @@ def test_pretrain_told_to_stop_exits_75_and_the_same_command_finishes(tiny, whol
     assert_same_run(whole, folder_of(tiny).parent / "parts", 2)
 
 
+def test_a_closed_terminal_saves_and_the_same_command_finishes(tiny, whole):
+    """SIGHUP to the script, as when its terminal closes."""
+    job = pretrain(tiny)
+    job.wait_for(r"epoch 0 \[4/")
+    job.process.send_signal(signal.SIGHUP)
+    status, _ = job.end()
+    assert status == 75 and "told to stop by SIGHUP: saved after" in job.output, job.output
+    assert "Traceback" not in job.output and "SignalException" not in job.output  # torchrun's own
+    again = pretrain(tiny)
+    assert again.end()[0] == 0, again.output
+    assert_same_run(whole, folder_of(tiny).parent / "parts", 2)
+
+
+def test_started_with_nohup_the_script_torchrun_and_the_run_go_on(tiny, whole):
+    settings = {"PYTHON": PYTHON, "NPROC": "2", "CONFIG": str(tiny), "TAG": "parts"}
+    command = ["bash", "-c", "trap '' HUP; exec bash pretrain.sh \"$@\"", "nohup", "--opts", *OPTIONS.split()]
+    job = Job(command=command, **settings)
+    job.wait_for(r"epoch 0 \[4/")
+    job.signal_everything(signal.SIGHUP)
+    assert job.end()[0] == 0, job.output
+    assert_same_run(whole, folder_of(tiny).parent / "parts", 2)
+
+
 def slurm(folder: Path, srun: str, *arguments: str, **settings: str) -> Job:
     """slurm/train.sbatch on two nodes, against stand-ins of Slurm's commands that note how they are called."""
     nodes = "echo localhost; echo node8"

@@ -108,7 +108,9 @@ class RunLock:
         _sign(self._file)
 
     def check(self) -> None:
-        """Raise OSError where the folder that is now at this path is not the one that is held."""
+        """Raise OSError where the folder that is now at this path is not the one that is held; not after `release`."""
+        if self._file.closed:
+            return
         mine, there = os.fstat(self._file.fileno()), None
         with suppress(FileNotFoundError, NotADirectoryError):
             there = (self.folder / LOCK_FILE).stat()

@@ -1,8 +1,8 @@
 """Asked to stop: signals, what all ranks agree on at a step boundary, and the marker that a preempted run leaves.
 
-SIGTERM and SIGUSR1 on any rank ask the whole run to save and end. The ranks share the request, and whether a timed
-checkpoint is due, by a reduction on the CPU that nobody waits for: what is posted at one step boundary is read at the
-next, so that every rank acts at the same step.
+SIGTERM, SIGUSR1 and SIGHUP (the terminal is gone) on any rank ask the whole run to save and end. The ranks share the
+request, and whether a timed checkpoint is due, by a reduction on the CPU that nobody waits for: what is posted at one
+step boundary is read at the next, so that every rank acts at the same step.
 """
 
 import signal
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from utils.files import write_note
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 AGREEMENT_TIMEOUT = 10.0  # seconds a rank that was told to stop waits for the others' answer
 MARKER = "PREEMPTED"
 
@@ -48,8 +48,9 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Note the stop signals instead of dying of them."""
-        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        """Note the stop signals instead of dying of them; one that is ignored, as nohup does with SIGHUP, stays so."""
+        listened = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._note) for number in listened}
         try:
             yield self
         finally:

@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class Sign(NamedTuple):
     """What a process says of itself: how many beats it has done and where the last one was."""
 
     beats: int
-    step: int
+    step: int  # from 0; messages count from 1, as log lines do
     phase: str
     host: str
     pid: int
@@ -87,7 +87,9 @@ class Watchdog:
         ended = threading.Event()
         # a connection of its own: that of the main thread may be waiting
         store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-        self._peers = _Peers(store, self._sign)
+        # who they are is known before anyone can hang, whom nobody could ask then
+        known = [Sign(*each) for each in distributed.gather_objects(self._sign(0))]
+        self._peers = _Peers(store, self._sign, known)
         threads = [
             threading.Thread(target=self._watch, args=(ended, reader, self._peers), name="watchdog", daemon=True),
             threading.Thread(target=self._peers.exchange, args=(ended,), name="signs", daemon=True),
@@ -143,7 +145,7 @@ class Watchdog:
         """Say why, end what hangs on this host too, and end this process at once: its main thread may be blocked."""
         message = (
             f"{reason}. This is rank {distributed.rank()} on host {socket.gethostname()}, in {self._phase} of step"
-            f" {self._step}. The last checkpoint is intact; the same command continues from it"
+            f" {self._step + 1}. The last checkpoint is intact; the same command continues from it"
         )
         get_logger().error("error: %s", message)
         try:
@@ -164,8 +166,9 @@ class _Peers:
     The store may be in rank 0: one that does not reply is taken as rank 0's silence.
     """
 
-    def __init__(self, store: Any, sign: Callable[[int], Sign]) -> None:
-        self.store, self.sign = store, sign
+    def __init__(self, store: Any, sign: Callable[[int], Sign], known: Sequence[Sign]) -> None:
+        """`known`: what each said before the first step."""
+        self.store, self.sign, self.known = store, sign, known
         self.signs: dict[int, Sign] = {}
         self.advanced = -math.inf  # when a process was last seen to have done more than before
         self._seen: dict[int, tuple[int, float]] = {}
@@ -227,14 +230,16 @@ class _Peers:
         return [rank for rank, sign in self.signs.items() if sign.beats == fewest]
 
     def describe(self, ranks: list[int]) -> str:
-        return ", ".join(_described(rank, self.signs) for rank in ranks)
+        return ", ".join(self._described(rank) for rank in ranks)
 
-
-def _described(rank: int, signs: Mapping[int, Sign]) -> str:
-    sign = signs.get(rank)
-    if sign is None:
-        return f"rank {rank} (never seen)"
-    return f"rank {rank} on host {sign.host}, last seen in {sign.phase} of step {sign.step}"
+    def _described(self, rank: int) -> str:
+        """A sign is up to a second old, in which many steps may go by; but no process is more than one step ahead of
+        another, because it waits for their gradients."""
+        sign = self.signs.get(rank, self.known[rank])
+        step, phase = sign.step, sign.phase
+        if (together := self.sign(0).step - 1) > step:
+            step, phase = together, "the exchange of gradients"
+        return f"rank {rank} on host {sign.host}, last seen in {phase} of step {step + 1}"
 
 
 def _key(rank: int) -> str:

@@ -1,0 +1,23 @@
+"""torchrun, for pretrain.sh: without a traceback of its own where a signal ended it, or where a process failed.
+
+python utils/faults/launch.py TORCHRUN_ARGUMENTS…
+
+What a process said of its failure is in its output; this names the first of them.
+"""
+
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SignalException as told:
+        sys.exit(128 + told.sigval)
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        message = failure.message if isinstance(failure.message, str) else failure.message.get("message", "")
+        print(f"rank {rank} failed first, with exit code {failure.exitcode}: {message}", file=sys.stderr)
+        sys.exit(1)
