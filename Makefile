@@ -1,6 +1,6 @@
 # make quickstart    set up, then train a small Pola-Swin on real handwritten digits (minutes on two CPU cores)
 # make test          set up, then run every test that does not need minutes of its own (6 to 9 minutes on two CPU cores)
-# make test-slow     set up, then run the tests that do (an hour or two on two slow CPU cores)
+# make test-slow     set up, then run the tests that do (51 minutes on two CPU cores with other work)
 # make bench         set up, then time the op and two models against the literal formulation (5 minutes on two CPU cores)
 # BENCH=--compile make bench    also the compiled models (10 minutes more); BENCH is passed to benchmarks.model_step
 # make bench-input   set up, then time the input pipeline on one core (2 minutes); needs the optional simplejpeg, which it installs
