@@ -20,7 +20,7 @@ from yacs.config import CfgNode
 
 from config import KEYS, Plan, evaluation_config, image_size, make_plan, value_of
 from data.builders import builder_of
-from data.imagenet import class_words
+from data.imagenet import class_words, imagenet_ids
 from data.loaders import Loaders, build_loaders
 from data.sources.base import DataError
 from data.test_sets import (
@@ -182,7 +182,8 @@ def build_evaluation_set(config: CfgNode, plan: Plan, checkpoint: dict[str, Any]
     """What TEST.BENCHMARK names, for the classes of a checkpoint. Raises CheckpointError or DataError."""
     names = checkpoint.get("classes")
     if config.TEST.BENCHMARK in ("val", "real"):
-        loaders = build_loaders(config, plan, train=False, trained_on=stored_classes(checkpoint))
+        nameless = imagenet_ids() if num_classes_of(checkpoint, source) == len(imagenet_ids()) else ()
+        loaders = build_loaders(config, plan, train=False, trained_on=stored_classes(checkpoint) or nameless)
         check_classes(checkpoint, loaders, source)
         return own_images(config, loaders, names, source)
     return open_test_set(config, plan, output_ids(names, num_classes_of(checkpoint, source), source), source)

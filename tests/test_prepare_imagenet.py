@@ -441,6 +441,31 @@ def test_a_ground_truth_that_does_not_fit_moves_nothing(folder, tmp_path, flat, 
     refused("the image in place 2 of val/ is ILSVRC2012_val_00000003.JPEG", *lines)
 
 
+ESCAPES = ["../../escape", "/tmp/escape", "a/b", "..", ".", ".hidden", "__MACOSX"]
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+@pytest.mark.parametrize("numbered", [False, True], ids=["names", "numbers"])
+def test_a_ground_truth_that_leads_elsewhere_moves_nothing(folder, tmp_path, flat, capsys, name, numbered):
+    shutil.rmtree(folder / "train")  # or its classes would be asked first
+    if numbered:
+        options = _devkit_lines(tmp_path, flat)
+        (tmp_path / "ids.txt").write_text(f"1 {CLASSES[0]}\n2 {CLASSES[1]}\n3 {name}\n")
+    else:
+        options = _names(tmp_path, dict(flat) | {next(iter(flat)): name})
+    before = contents(folder)
+    assert main([str(folder), *options]) == 2
+    error = capsys.readouterr().err
+    assert f"leads to the class {name!r}, which is no name of a class folder" in error and error.count("\n") == 1
+    assert contents(folder) == before and not list(tmp_path.rglob("escape"))
+
+
+def test_an_output_inside_of_the_input_is_refused(folder, capsys):
+    before = contents(folder)
+    assert main([str(folder), str(folder / "train" / "new")]) == 2
+    assert "is the input; name another one" in capsys.readouterr().err and contents(folder) == before
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
 # ---------------------------------------------------------------------------------------------------------------------

@@ -653,6 +653,8 @@ def test_damaged_retrieval_and_pathfinder_name_file_and_line(tmp_path, refused):
         ("imgs/2 sample_2.png 2 2 1.0 14 4 2 0.5 1 1\n", "line 3: the label is '2', expected 0 to 1"),
         ("imgs/2 sample_9.png 2 1 1.0 14 4 2 0.5 1 1\n", "line 3 names"),
         ("imgs/2 sample_2.png 2\n", "line 3 has 3 columns, expected 11"),
+        ("imgs/2 ../../../../x.png 2 1 1.0 14 4 2 0.5 1 1\n", "x.png, which lies outside of"),
+        ("/etc passwd 2 1 1.0 14 4 2 0.5 1 1\n", "line 3 names /etc/passwd, which lies outside of"),
     ):
         replace_line(metadata, 3, line)
         error = refused(*command)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
-from conftest import TINY, run, run_tool
+from conftest import TINY, jpeg, run, run_tool, write_tiny
 from lra_caches import write_cache
 from test_lra import SHORT, lra
 
@@ -219,6 +219,26 @@ def test_a_run_without_predictions_says_how_to_get_them_and_shows_the_rest(tmp_p
     page = render([run_of(tmp_path)])
     assert "there is no predictions.npz" in page and "main.py --eval" in page
     assert 'id="curves"' in page and 'id="classes"' not in page and 'id="hardest-images"' not in page
+
+
+def test_an_evaluation_stands_in_for_predictions_that_are_missing(tmp_path):
+    folder = digits_run(tmp_path / "run")
+    whole = render([run_of(folder)], images=2)
+    (folder / "predictions.npz").rename(folder / "eval_val_predictions.npz")
+    page = render([run_of(folder)], images=2)
+    assert page == whole and page.count("<img") == 4 and "Hardest images" in page
+
+
+def test_a_report_on_a_thousand_classes_shows_the_hardest_images(tmp_path):
+    """From the folder of class folders to the pictures."""
+    for split in ("train", "val"):
+        for label in range(1000):
+            (tmp_path / "set" / split / f"n{label:08d}").mkdir(parents=True)
+            (tmp_path / "set" / split / f"n{label:08d}" / "a.jpg").write_bytes(jpeg(label % 50, (8, 8)))
+    options = f"DATA.DATASET imagenet DATA.DATA_PATH {tmp_path / 'set'} TRAIN.EPOCHS 1 TRAIN.STEPS 1 TRAIN.EVAL_STEPS 1"
+    run(write_tiny(tmp_path), options)
+    page = render([run_of(tmp_path / "out" / "tiny" / "default")], images=3)
+    assert page.count('<figure class="card">') == 3 and page.count("<img") == 6 and "Without" not in page
 
 
 @pytest.mark.parametrize(

@@ -199,16 +199,15 @@ class ShardSplit:
             samples = read_samples(path)
             for key, members in itertools.islice(samples, end):
                 count += 1
+                if count == shard.images and next(samples, None):
+                    raise DataError(f"{path} holds more than the {shard.images} images of {INDEX_FILE}; {MEND}")
                 if count > begin:
                     yield self._encoded(number, count - 1, printable(key), members)
-            if end == shard.images and next(samples, None):
-                count += 1
         except (OSError, tarfile.TarError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error.args[0]
             raise DataError(f"{path}: {reason} after {count} of {shard.images} images; {MEND}") from error
-        if count != end:
-            more = "more than " if count > end else ""
-            raise DataError(f"{path} holds {more}{min(count, end)} images, {INDEX_FILE} says {shard.images}; {MEND}")
+        if count < end:
+            raise DataError(f"{path} holds {count} images, {INDEX_FILE} says {shard.images}; {MEND}")
 
     def _encoded(self, number: int, place: int, key: str, members: dict[str, bytes]) -> Encoded:
         path = self.root / self.shards[number].name

@@ -147,7 +147,8 @@ def read_run(folder: Path, name: str) -> RunRecord:
     lost = f"No results by class and {run.noun}"
     how = "A validation that sets a new best writes it, and so does main.py --eval."
     with _noting(run, lost, f"{lost}: there is no {PREDICTIONS}. {how}"):
-        run.predictions = read_predictions(folder / PREDICTIONS)
+        places = [folder / PREDICTIONS, *(folder / f"eval_{split}_{PREDICTIONS}" for split in ("val", "test"))]
+        run.predictions = read_predictions(next((path for path in places if path.is_file()), places[0]))
     for marker in MARKERS:
         if (folder / marker).is_file():
             run.ending = (folder / marker).read_text(encoding="utf-8", errors="replace").strip()
