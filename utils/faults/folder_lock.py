@@ -206,17 +206,8 @@ def own_folder(folder: Path, lasting: tuple[type[Exception], ...]) -> Iterator[H
     where another run is in it, and RunFolderError where torchrun has started processes again after such an end, or
     after that refusal.
     """
-    lock, problem = None, None
-    if distributed.rank() == 0:
-        try:
-            lock = _first_lock(folder)
-        except RunFolderBusyError as error:
-            problem = str(error)
-    if problem := distributed.broadcast_object(problem):
-        if distributed.rank() == 0:
-            _remove_bare(folder, set())
-        raise RunFolderBusyError(problem)
-    stopped, hold = folder / STOPPED, Hold(lock)
+    stopped, lock = folder / STOPPED, _lock_of_rank_0(folder)
+    hold = Hold(lock)
     try:
         if distributed.restarts() and stopped.exists():
             raise RunFolderError(f"not tried again: {stopped.read_text(encoding='utf-8').strip()}")
@@ -239,6 +230,20 @@ def own_folder(folder: Path, lasting: tuple[type[Exception], ...]) -> Iterator[H
             if not hold.began:
                 _remove_bare(folder, {LOCK_FILE, LOG_FILE})
             lock.release()
+
+
+def _lock_of_rank_0(folder: Path) -> RunLock | None:
+    """Rank 0's lock. Raises RunFolderBusyError on every rank."""
+    lock, problem = None, None
+    if distributed.rank() == 0:
+        try:
+            lock = _first_lock(folder)
+        except RunFolderBusyError as error:
+            problem = str(error)
+            _remove_bare(folder, set())
+    if problem := distributed.broadcast_object(problem):
+        raise RunFolderBusyError(problem)
+    return lock
 
 
 def _first_lock(folder: Path) -> RunLock:
