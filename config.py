@@ -256,7 +256,7 @@ KEYS: dict[str, Key] = {
     "TRAIN.ACCUMULATION_STEPS": Key(1, integer(1), "forward passes per optimizer step (--accumulation-steps)"),
     "TRAIN.GLOBAL_BATCH": Key(
         None,
-        optional(integer(1)),
+        optional(integer(1, 2**20)),
         "images per optimizer step over all processes; the forward passes per step follow from it, each of at most"
         " DATA.BATCH_SIZE images, so that any number of processes trains alike. null: DATA.BATCH_SIZE ×"
         " ACCUMULATION_STEPS × processes; where it does not divide by the processes, the nearest that does. What a"
@@ -525,7 +525,7 @@ def load_config(cfg_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
 def _merge(cfg_file: str, flags: Sequence[str], opts: Sequence[str]) -> CfgNode:
     config = default_config()
-    _merge_file(config, Path(cfg_file).expanduser())
+    _merge_file(config, Path(os.path.expanduser(cfg_file)))
     _merge_pairs(config, flags, "command line")
     _merge_pairs(config, opts, "--opts")
     _settle_batch(config, [*flags[::2], *opts[::2]], file=False)
@@ -690,7 +690,8 @@ def _divide_step(config: CfgNode, world_size: int) -> tuple[int, int]:
     if total is None:
         return limit, config.TRAIN.ACCUMULATION_STEPS
     fewest = max(1, ceil(total / (world_size * limit)))
-    exact = (passes for passes in range(fewest, 4 * fewest + 1) if total % (world_size * passes) == 0)
+    most = min(4 * fewest, total // world_size)
+    exact = (passes for passes in range(fewest, most + 1) if total % (world_size * passes) == 0)
     passes = next(exact, fewest)
     return min(limit, max(1, round(total / (world_size * passes)))), passes
 

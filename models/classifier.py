@@ -135,6 +135,7 @@ class Classifier(TrainableModel):
     # -- construction
 
     def _begin(self, img_size: int | Sequence[int], unit: int, in_chans: int, dynamic_img_size: bool) -> None:
+        require_whole("MODEL.SWIN.IN_CHANS (in_chans)", in_chans)
         self.unit = unit  # pixels that one token of the last stage covers in each direction
         self.img_size = self._fitting(img_size)
         self.in_chans = in_chans

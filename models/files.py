@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import pickle
 import pickletools
 import re
@@ -73,7 +74,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises CheckpointError for what is no file, for an empty, truncated or damaged one, for one that differs from its
     sidecar, for one that names functions that run code (naming them), and for one without weights.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     _require_file(path)
     verified = verify_by_sidecar(path)
     content = _load_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path, verified)

@@ -78,6 +78,8 @@ def value_of(config: Mapping[str, Any], key: str) -> Any:
 def image_size(config: Mapping[str, Any]) -> Grid:
     """DATA.IMG_SIZE as (height, width) in pixels."""
     size = value_of(config, "DATA.IMG_SIZE")
+    if not isinstance(size, int) and not (isinstance(size, Sequence) and len(size) == 2):
+        raise ValueError(f"DATA.IMG_SIZE is {repr(size)[:80]}, expected a side or [height, width]")
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
@@ -109,8 +111,7 @@ class AttentionOptions:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.alpha, int | float) or not 0 <= self.alpha < float("inf"):
-            raise ValueError(f"MODEL.LA.ALPHA is {self.alpha!r}, expected a number ≥ 0 (alpha)")
+        require_number("MODEL.LA.ALPHA (alpha)", self.alpha)
         if self.backend not in ("auto", *BACKENDS):
             raise ValueError(
                 f"MODEL.LA.BACKEND (backend) {self.backend!r} is no backend of polarity attention, expected auto,"
@@ -171,8 +172,16 @@ def require_whole(given: str, *values: Any, high: int = 2**16) -> None:
             raise ValueError(f"{given} is {repr(value)[:80]}, expected an integer from 1 to {high}")
 
 
+def require_number(given: str, value: Any, low: float = 0.0) -> None:
+    """Raise ValueError unless `value` is a finite number, at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < float("inf"):
+        raise ValueError(f"{given} is {repr(value)[:80]}, expected a number ≥ {low:g}")
+
+
 def require_heads(channels: Sequence[int], num_heads: Sequence[int], given: str) -> None:
     """Raise ValueError unless there are heads for every stage, which divide its channels; `given` names the heads."""
+    if not isinstance(num_heads, Sequence):
+        raise ValueError(f"{given} is {repr(num_heads)[:80]}, expected a number of heads for each stage")
     given = f"{given} {list(num_heads)}"
     if len(num_heads) != len(channels):
         raise ValueError(f"{given} has {len(num_heads)} stages, MODEL.SWIN.DEPTHS {len(channels)} (depths)")

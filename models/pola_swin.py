@@ -34,6 +34,7 @@ from .options import (
     image_size,
     parse_attention_types,
     require_heads,
+    require_number,
     require_whole,
     value_of,
 )
@@ -277,6 +278,9 @@ class PolaSwin(Classifier):
         letters, first_linear = parse_attention_types(attn_type, len(depths))
         require_whole("MODEL.SWIN.PATCH_SIZE (patch_size)", patch_size, high=LARGEST_IMAGE)
         require_whole("MODEL.SWIN.WINDOW_SIZE (window_size)", window_size, high=LARGEST_IMAGE)
+        require_number("MODEL.SWIN.MLP_RATIO (mlp_ratio)", mlp_ratio, 0.01)
+        if qk_scale is not None:
+            require_number("MODEL.SWIN.QK_SCALE (qk_scale)", qk_scale)
         require_whole("MODEL.SWIN.EMBED_DIM (embed_dim)", embed_dim)
         require_whole("MODEL.SWIN.DEPTHS (depths), a stage", *depths, high=DEEPEST_STAGE)
         unit = patch_size * 2 ** (len(depths) - 1)

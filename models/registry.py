@@ -4,6 +4,7 @@ A body is a class with the decorator `register_body`; main.py, timm, torch.hub, 
 by what stands here. `build_model` makes the model of a configuration.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -90,8 +91,8 @@ def list_models() -> list[str]:
 def body_of(config: Mapping[str, Any]) -> Body:
     """The body of a configuration. Raises ValueError for an unknown MODEL.TYPE."""
     name = value_of(config, "MODEL.TYPE")
-    if name not in BODIES:
-        raise ValueError(f"MODEL.TYPE {name!r} is unknown, expected one of {', '.join(sorted(BODIES))}")
+    if not isinstance(name, str) or name not in BODIES:
+        raise ValueError(f"MODEL.TYPE {repr(name)[:80]} is unknown, expected one of {', '.join(sorted(BODIES))}")
     return BODIES[name]
 
 
@@ -223,7 +224,7 @@ def create_variant(
             f"no weights of {name} can be downloaded through timm: fetch them from {RELEASED_WEIGHTS} and add"
             f' pretrained_cfg_overlay={{"file": "FILE.pth"}}, or pass pretrained=False'
         )
-    file = str(Path(overlay["file"]).expanduser()) if overlay.get("file") else ""
+    file = os.path.expanduser(overlay["file"]) if overlay.get("file") else ""
     if pretrained and cfg.file and Path(cfg.file).is_file():  # timm reads the file, also that of a `local-dir:` name
         verify_by_sidecar(Path(cfg.file))
     if pretrained and file and not file.endswith(".safetensors"):

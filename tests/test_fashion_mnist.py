@@ -43,7 +43,8 @@ def folder(tmp_path: Path) -> Path:
 
 def config(root: Path, *options: str):
     options = ("DATA.DATASET", "fashion_mnist", "DATA.DATA_PATH", str(root), "DATA.IMG_SIZE", "32", *options)
-    return load_config(config_file("pola_swin_t"), [*options, "DATA.BATCH_SIZE", "10", "DATA.NUM_WORKERS", "0"])
+    small = "TRAIN.GLOBAL_BATCH null DATA.BATCH_SIZE 10 DATA.NUM_WORKERS 0"
+    return load_config(config_file("pola_swin_t"), [*options, *small.split()])
 
 
 def test_pictures_and_labels_are_those_of_the_files(folder):

@@ -52,7 +52,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def loaders(root: Path, kind: str = "folder"):
     options = f"DATA.DATA_PATH {root} DATA.IMG_SIZE 32 DATA.BATCH_SIZE 2 DATA.NUM_WORKERS 0 DATA.FORMAT {kind}"
-    config = load_config(config_file("pola_swin_t"), options.split())
+    config = load_config(config_file("pola_swin_t"), ["TRAIN.GLOBAL_BATCH", "null", *options.split()])
     return build_loaders(config, make_plan(config))
 
 

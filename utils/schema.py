@@ -106,7 +106,12 @@ def folder_name() -> Kind:
 
     def parse(value: Any) -> str:
         value = text().parse(value)
-        if value.startswith(("/", "~")) or ".." in value.split("/") or not value.isprintable():
+        if (
+            not value.strip("./ ")
+            or value.startswith(("/", "~"))
+            or ".." in value.split("/")
+            or not value.isprintable()
+        ):
             raise ValueError
         return str(value)
 

@@ -13,7 +13,16 @@ class YamlError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, with a bound on what merges (`<<`) may multiply a small file to."""
+    """PyYAML's safe loader, with a bound on what merges (`<<`) may multiply a small file to; a key that stands twice in
+    a section is an error, where the first one would be forgotten."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if len(names) > len(set(names)):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise yaml.YAMLError(f"{twice[:80]} stands twice in a section")
+        return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
