@@ -42,8 +42,8 @@ def memory_problem(error: BaseException) -> str | None:
     if "Too many open files" in text:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return (
-            f"this process may have {limit} files open (ulimit -n), too few for its loader processes: raise the limit, or"
-            " lower DATA.NUM_WORKERS or DATA.PREFETCH_FACTOR"
+            f"this process may have {limit} files open (ulimit -n), too few for its loader processes: raise the limit,"
+            " or lower DATA.NUM_WORKERS or DATA.PREFETCH_FACTOR"
         )
     if isinstance(error, torch.OutOfMemoryError):
         return (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from data.transforms import Normalise
-from engine.state import Progress
+from engine.state import Progress, percent, stored_position
 from engine.training import Training
 from logger import MetricsWriter, Sink, get_logger
 from models.classifier import Classifier
@@ -119,8 +119,8 @@ def best_weights(folder: Path) -> list[BestWeights]:
         if (path := folder / best.file).is_file():
             try:
                 checkpoint = load_checkpoint(path)
-                found.append(BestWeights(kind, checkpoint[best.key], checkpoint["epoch"], path))
-            except (CheckpointError, OSError, KeyError) as problem:
+                found.append(BestWeights(kind, percent(checkpoint, best.key), stored_position(checkpoint).epoch, path))
+            except (CheckpointError, OSError) as problem:
                 get_logger().warning("%s cannot be used: %s", path, problem)
     return found
 
