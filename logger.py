@@ -85,6 +85,8 @@ class Sink:
 
 def append(path: Path, content: bytes) -> None:
     """Append all of `content` to a file, or nothing. Raises OSError naming it."""
+    if path.exists() and not path.is_file():  # a pipe or device would block, or be endless
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     with path.open("ab", buffering=0) as file:
         end = file.tell()
         try:
@@ -99,9 +101,10 @@ def append(path: Path, content: bytes) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append a line to a text file; one before it that a crash cut short is ended, so that it spoils itself alone."""
     content = (line + "\n").encode(errors="backslashreplace")
-    with suppress(FileNotFoundError), path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-            content = b"\n" + content
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                content = b"\n" + content
     append(path, content)
 
 
@@ -110,6 +113,8 @@ def _print(line: str) -> None:
 
     Past the stream's buffer: what stayed there would be written again when the program ends, which then fails.
     """
+    if sys.stdout is None:  # a program without a console
+        return
     with tqdm.external_write_mode(file=sys.stdout):
         if not hasattr(sys.stdout, "buffer"):  # a stand-in, such as a notebook's
             sys.stdout.write(line + "\n")
@@ -120,6 +125,13 @@ def _print(line: str) -> None:
             if (count := file.write(content)) is None:
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             content = content[count:]
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        return False
 
 
 class _SinkHandler(logging.Handler):
@@ -145,7 +157,7 @@ class _ConsoleHandler(_SinkHandler):
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        if not sys.stdout.isatty():
+        if not _is_terminal(sys.stdout):
             return line
         stamp, _, message = line.partition("] ")
         return f"{colored(stamp + ']', 'green')} {colored(message, COLOURS.get(record.levelname))}"
@@ -197,7 +209,7 @@ def progress(steps: Iterable[T], total: int, description: str, rank: int, done: 
 
     `done` of the `total` are finished already.
     """
-    enabled = rank == 0 and sys.stderr.isatty()
+    enabled = rank == 0 and _is_terminal(sys.stderr)
     bar = tqdm(steps, total=total, initial=done, desc=description, disable=not enabled, leave=False, dynamic_ncols=True)
     return iter(bar)
 
@@ -225,7 +237,7 @@ class MetricsWriter:
         self._written: list[str] = []
         self._whole = False  # the file holds what was written, and nothing else
         self._sink = Sink(str(self.path), self._append)
-        if self.path and self.path.exists():
+        if self.path and self.path.is_file():
             try:
                 self._written = [
                     json.dumps(record)
@@ -249,7 +261,7 @@ class MetricsWriter:
         assert self.path is not None
         self._check()
         lines = [line] if line else []
-        if self._whole and self.path.exists():
+        if self._whole and self.path.is_file():
             for each in lines:
                 append_line(self.path, each)
         else:  # at the start, and where somebody removed it

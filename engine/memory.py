@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import resource
 import sys
 import traceback
 
@@ -38,6 +39,12 @@ def memory_problem(error: BaseException) -> str | None:
         return KILLED
     if isinstance(error, ConnectionError | EOFError | FileNotFoundError) and _raised_in(error, "reductions.py"):
         return KILLED  # while its batch was being received
+    if "Too many open files" in text:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return (
+            f"this process may have {limit} files open (ulimit -n), too few for its loader processes: raise the limit,"
+            " or lower DATA.NUM_WORKERS or DATA.PREFETCH_FACTOR"
+        )
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"the GPU has no memory left ({text.splitlines()[0]}): lower DATA.BATCH_SIZE, with TRAIN.GLOBAL_BATCH for"

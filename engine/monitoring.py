@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from data.transforms import Normalise
-from engine.state import Progress
+from engine.state import Progress, percent, stored_position
 from engine.training import Training
 from logger import MetricsWriter, Sink, get_logger
 from models.classifier import Classifier
@@ -119,8 +119,8 @@ def best_weights(folder: Path) -> list[BestWeights]:
         if (path := folder / best.file).is_file():
             try:
                 checkpoint = load_checkpoint(path)
-                found.append(BestWeights(kind, checkpoint[best.key], checkpoint["epoch"], path))
-            except (CheckpointError, OSError, KeyError) as problem:
+                found.append(BestWeights(kind, percent(checkpoint, best.key), stored_position(checkpoint).epoch, path))
+            except (CheckpointError, OSError) as problem:
                 get_logger().warning("%s cannot be used: %s", path, problem)
     return found
 
@@ -162,19 +162,24 @@ class RunFiles:
     def restore(self) -> None:
         """Write what is known of the run into a folder that is made anew."""
         self.metrics.restore()
+        self._restore_missing()
+
+    def _restore_missing(self) -> None:
         for name, sink in self._about.items():
-            sink.put(name)
+            if not (self.folder / name).exists():
+                sink.drop()
+                sink.put(name)
 
     def epoch_ended(self, epochs: int) -> None:
         """`epochs` are finished."""
-        for sink in self._about.values():
-            sink.flush()
+        self._restore_missing()
         if self.monitor:
             self.monitor.epoch_ended(epochs)
 
     def summarise(self, config: CfgNode, progress: Progress, main_file: str) -> None:
         """Draw the curves of the whole run; say where it lies, how good it is, and how to evaluate it again."""
         self.metrics.close()
+        self._restore_missing()
         for sink in self._about.values():
             sink.close()
         if self.monitor is None:

@@ -1,6 +1,7 @@
 """What a run continues from: where it stands, all of its state as a checkpoint holds it, and putting that back."""
 
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -318,9 +319,7 @@ def resume(config: CfgNode, training: Training, loaders: Loaders) -> Start:
 
     def read(path: Path) -> Position:
         held = load_checkpoint(path)
-        claims.update(
-            {best.key: _percent(held, best.key, str(path)) for best in BESTS.values() if path.name == best.file}
-        )
+        claims.update({best.key: percent(held, best.key) for best in BESTS.values() if path.name == best.file})
         return stored_position(held)
 
     if config.TRAIN.AUTO_RESUME or distributed.restarts():  # what a restart finds is this very run's
@@ -343,8 +342,8 @@ def resume(config: CfgNode, training: Training, loaders: Loaders) -> Start:
             source,
             progress.epoch,
             inside,
-            _percent(checkpoint, BESTS["model"].key, source),
-            f", of the average {_percent(checkpoint, BESTS['ema'].key, source):.3f} %" if training.ema else "",
+            percent(checkpoint, BESTS["model"].key),
+            f", of the average {percent(checkpoint, BESTS['ema'].key):.3f} %" if training.ema else "",
         )
     elif config.MODEL.PRETRAINED:
         source = config.MODEL.PRETRAINED
@@ -372,7 +371,7 @@ def _complete_bests(folder: Path, checkpoint: dict[str, Any], claims: dict[str, 
     for kind, best in BESTS.items():
         if not isinstance(validated, dict) or kind not in validated:
             continue
-        top1 = _percent(validated, kind, "the checkpoint")
+        top1 = percent(validated, kind)
         if top1 > claims.get(best.key, -1.0):
             try:
                 save_checkpoint({**checkpoint, **claims, best.key: top1}, folder / best.file)
@@ -382,9 +381,7 @@ def _complete_bests(folder: Path, checkpoint: dict[str, Any], claims: dict[str, 
                 claims[best.key] = top1
 
 
-def _percent(values: Mapping[str, Any], key: str, source: str) -> float:
-    """An accuracy of a checkpoint; 0 where it has none. Raises CheckpointError for what is no number."""
-    value = values.get(key, 0.0)
-    if not isinstance(value, int | float):
-        raise CheckpointError(f"{source}: {key} is a {type(value).__name__}, expected a number")
-    return float(value)
+def percent(values: Mapping[str, Any], key: str) -> float:
+    """An accuracy of a file that may hold anything there."""
+    value = values.get(key)
+    return float(value) if isinstance(value, int | float) and isfinite(value) else 0.0

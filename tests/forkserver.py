@@ -181,13 +181,13 @@ def _become(arguments: list[str], environment: dict[str, str], ignored: Sequence
         )  # file 3: `rank_of` knows it and its loader processes by it
     status: int | None = 1
     try:
+        if launcher:
+            _fork_workers()
         if arguments[0] == "-c":
             sys.argv = ["-c", *arguments[2:]]
             exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
         elif arguments[0] == "-m":
             sys.argv = arguments[1:]
-            if launcher:
-                _fork_workers()
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = arguments

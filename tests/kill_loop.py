@@ -24,11 +24,12 @@ from engine.state import read_position
 from logger import read_metrics
 from models.files import load_checkpoint
 from utils.checkpoints.finding import newest_checkpoint
-from utils.checkpoints.naming import BEST_FILE, epoch_file
+from utils.checkpoints.naming import BESTS, epoch_file
 
 EVERY = 3
 EPOCHS = 3
 OPTIONS = f"TRAIN.EPOCHS {EPOCHS} CHECKPOINT.EVERY_STEPS {EVERY} PRINT_FREQ 1 DATA.BATCH_SIZE 64"
+OPTIONS += " EMA.ENABLE True EMA.DECAY 0.9"
 
 
 def start(config, fatal_call: int | None = None) -> int:
@@ -66,12 +67,14 @@ def trained_steps(folder: Path) -> int:
 
 
 def saved_steps(folder: Path) -> int:
-    """Steps of the newest checkpoint; the best accuracy that it counts as reached has its weights in the best file."""
+    """Steps of the newest checkpoint; the best accuracies that it counts as reached have their weights in a file."""
     found = newest_checkpoint(folder, read_position).path
     if not found:
         return 0
-    checkpoint, best = load_checkpoint(found), folder / BEST_FILE
-    assert checkpoint["max_accuracy"] == (load_checkpoint(best)["max_accuracy"] if best.exists() else 0.0)
+    checkpoint = load_checkpoint(found)
+    for best in BESTS.values():
+        path = folder / best.file
+        assert checkpoint[best.key] == (load_checkpoint(path)[best.key] if path.exists() else 0.0)
     return checkpoint["step"]
 
 

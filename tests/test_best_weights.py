@@ -3,6 +3,7 @@
 pytest tests/test_best_weights.py
 """
 
+import math
 import re
 import shlex
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import folder_of, run
 from faulty_disk import READ_ONLY, FaultyDisk
 
@@ -127,10 +129,6 @@ def test_where_the_model_is_better_its_file_is_claimed(tiny, monkeypatch, log):
     assert evaluation(log).endswith("max_acc.pth")
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL."""
-
-
 @pytest.mark.parametrize("last", ["max_acc.pth", "max_ema_acc.pth"])
 def test_killed_between_two_files_of_an_epoch_a_start_completes_the_best_ones(tiny, monkeypatch, last):
     scripted(monkeypatch, [100, 143], [90, 172])
@@ -154,6 +152,17 @@ def test_a_best_file_that_somebody_deleted_is_not_claimed(tiny, monkeypatch, log
     run(tiny, f"TRAIN.EPOCHS 3 {QUICK}")
     assert claimed(folder_of(tiny), "max_acc.pth") == (3, percent(110), 0.0)
     assert f"best top-1: {percent(110):.3f} % (the model after 3 epochs)" in log.text
+
+
+@pytest.mark.parametrize("value", [math.nan, "high", None])
+def test_a_best_file_that_says_nothing_of_its_accuracy_is_exceeded_by_the_next(tiny, monkeypatch, value):
+    scripted(monkeypatch, [140, 100])
+    run(tiny, f"TRAIN.EPOCHS 1 {QUICK}")
+    for path in (folder_of(tiny) / "max_acc.pth", epoch_file(folder_of(tiny), 1)):
+        torch.save(load_checkpoint(path) | {"max_accuracy": value, "validated": [value]}, path)
+        path.with_name(f"{path.name}.json").unlink()
+    run(tiny, f"TRAIN.EPOCHS 2 {QUICK}")
+    assert claimed(folder_of(tiny), "max_acc.pth") == (2, percent(100), 0.0)
 
 
 def test_resumed_from_a_file_elsewhere_the_run_folder_holds_what_is_claimed(tiny, monkeypatch, log):

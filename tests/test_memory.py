@@ -40,6 +40,8 @@ NO_ROOM = (
         (RuntimeError(NO_ROOM), ["/dev/shm has no room", "MiB", "--shm-size", "DATA.NUM_WORKERS"]),
         (RuntimeError("unable to write to file </torch_7_8_9>: No space left on device (28)"), ["--shm-size"]),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), ["DATA.BATCH_SIZE"]),
+        (RuntimeError("Too many open files. Communication with the workers is"), ["ulimit -n", "DATA.NUM_WORKERS"]),
+        (OSError(errno.EMFILE, "Too many open files"), ["ulimit -n", "DATA.NUM_WORKERS"]),
         (MemoryError(), ["no memory left", "DATA.NUM_WORKERS"]),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), ["no memory left", "DATA.NUM_WORKERS"]),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), ["GPU", "DATA.BATCH_SIZE"]),

@@ -384,7 +384,6 @@ def test_a_run_folder_of_another_data_set_names_what_helps(tiny):
 DAMAGED = [
     {"continuation": [1]},
     {"continuation": {"done": "three"}},
-    {"max_accuracy": "best"},
     {"rng": [5]},
     {"rng": [{"torch": torch.zeros(3)}]},
     {"epoch": "last"},

@@ -123,13 +123,26 @@ def test_a_start_on_a_full_disk_forgets_what_it_will_write_again_once_there_is_r
     assert [(record["step"], record["loss"]) for record in records] == [(5, 1.0), (10, 1.0), (15, 2.0), (20, 2.0)]
 
 
-def test_a_metrics_file_that_cannot_be_read_does_not_end_the_start(tmp_path, caplog):
-    (tmp_path / "metrics.jsonl").mkdir()
+def test_a_metrics_file_that_cannot_be_read_does_not_end_the_start_and_is_kept(tmp_path, caplog, monkeypatch):
     MetricsWriter(tmp_path).write("train", 0, 1, loss=1.0)
-    assert [re.search(r"could not be \w+", each)[0] for each in caplog.messages] == [
-        "could not be read",
-        "could not be written",
-    ]
+
+    def unreadable(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(logger, "read_metrics", unreadable)
+        MetricsWriter(tmp_path, epoch=1, step=1).write("train", 1, 2, loss=1.0)
+    assert "metrics.jsonl could not be read: Input/output error" in caplog.text
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, caplog):
+    """A pipe that nobody reads would block whoever opens it."""
+    os.mkfifo(tmp_path / "log.txt")
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    setup_logger(0, tmp_path / "log.txt").info("one")
+    MetricsWriter(tmp_path).write("train", 0, 1, loss=1.0)
+    assert (tmp_path / "log.txt").is_fifo() and len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,6 +188,22 @@ def test_a_console_that_goes_is_named_in_the_log_file_and_gets_its_lines_when_it
     assert "1 \\xd7 CPU\n" in text  # what ASCII cannot show
     assert re.findall(r"\] (two|three|four)$", text, re.M) == ["two", "three", "four"]
     assert "1 × CPU" in written
+
+
+@pytest.mark.parametrize("how", ["none", "closed", "text"])
+def test_a_program_with_another_kind_of_console_can_log(tmp_path, how):
+    console = {"none": None, "closed": io.StringIO(), "text": io.StringIO()}[how]
+    if how == "closed":
+        console.close()
+    with redirect_stdout(console):
+        log = setup_logger(0, tmp_path / "log.txt")
+        log.info("one")
+        log.info("two")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line[-3:] for line in lines if line.endswith(("one", "two"))] == ["one", "two"]
+    assert len(lines) == 2 + (how == "closed")  # where it is named
+    if how == "text":
+        assert console.getvalue().splitlines() == lines
 
 
 def test_a_log_file_that_goes_is_named_on_the_console_and_lacks_nothing_in_the_end(tmp_path):

@@ -39,6 +39,9 @@ class RunFolderBusyError(RunFolderError):
 class FolderGoneError(BlockingIOError):
     """The folder at the run's path is not the one that it holds: nothing can be written there for now."""
 
+    def __str__(self) -> str:
+        return f"{self.strerror}: {self.filename}"
+
 
 def open_folder(folder: Path) -> None:
     """Make the run folder. Raises RunFolderError, on every rank, where it cannot be written."""
