@@ -55,7 +55,7 @@ def record_environment(folder: Path, device: "torch.device", processes: int) -> 
     path = folder / ENVIRONMENT_FILE
     try:
         starts = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         starts = []
     starts = [*(starts if isinstance(starts, list) else []), describe(device, processes)][-KEPT:]
     write_atomically(path, (json.dumps(starts, indent=1) + "\n").encode())
