@@ -161,6 +161,14 @@ def test_the_head_follows_the_folder_and_the_names_go_into_the_checkpoint(tiny, 
         run(tiny, f"{OWN} DATA.DATA_PATH {tiny.parent / 'other'}")
 
 
+@pytest.mark.parametrize("classes", [["ant", "bee", "cat"], ["ant"], "ab", 5, {"ant": 0, "bee": 1}])
+def test_stored_names_that_do_not_fit_the_head_are_refused(tiny, animals, classes):
+    path = tiny.parent / "weights.pth"
+    save_checkpoint({"model": build_model(load_config(str(tiny)), 2).state_dict(), "classes": classes}, path)
+    with pytest.raises(CheckpointError, match=r"weights\.pth: its `classes` are no list of 2 names"):
+        run(tiny, f"{OWN} EVAL_MODE True MODEL.RESUME {path} DATA.DATA_PATH {animals('ant', 'bee')}")
+
+
 def test_without_stored_names_the_counts_must_be_equal(tiny, animals):
     config = load_config(str(tiny), OWN.split())
     path = tiny.parent / "weights.pth"
