@@ -154,7 +154,7 @@ def test_the_head_follows_the_folder_and_the_names_go_into_the_checkpoint(tiny, 
         run(tiny, f"{evaluate} DATA.DATA_PATH {animals('ant', 'bee', 'dog', root='other')}")
     log.clear()
     run(tiny, f"{evaluate} DATA.DATA_PATH {animals('bee', 'cat', root='fewer')}")
-    assert "1 of 3 classes have no image in the validation set: ant" in log.text and "8 images, top-1" in log.text
+    assert "1 of 3 classes have no image (ant)" in log.text and "8 images, top-1" in log.text
     with np.load(folder_of(tiny) / "eval_val_predictions.npz") as stored:
         assert stored["classes"].tolist() == ["ant", "bee", "cat"] and stored["label"].tolist() == [1] * 4 + [2] * 4
     with pytest.raises(CheckpointError, match="names differ"):  # continuing a run on other data

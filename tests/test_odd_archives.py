@@ -369,7 +369,9 @@ def test_negative_counts_that_add_up_are_refused(tmp_path):
     first = tree["splits"]["train"]["shards"][0]
     tree["splits"]["train"]["shards"] = [first | {"images": 8}, first | {"images": -4}]
     (root / "shards.json").write_text(json.dumps(tree))
-    with pytest.raises(DataError, match=r"train-000000.tar has -4 images in \d+ bytes, expected a printable name, whole"):
+    with pytest.raises(
+        DataError, match=r"train-000000.tar has -4 images in \d+ bytes, expected a printable name, whole"
+    ):
         labels_seen(root)
 
 
