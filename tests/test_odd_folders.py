@@ -25,7 +25,9 @@ from data.sources.base import DataError, UnreadableImage
 from data.sources.folder import FolderSource
 from data.test_sets import _subfolders
 from engine.published import build_evaluation_set
+from logger import setup_logger
 from models.files import load_checkpoint
+from tools.command_line import answer
 from tools.predict import main as predict
 from tools.prepare_imagenet import Options, list_input, place_val, prepare
 from tools.prepare_imagenet import main as prepare_imagenet
@@ -312,6 +314,22 @@ def test_printable_escapes_what_breaks_lines_terminals_and_files():
         char.encode()
         assert unicodedata.category(char) not in ("Cc", "Cs", "Zl", "Zp")
     assert printable(printable(every)) == printable(every)
+
+
+def test_no_name_commands_the_terminal_or_breaks_the_log(tmp_path, capsys):
+    logger = setup_logger(0, tmp_path / "log.txt")
+    try:
+        raise ValueError("tensor layers.\x1b]0;title\x07\udcff")
+    except ValueError:
+        logger.exception("two\nlines of %s", "a\r\x1b[2K\u2028b")
+    console, stored = capsys.readouterr().out, (tmp_path / "log.txt").read_text()
+    assert console == stored and "] two\nlines of a\\r\\x1b[2K\\u2028b\nTraceback" in stored
+    assert "tensor layers.\\x1b]0;title\\x07\\xff" in stored
+    require_clean(stored)
+    assert answer(lambda: int("\x1b[31m\udcff")) == 2
+    assert answer(lambda: Path("\x1b[31m\udcff").read_text()) == 2
+    assert "'\\x1b[31m" in (error := capsys.readouterr().err)
+    require_clean(error)
 
 
 STRANGE = [os.fsdecode(b"caf\xe9"), "line\nbreak", "bell\x07\x1b[31m<b>&", "plain"]
