@@ -328,7 +328,8 @@ def test_no_name_commands_the_terminal_or_breaks_the_log(tmp_path, capsys):
     require_clean(stored)
     assert answer(lambda: int("\x1b[31m\udcff")) == 2
     assert answer(lambda: Path("\x1b[31m\udcff").read_text()) == 2
-    assert "'\\x1b[31m" in (error := capsys.readouterr().err)
+    error = capsys.readouterr().err
+    assert "'\\x1b[31m" in error
     require_clean(error)
 
 
