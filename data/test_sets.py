@@ -235,7 +235,7 @@ def _relabelling(name: str, folders: Sequence[str], labels: dict[str, int], root
 
 
 def _subfolders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_litter(entry.name))
+    return sorted(entry.name for entry in os.scandir(root) if os.path.isdir(entry.path) and not is_litter(entry.name))
 
 
 def _corruptions(root: Path) -> tuple[dict[str, Path], tuple[str, ...]]:

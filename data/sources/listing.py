@@ -49,7 +49,7 @@ class Listing:
         for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
             if is_litter(entry.name):
                 self.left_out.append(entry.path)
-            elif entry.is_dir():
+            elif os.path.isdir(entry.path):  # which no link that leads nowhere is
                 self.folders.append(entry.name)
             elif is_image(entry.name):
                 self.loose.append(entry.path)
@@ -67,7 +67,7 @@ class Listing:
         if not self._enter(top, owner):
             return
         for parent, folders, files in os.walk(top, followlinks=True, onerror=_refuse):
-            folders[:] = [name for name in folders if self._enter(os.path.join(parent, name), owner)]
+            folders[:] = [name for name in sorted(folders) if self._enter(os.path.join(parent, name), owner)]
             walked.append((parent, files))
         for parent, files in sorted(walked):
             for name in sorted(files):
