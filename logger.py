@@ -356,7 +356,7 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             record = json.loads(line)
-        except ValueError:  # no JSON, or no text
+        except (ValueError, RecursionError):  # no JSON, or no text
             record = None
         whole = isinstance(record, dict) and isinstance(record.get("kind"), str)
         if whole and all(isinstance(record.get(name), int) for name in ("epoch", "step")):

@@ -267,7 +267,7 @@ def build_loaders(
         plan: of the configuration and the number of processes.
         train: False builds only the loader of what --eval is on; then `train/` need not exist.
         trained_on: then, the names of a model's classes. Where all of the data set's are among them, its labels become
-            theirs, and classes without images are named; else the classes are those of the data set.
+            theirs; else the classes are those of the data set.
 
     Raises:
         DataError: a data set that is absent, empty, badly laid out, or smaller than one step.
@@ -287,7 +287,6 @@ def build_loaders(
             relabel = torch.tensor([output.get(name, 0) for name in own])  # labels without a name have no images
         batches = evaluation_batches(config, modality, source, plan, relabel=relabel)
         num_classes = len(classes) or source.num_classes
-        _name_absent_classes(source, classes, relabel, num_classes)
         return Loaders(None, batches, classes or None, num_classes, modality, *_described(source))
     train_source = builder.open(config, "train")
     val_source = builder.open(config, "val", train_source.classes)
@@ -298,7 +297,7 @@ def build_loaders(
     _require_same_classes(train_source, val_source)
     if train_source.num_classes == 1:
         get_logger().warning("the training set has one class: there is nothing to tell apart")
-    _name_absent_classes(val_source, train_source.classes, None, train_source.num_classes)
+    _name_absent_classes(train_source, val_source)
     return Loaders(
         _build_train(config, modality, train_source, plan),
         evaluation_batches(config, modality, val_source, plan, repeated=True),
@@ -323,25 +322,15 @@ def _require_same_classes(train: Source | ShardSplit, val: Source | ShardSplit) 
         )
 
 
-def _name_absent_classes(
-    source: Source | ShardSplit, classes: Sequence[str] | None, relabel: Tensor | None, num_classes: int
-) -> None:
-    """Warn of classes without images in what is evaluated; what shards hold is not known before they are read."""
-    if isinstance(source, ShardSplit):
-        present = set(range(len(source.classes)))
-    else:
-        present = set(np.unique(source.labels).tolist())
-    if relabel is not None:
-        present = {int(relabel[label]) for label in present}
-    absent = [classes[label] if classes else str(label) for label in range(num_classes) if label not in present]
+def _name_absent_classes(train: Source | ShardSplit, val: Source | ShardSplit) -> None:
+    """Warn of classes without a validation image; what shards hold is not known before they are read."""
+    present = range(train.num_classes) if isinstance(val, ShardSplit) else np.unique(val.labels)
+    absent = sorted(set(range(train.num_classes)).difference(present))
     if absent:
-        get_logger().warning(
-            "%d of %d classes have no image in the validation set: %s%s",
-            len(absent),
-            num_classes,
-            ", ".join(absent[:5]),
-            ", …" if len(absent) > 5 else "",
-        )
+        names = [train.classes[label] if train.classes else str(label) for label in absent[:5]]
+        more = ", …" if len(absent) > 5 else ""
+        message = "%d of %d classes have no image in the validation set: %s%s"
+        get_logger().warning(message, len(absent), train.num_classes, ", ".join(names), more)
 
 
 def _described(source: object) -> tuple[str, Mapping[str, float] | None]:

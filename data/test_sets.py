@@ -158,7 +158,7 @@ def read_real_labels(path: str, ids: Sequence[str]) -> tuple[frozenset[int], ...
             raise ValueError("a label is no integer from 0 to 999")
     except OSError as error:
         raise DataError(f"TEST.REAL_LABELS {path}: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(
             f"TEST.REAL_LABELS {path}: expected a JSON list with a list of class indices (0 to 999) for every"
             f" validation image, as in real.json of the reassessed ImageNet ({error})"
@@ -235,7 +235,7 @@ def _relabelling(name: str, folders: Sequence[str], labels: dict[str, int], root
 
 
 def _subfolders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_litter(entry.name))
+    return sorted(entry.name for entry in os.scandir(root) if os.path.isdir(entry.path) and not is_litter(entry.name))
 
 
 def _corruptions(root: Path) -> tuple[dict[str, Path], tuple[str, ...]]:

@@ -183,7 +183,7 @@ def build_evaluation_set(config: CfgNode, plan: Plan, checkpoint: dict[str, Any]
     names = checkpoint.get("classes")
     if config.TEST.BENCHMARK in ("val", "real"):
         nameless = imagenet_ids() if num_classes_of(checkpoint, source) == len(imagenet_ids()) else ()
-        loaders = build_loaders(config, plan, train=False, trained_on=stored_classes(checkpoint) or nameless)
+        loaders = build_loaders(config, plan, train=False, trained_on=stored_classes(checkpoint, source) or nameless)
         check_classes(checkpoint, loaders, source)
         return own_images(config, loaders, names, source)
     return open_test_set(config, plan, output_ids(names, num_classes_of(checkpoint, source), source), source)
@@ -272,9 +272,9 @@ def corruption_score(parts: dict[str, Accuracy]) -> CorruptionScore:
 
 
 def remarks(benchmark: EvaluationSet, parts: Sequence[PartResult]) -> list[str]:
-    """In what these images are not the benchmark as it is published; nothing where they are, or for own data."""
+    """In what these images are not the benchmark as it is published; of own data, which classes have none."""
     if benchmark.name == "val":
-        return []
+        return _absent_classes(benchmark, parts) if benchmark.classes else []
     found = []
     if benchmark.missing:
         shown = ", ".join(benchmark.missing[:5]) + (", …" if len(benchmark.missing) > 5 else "")
@@ -284,16 +284,18 @@ def remarks(benchmark: EvaluationSet, parts: Sequence[PartResult]) -> list[str]:
     if other:
         where = f" in {len(other)} parts, the first {other[0].name}" if other[0].name else ""
         found.append(f"{other[0].accuracy.images} images instead of the published {expected}{where}")
+    return found + _absent_classes(benchmark, parts)
+
+
+def _absent_classes(benchmark: EvaluationSet, parts: Sequence[PartResult]) -> list[str]:
+    """Which classes the first part without images of some lacks."""
     assert benchmark.classes is not None
     for part in parts:
         empty = [name for name, row in zip(benchmark.classes, part.per_class, strict=True) if row[0] == 0]
         if empty:
             where = f" in {part.name}" if part.name else ""
-            found.append(
-                f"{len(empty)} of {len(benchmark.classes)} classes have no image{where} ({', '.join(empty[:5])})"
-            )
-            break
-    return found
+            return [f"{len(empty)} of {len(benchmark.classes)} classes have no image{where} ({', '.join(empty[:5])})"]
+    return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,7 +375,8 @@ def summary(evaluation: Evaluation, subject: Subject, config: CfgNode) -> dict[s
 
 def _numbers(accuracy: Accuracy) -> dict[str, Any]:
     loss = accuracy.loss if np.isfinite(accuracy.loss) else None  # JSON has no NaN
-    return asdict(accuracy) | {"loss": loss, "top1": accuracy.top1, "top5": accuracy.top5}
+    counts = {name: value for name, value in asdict(accuracy).items() if name != "classes"}
+    return counts | {"loss": loss, "top1": accuracy.top1, "top5": accuracy.top5}
 
 
 def _corruption_table(evaluation: Evaluation, score: CorruptionScore) -> dict[str, Any]:

@@ -4,6 +4,7 @@ pytest tests/test_attention_tools.py
 """
 
 import csv
+import os
 import re
 import runpy
 import sys
@@ -73,6 +74,19 @@ class _Reader(HTMLParser):
         for name in ("src", "href"):
             if not values.get(name, "data:").startswith("data:"):
                 self.fetched.append(values[name])
+
+
+def test_pictures_of_names_that_are_alike_or_too_long_do_not_replace_each_other(folder, tmp_path):
+    image = next((folder / "images").rglob("*.png"))
+    names = ["a.png", "a-2.png", "a.jpg.png", os.fsdecode(b"\xe9" * 200) + ".png", os.fsdecode(b"\xe9" * 201) + ".png"]
+    paths = [tmp_path / place / name for place in ("one", "two") for name in names]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to(image)
+    output = tmp_path / "maps"
+    arguments = ["--checkpoint", str(folder / "checkpoint.pth"), "--output", str(output), "--size", "128"]
+    assert visualize_attention.main([*map(str, paths), *arguments]) == 0
+    assert len(list(output.glob("*.png"))) == len(paths)
 
 
 def test_page_and_grid_hold_every_layer_map_and_query(folder, capsys):

@@ -172,11 +172,19 @@ def test_the_head_follows_the_folder_and_the_names_go_into_the_checkpoint(tiny, 
         run(tiny, f"{evaluate} DATA.DATA_PATH {animals('ant', 'bee', 'dog', root='other')}")
     log.clear()
     run(tiny, f"{evaluate} DATA.DATA_PATH {animals('bee', 'cat', root='fewer')}")
-    assert "1 of 3 classes have no image in the validation set: ant" in log.text and "8 images, top-1" in log.text
+    assert "1 of 3 classes have no image (ant)" in log.text and "8 images, top-1" in log.text
     with np.load(folder_of(tiny) / "eval_val_predictions.npz") as stored:
         assert stored["classes"].tolist() == ["ant", "bee", "cat"] and stored["label"].tolist() == [1] * 4 + [2] * 4
     with pytest.raises(CheckpointError, match="names differ"):  # continuing a run on other data
         run(tiny, f"{OWN} DATA.DATA_PATH {tiny.parent / 'other'}")
+
+
+@pytest.mark.parametrize("classes", [["ant", "bee", "cat"], ["ant"], "ab", 5, {"ant": 0, "bee": 1}])
+def test_stored_names_that_do_not_fit_the_head_are_refused(tiny, animals, classes):
+    path = tiny.parent / "weights.pth"
+    save_checkpoint({"model": build_model(load_config(str(tiny)), 2).state_dict(), "classes": classes}, path)
+    with pytest.raises(CheckpointError, match=r"weights\.pth: its `classes` are no list of 2 names"):
+        run(tiny, f"{OWN} EVAL_MODE True MODEL.RESUME {path} DATA.DATA_PATH {animals('ant', 'bee')}")
 
 
 def test_without_stored_names_the_counts_must_be_equal(tiny, animals):

@@ -5,6 +5,7 @@ pytest tests/test_fashion_mnist.py
 
 import gzip
 import struct
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -112,6 +113,16 @@ def test_a_damaged_file_is_named(folder, content, problem):
     report = Report()
     builder_of(config(folder)).check(config(folder), report)
     assert len(report.findings) == 1 and problem in report.findings[0].text
+
+
+def test_a_file_that_inflates_without_end_is_bounded(folder, monkeypatch):
+    monkeypatch.setattr("data.sources.bundled.LARGEST_IDX", 1 << 20)
+    (folder / f"{LABELS}.gz").write_bytes(gzip.compress(bytes([0, 0, 8, 1]) + bytes(1 << 26)))
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"is damaged: 1048577 bytes"):
+        read_idx(folder / f"{LABELS}.gz", 1)
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
 
 
 def test_idx_files_of_any_shape_are_read(tmp_path):

@@ -246,7 +246,7 @@ def test_orientation_is_obeyed_only_where_it_is_asked_for(orientation, form):
 def test_damaged_exif_is_no_reason_to_refuse_an_image():
     content = turned(6).replace(b"II*\0", b"II\xff\xff").replace(b"MM\0*", b"MM\xff\xff")
     for decoder in (decode, decode_fast):
-        obeying, plain = (np.array(decoder(content, "a", exif=exif)) for exif in (True, False))
+        obeying, plain = (np.asarray(decoder(content, "a", exif=exif)) for exif in (True, False))
         assert np.array_equal(obeying, plain)
 
 

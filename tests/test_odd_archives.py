@@ -21,7 +21,10 @@ from config import load_config, make_plan
 from data.check import run_check
 from data.loaders import Loaders, build_loaders
 from data.sources.base import DataError, UnreadableImage, label_of
+from data.sources.token_cache import open_cache
 from data.sources.zip import ZipSource
+from data.test_sets import read_real_labels
+from logger import read_records
 
 IMAGES = {f"{name}/{i}.jpg": jpeg(10 * label + i, (32, 32)) for label, name in enumerate("ab") for i in range(4)}
 LABELS = {name: "ab".index(name[0]) for name in IMAGES}
@@ -205,6 +208,22 @@ def test_a_validation_map_that_lacks_a_class_is_still_compared(tmp_path):
         loaders(root)
 
 
+def test_an_image_that_a_map_or_a_zip_names_twice_is_refused(tmp_path, capsys):
+    root = make_zips(tmp_path / "set")
+    good = (root / "train_map.txt").read_text()
+    for line in (f"{VICTIM}\t0\n", f"{VICTIM}\t1\n"):
+        (root / "train_map.txt").write_text(good + line)
+        with pytest.raises(DataError, match=f"train_map.txt names {VICTIM} more than once"):
+            loaders(root)
+        assert "ERROR: " in checked(root, capsys)
+    (root / "train_map.txt").write_text(good)
+    with zipfile.ZipFile(root / "train.zip", "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr(VICTIM, jpeg(99))
+    with pytest.raises(DataError, match=f"train.zip contains {VICTIM} more than once"):
+        loaders(root)
+    assert "ERROR: " in checked(root, capsys)
+
+
 def test_maps_of_other_encodings(tmp_path, capsys):
     names = {name.replace("a/", "caf\u00e9/"): content for name, content in IMAGES.items()}
     labels = {name: int(name[0] == "b") for name in names}
@@ -286,13 +305,73 @@ def test_counts_that_are_none_are_refused_when_the_index_is_read(tmp_path, said,
     assert "ERROR: " in checked(root, capsys, "shards")
 
 
+DEEP = "[" * 100_000 + "]" * 100_000
+ODD_INDEXES = {
+    "deep": (lambda tree: DEEP, "shards.json cannot be read: maximum recursion depth"),
+    "classes that are text": (lambda tree: tree | {"classes": "ab"}, "classes is no list of names"),
+    "classes that are a table": (lambda tree: tree | {"classes": {"a": 0, "b": 1}}, "classes is no list of names"),
+    "classes that are numbers": (lambda tree: tree | {"classes": [0, 1]}, "classes is no list of names"),
+    "a class twice": (lambda tree: tree | {"classes": ["a", "a"]}, "names a class more than once"),
+    "a version of another kind": (lambda tree: tree | {"version": "1\n\x1b[31m"}, r"is of version 1\\n\\x1b\[31m, exp"),
+    "splits that are a list": (lambda tree: tree | {"splits": [1]}, "is no index of shards"),
+}
+
+
+@pytest.mark.parametrize(("edit", "message"), ODD_INDEXES.values(), ids=ODD_INDEXES)
+def test_odd_indexes_of_shards_are_refused_in_one_line(tmp_path, edit, message, capsys):
+    root = make_shards(tmp_path / "set")
+    tree = edit(json.loads((root / "shards.json").read_text()))
+    (root / "shards.json").write_text(tree if isinstance(tree, str) else json.dumps(tree))
+    with pytest.raises(DataError, match=message) as caught:
+        labels_seen(root)
+    assert "\n" not in str(caught.value) and "ERROR: " in checked(root, capsys, "shards")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("a\nb.tar", r"a\\nb.tar has"), ("a\0b", r"a\\x00b has"), ("", "no regular")]
+)
+def test_names_that_no_shard_can_have_are_refused(tmp_path, name, message):
+    root = make_shards(tmp_path / "set")
+    tree = json.loads((root / "shards.json").read_text())
+    tree["splits"]["train"]["shards"][0]["name"] = name
+    (root / "shards.json").write_text(json.dumps(tree))
+    with pytest.raises(DataError, match=message) as caught:
+        labels_seen(root)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shard_that_is_listed_twice_is_refused(tmp_path, capsys):
+    root = make_shards(tmp_path / "set")
+    tree = json.loads((root / "shards.json").read_text())
+    tree["splits"]["train"]["shards"] *= 2
+    tree["splits"]["train"]["images"] = 8
+    (root / "shards.json").write_text(json.dumps(tree))
+    with pytest.raises(DataError, match="lists a shard of train more than once"):
+        labels_seen(root)
+    assert "ERROR: shards.json lists 1 train shards more than once" in checked(root, capsys, "shards")
+
+
+def test_json_that_nests_without_end_is_damage_everywhere(tmp_path):
+    (tmp_path / "real.json").write_text(DEEP)
+    with pytest.raises(DataError, match=r"real.json: expected a JSON list"):
+        read_real_labels(str(tmp_path / "real.json"), ["a"])
+    (tmp_path / "manifest.json").write_text(DEEP)
+    with pytest.raises(DataError, match=r"manifest.json cannot be read"):
+        open_cache(tmp_path)
+    good = '{"kind": "val", "epoch": 0, "step": 1}'
+    (tmp_path / "metrics.jsonl").write_text(f'{DEEP}\n{good}\n{good[:-1]}, "top1": {"9" * 5000}}}\n')
+    assert read_records(tmp_path / "metrics.jsonl") == ([json.loads(good)], [1, 3])
+
+
 def test_negative_counts_that_add_up_are_refused(tmp_path):
     root = make_shards(tmp_path / "set")
     tree = json.loads((root / "shards.json").read_text())
     first = tree["splits"]["train"]["shards"][0]
     tree["splits"]["train"]["shards"] = [first | {"images": 8}, first | {"images": -4}]
     (root / "shards.json").write_text(json.dumps(tree))
-    with pytest.raises(DataError, match=r"train-000000.tar has -4 images in \d+ bytes, expected whole numbers"):
+    with pytest.raises(
+        DataError, match=r"train-000000.tar has -4 images in \d+ bytes, expected a printable name, whole"
+    ):
         labels_seen(root)
 
 

@@ -25,7 +25,9 @@ from data.sources.base import DataError, UnreadableImage
 from data.sources.folder import FolderSource
 from data.test_sets import _subfolders
 from engine.published import build_evaluation_set
+from logger import setup_logger
 from models.files import load_checkpoint
+from tools.command_line import answer
 from tools.predict import main as predict
 from tools.prepare_imagenet import Options, list_input, place_val, prepare
 from tools.prepare_imagenet import main as prepare_imagenet
@@ -213,8 +215,10 @@ def test_one_file_under_two_labels_is_an_error_and_a_copy_a_warning(animals, cap
 def test_broken_links_are_unreadable_images(animals):
     for name, target in (("gone.jpg", "nowhere"), ("loop.jpg", "loop.jpg")):
         (animals / "train" / "ant" / name).symlink_to(target)
+    for name in ("gone", "loop"):  # in place of a class
+        (animals / "train" / name).symlink_to(name if name == "loop" else "nowhere")
     source = FolderSource(animals / "train")
-    assert len(source.labels) == 14
+    assert len(source.labels) == 14 and source.classes == ("ant", "bee", "cat")
     for index in (4, 5):
         with pytest.raises(UnreadableImage, match=r"(gone|loop)\.jpg: (No such file|Too many levels)"):
             source.load(index)
@@ -247,8 +251,7 @@ def test_a_set_that_lacks_a_class_evaluates_by_the_names_of_the_checkpoint(tmp_p
         with np.load(folder / "eval_val_predictions.npz") as stored:
             results[root.name] = {name: stored[name] for name in ("label", "file", "loss", "classes")}
         absent = ({"whole": "ant", "part": "bee"})[root.name.partition("-")[0]]
-        if not (kind == "shards" and absent == "ant"):
-            assert f"1 of 3 classes have no image in the validation set: {absent}" in log.text
+        assert f"validation images: 1 of 3 classes have no image ({absent})" in log.text
     first, second = results.values()
     assert first["label"].tolist() == [1, 1, 2, 2] and second["label"].tolist() == [0, 0, 2, 2]
     assert first["classes"].tolist() == second["classes"].tolist() == ["ant", "bee", "cat"]
@@ -276,10 +279,11 @@ def test_training_on_one_class_is_warned_of(tmp_path, log, capsys):
     assert "WARNING: train has one class, photos" in checked(root, capsys)
 
 
-def test_a_path_one_level_off_is_answered_with_the_right_one(animals, tmp_path):
+def test_a_path_one_level_off_is_answered_with_the_right_one(animals, tmp_path, capsys):
     for path, split in ((animals / "train", "train"), (animals / "val", "val"), (tmp_path, "train")):
         with pytest.raises(DataError, match=rf"holds no {split}/; did you mean --data-path {animals}\?"):
             opened(path, train=split == "train")
+        assert f"did you mean --data-path {animals}?" in checked(path, capsys)
 
 
 def test_top5_is_not_shown_of_five_classes(tmp_path, log):
@@ -312,6 +316,23 @@ def test_printable_escapes_what_breaks_lines_terminals_and_files():
         char.encode()
         assert unicodedata.category(char) not in ("Cc", "Cs", "Zl", "Zp")
     assert printable(printable(every)) == printable(every)
+
+
+def test_no_name_commands_the_terminal_or_breaks_the_log(tmp_path, capsys):
+    logger = setup_logger(0, tmp_path / "log.txt")
+    try:
+        raise ValueError("tensor layers.\x1b]0;title\x07\udcff")
+    except ValueError:
+        logger.exception("two\nlines of %s", "a\r\x1b[2K\u2028b")
+    console, stored = capsys.readouterr().out, (tmp_path / "log.txt").read_text()
+    assert console == stored and "] two\nlines of a\\r\\x1b[2K\\u2028b\nTraceback" in stored
+    assert "tensor layers.\\x1b]0;title\\x07\\xff" in stored
+    require_clean(stored)
+    assert answer(lambda: int("\x1b[31m\udcff")) == 2
+    assert answer(lambda: Path("\x1b[31m\udcff").read_text()) == 2
+    error = capsys.readouterr().err
+    assert "'\\x1b[31m" in error
+    require_clean(error)
 
 
 STRANGE = [os.fsdecode(b"caf\xe9"), "line\nbreak", "bell\x07\x1b[31m<b>&", "plain"]

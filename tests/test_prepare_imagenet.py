@@ -460,6 +460,41 @@ def test_a_ground_truth_that_leads_elsewhere_moves_nothing(folder, tmp_path, fla
     assert contents(folder) == before and not list(tmp_path.rglob("escape"))
 
 
+def test_images_that_would_be_stored_under_one_name_are_refused(folder, tmp_path, capsys):
+    train = folder / "train" / CLASSES[0]
+    (train / "b.PNG").write_bytes(b"\x89PNG")
+    (train / "b.PNG.jpg").write_bytes(jpeg(5))
+    assert main([str(folder), str(tmp_path / "out"), "--short-side", "20"]) == 2
+    named = f"train/{CLASSES[0]}/b.PNG and train/{CLASSES[0]}/b.PNG.jpg would be stored under one name; rename one"
+    assert named in capsys.readouterr().err and not (tmp_path / "out").exists()
+    (train / "b.PNG").rename(train / "a\nb.jpg")
+    (train / "b.PNG.jpg").rename(train / "a\\nb.jpg")
+    assert main([str(folder), str(tmp_path / "out"), "--format", "zip"]) == 2
+    assert "would be stored under one name" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_names_as_long_as_they_can_be_are_kept(folder, tmp_path, kind):
+    (folder / "train" / CLASSES[0] / ("n" * 251 + ".jpg")).write_bytes(jpeg(5))
+    assert prepare(folder, tmp_path / "out", Options(format=kind))["train"].images == 31
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{}", '{"result": 5, "digests": []}', "\0"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damaged_records_of_an_earlier_run_are_made_anew(folder, tmp_path, kind, content, capsys):
+    out = tmp_path / "out"
+    prepare(folder, out, Options(format=kind))
+    before = contents(out)
+    for path in (out / ".prepare").glob("train*.json"):
+        path.write_text(content)
+    prepare(folder, out, Options(format=kind))
+    assert contents(out) == before
+    (out / ".prepare" / "settings.json").write_text(content)
+    assert main([str(folder), str(out), "--format", kind]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "name another output folder, or delete this one" in error and "Traceback" not in error
+
+
 def test_an_output_inside_of_the_input_is_refused(folder, capsys):
     before = contents(folder)
     assert main([str(folder), str(folder / "train" / "new")]) == 2

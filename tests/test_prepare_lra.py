@@ -718,6 +718,8 @@ def test_absent_data_is_told_where_to_get(tmp_path, monkeypatch, refused):
     (tmp_path / "aclImdb" / "train" / "pos").mkdir(parents=True)
     (tmp_path / "aclImdb" / "train" / "pos" / "0_9.txt").write_text("good")
     assert "holds no reviews in train/neg" in refused("text", "--source", tmp_path, "--out", tmp_path / "text")
+    os.mkfifo(tmp_path / "aclImdb" / "train" / "pos" / "1_9.txt")  # which nobody writes into
+    assert "1_9.txt: is no regular file" in refused("text", "--source", tmp_path, "--out", tmp_path / "text")
 
 
 def test_an_output_folder_is_never_mixed(tmp_path, refused, capsys):

@@ -221,6 +221,20 @@ def test_a_run_without_predictions_says_how_to_get_them_and_shows_the_rest(tmp_p
     assert 'id="curves"' in page and 'id="classes"' not in page and 'id="hardest-images"' not in page
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "predictions.npz", "metrics.jsonl"])
+def test_files_that_nest_or_claim_without_end_are_noted(tmp_path, name):
+    folder = digits_run(tmp_path / "run")
+    deep = "[" * 100_000 + "]" * 100_000
+    if name == "predictions.npz":
+        with zipfile.ZipFile(folder / name, "w") as archive, archive.open("loss.npy", "w") as file:
+            header = {"descr": "<f8", "fortran_order": False, "shape": (10**12,)}
+            np.lib.format.write_array_header_1_0(file, header)
+    else:
+        (folder / name).write_text(f"{(folder / name).read_text()}\n{deep}\n" if name == "metrics.jsonl" else deep)
+    run = run_of(folder)
+    assert any(name in note for note in run.notes) and "Results" in render([run], images=0)
+
+
 def test_an_evaluation_stands_in_for_predictions_that_are_missing(tmp_path):
     folder = digits_run(tmp_path / "run")
     whole = render([run_of(folder)], images=2)

@@ -28,10 +28,10 @@ def read_class_ids(path: Path) -> dict[int, str]:
         try:
             rows = loadmat(path, squeeze_me=True)["synsets"]
             return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
-        except (OSError, ValueError, KeyError, IndexError) as error:
+        except Exception as error:  # a damaged file may fail in any way
             raise DataError(f"{path} is not the devkit's meta.mat: {error}") from error
     lines = _lines(path)
-    numbered = [re.match(r"(\d+)[\s,]+(\S+)", line) for line in lines]
+    numbered = [re.match(r"(\d{1,9})[\s,]+(\S+)", line) for line in lines]
     if all(numbered):
         return {int(match[1]): match[2] for match in numbered if match}
     if any(numbered):
@@ -53,7 +53,7 @@ def read_ground_truth(path: Path, names: Sequence[str], class_ids: Path | None) 
     into WordNet ids. Raises DataError where it does not fit the images.
     """
     lines = _lines(path)
-    if all(line.isdecimal() for line in lines):
+    if all(re.fullmatch(r"\d{1,9}", line) for line in lines):
         return _from_numbers(path, [int(line) for line in lines], sorted(names), class_ids)
     table: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
@@ -61,7 +61,7 @@ def read_ground_truth(path: Path, names: Sequence[str], class_ids: Path | None) 
         if words[0] == "ImageId":
             continue
         if len(words) < 2 or words[1].isdecimal():
-            raise DataError(f"{path} line {number}: expected `name id` or `name,id box …`, received {line!r}")
+            raise DataError(f"{path} line {number}: expected `name id` or `name,id box …`, received {line[:80]!r}")
         table[Path(words[0]).stem] = words[1]
     lacking = [name for name in names if Path(name).stem not in table]
     if lacking:

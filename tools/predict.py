@@ -76,8 +76,8 @@ class Readable(NamedTuple):
 class _Images(Dataset[Readable | Unreadable]):
     """The image of each path, or why it cannot be read."""
 
-    def __init__(self, paths: Sequence[Path], config: CfgNode) -> None:
-        self.paths, self.exif = paths, config.DATA.EXIF
+    def __init__(self, paths: Sequence[Path], config: CfgNode, exif: bool) -> None:
+        self.paths, self.exif = paths, exif
         self.transform = evaluation_transform(config, image_size(config))
 
     def __len__(self) -> int:
@@ -108,25 +108,26 @@ def at_evaluation_size(loaded: LoadedModel, source: str) -> LoadedModel:
     return LoadedModel(model.eval(), sized, loaded.classes)
 
 
-def with_exif(config: CfgNode, exif: bool) -> CfgNode:
-    """The configuration with another DATA.EXIF."""
-    config = config.clone()
-    config.defrost()
-    config.DATA.EXIF = exif
-    config.freeze()
-    return config
-
-
 @torch.inference_mode()
 def predict(
-    loaded: LoadedModel, paths: Sequence[Path], *, topk: int, batch_size: int, device: torch.device, workers: int = 0
+    loaded: LoadedModel,
+    paths: Sequence[Path],
+    *,
+    topk: int,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    exif: bool | None = None,
 ) -> Iterator[Prediction | Unreadable]:
-    """A result for each path, in their order; `topk` classes, or all where there are fewer."""
+    """A result for each path, in their order; `topk` classes, or all where there are fewer.
+
+    `exif`: in place of the configuration's DATA.EXIF.
+    """
     model = loaded.model.to(device)
     normalise = Normalise(device)
     amp_dtype = autocast_dtype(loaded.config.AMP_DTYPE, device) if loaded.config.TEST.AMP else None
     loader = DataLoader(
-        _Images(paths, loaded.config),
+        _Images(paths, loaded.config, loaded.config.DATA.EXIF if exif is None else exif),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_as_list,
@@ -229,8 +230,6 @@ def run(arguments: argparse.Namespace) -> int:
     form = arguments.format or (ending if ending in FORMATS else "table")
     paths = find_images(arguments.images)
     loaded = open_checkpoint(arguments)
-    if arguments.exif is not None:
-        loaded = loaded._replace(config=with_exif(loaded.config, arguments.exif))
     if loaded.config.MODEL.SWIN.IN_CHANS != 3:
         raise DataError(f"{arguments.checkpoint} takes {loaded.config.MODEL.SWIN.IN_CHANS} channels, images give 3")
     results = list(
@@ -241,6 +240,7 @@ def run(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             device=arguments.device,
             workers=min(arguments.workers, len(paths) // arguments.batch_size),
+            exif=arguments.exif,
         )
     )
     predictions = [result for result in results if isinstance(result, Prediction)]

@@ -236,7 +236,7 @@ def _finished(unit: Unit) -> Result | None:
             found = digest.hexdigest()
         else:
             found = file_digest(unit.archive)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     return result if found == result.digest else None
 
@@ -251,7 +251,7 @@ def run_unit(unit: Unit) -> Result:
         for _, member, data in _prepared(unit, result):
             target = unit.output / unit.split / member
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = state / "temporary" / f"{os.getpid()}-{target.name}"
+            temporary = state / "temporary" / str(os.getpid())  # the target's name may fill what a name can be
             temporary.write_bytes(data)  # no fsync per image: a restart verifies the digest
             os.replace(temporary, target)
             result.members.append(member)
@@ -337,6 +337,7 @@ def prepare(
         raise DataError(f"the output folder {output} is the input; name another one")
     if output.exists() and not state.exists() and any(output.iterdir()):
         raise DataError(f"the output folder {output} holds other files; name a new one")
+    _require_names(splits, options)
     with owned(state):
         require_same_settings(state, _settings(options, splits), {"input": "other input images"})
         shutil.rmtree(state / "temporary", ignore_errors=True)  # what an interrupted run had begun to write
@@ -358,6 +359,17 @@ def prepare(
                 file.write(index.dump().encode())
         shutil.rmtree(state / "temporary")
     return {split: total for split, (total, _) in totals.items()}
+
+
+def _require_names(splits: dict[str, list[Entry]], options: Options) -> None:
+    """Raise DataError where two images would be stored under one name; in shards they have numbers."""
+    for split, entries in splits.items():
+        taken: dict[str, str] = {}
+        for _, member, _ in entries if options.format != "shards" else ():
+            name = _jpeg_name(member) if options.short_side else member
+            first = taken.setdefault(printable(name) if options.format == "zip" else name, member)
+            if first != member:
+                raise DataError(f"{split}/{first} and {split}/{member} would be stored under one name; rename one")
 
 
 def _settings(options: Options, splits: dict[str, list[Entry]]) -> dict[str, Any]:
@@ -405,9 +417,9 @@ def _finished_zip(output: Path, split: str) -> Result | None:
     try:
         record = json.loads((output / STATE / f"{split}.json").read_text(encoding="utf-8"))
         found = [file_digest(output / name) for name in (f"{split}.zip", f"{split}_map.txt")]
-    except (OSError, ValueError):
+        return Result(**record["result"]) if found == record["digests"] else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    return Result(**record["result"]) if found == record["digests"] else None
 
 
 def _assemble_zip(output: Path, split: str, units: list[Unit], total: Result) -> None:

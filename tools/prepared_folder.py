@@ -34,7 +34,10 @@ def require_same_settings(state: Path, settings: Mapping[str, Any], words: Mappi
     """
     path, words = state / SETTINGS, words or {}
     if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            stored = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DataError(f"{path} is damaged ({error}); name another output folder, or delete this one") from error
         changed = [
             words.get(name) or f"--{name.replace('_', '-')} {stored.get(name)} → {value}"
             for name, value in settings.items()

@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -332,16 +332,17 @@ def run(arguments: argparse.Namespace) -> None:
         layers = choose_layers(loaded.model, arguments.layers.split(","))
     transform, exif = evaluation_transform(loaded.config, image_size(loaded.config)), loaded.config.DATA.EXIF
     images = [(path, read_image(path, transform, exif=exif)) for path in find_images(arguments.images)]
-    pages: list[Page] = []
+    pages, taken = list[Page](), set[str]()
     arguments.output.mkdir(parents=True, exist_ok=True)
     for path, pixels in images:
         height, width = pixels.shape[1:]
         points = arguments.points or [(int(x * width), int(y * height)) for x, y in DEFAULT_POINTS]
         chosen = {"layers": layers, "heads": arguments.heads, "points": points, "maps": arguments.streams}
         page = draw_page(loaded, pixels, printable(path.name), **chosen, size=arguments.size)
-        stem = Path(printable(path.name)).stem
-        taken = sum(Path(other.name).stem == stem for other in pages)
-        file = arguments.output / f"{stem}{f'-{taken + 1}' if taken else ''}.png"
+        stem = Path(page.name).stem[:100]  # escapes may make it longer than a name can be
+        names = (f"{stem}{f'-{number}' if number > 1 else ''}.png" for number in count(1))
+        file = arguments.output / next(name for name in names if name not in taken)
+        taken.add(file.name)
         draw_grid(page).save(file)
         pages.append(page)
         say(f"{path}: {file}")

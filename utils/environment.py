@@ -53,7 +53,7 @@ def environment_with(folder: Path, device: "torch.device", processes: int) -> by
     path = folder / ENVIRONMENT_FILE
     try:
         starts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         starts = []
     starts = [*(starts if isinstance(starts, list) else []), describe(device, processes)][-KEPT:]
     return (json.dumps(starts, indent=1) + "\n").encode()

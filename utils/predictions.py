@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PREDICTIONS = "predictions.npz"  # in the run folder: those of the best validation so far
 BEST_CLASSES = 5
+LARGEST = 1 << 31  # bytes of all arrays: those of millions of images have less
 NOTHING = -1  # in `top5`, for an image with logits that are not finite
 
 
@@ -158,10 +159,12 @@ def read_predictions(path: Path) -> Predictions:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
+            if sum(entry.file_size for entry in file.zip.infolist()) > LARGEST:
+                raise ValueError(f"its arrays have more than {LARGEST:,} bytes")
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
     if absent := [name for name in NAMES if name not in arrays]:
         raise ValueError(f"{path} lacks the arrays {', '.join(absent)}; expected {', '.join(NAMES)}")

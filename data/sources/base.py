@@ -208,7 +208,7 @@ def decode_fast(data: bytes, name: str, *, exif: bool = False) -> torch.Tensor:
         same = colours in ("YCbCr", "RGB", "Gray") and not turned
         if same and height * width <= (Image.MAX_IMAGE_PIXELS or height * width):
             return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
-    except (ValueError, OSError):  # refused: Pillow decides
+    except Exception:  # refused: Pillow decides
         pass
     return pil_to_tensor(decode(data, name, exif=exif))
 

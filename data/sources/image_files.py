@@ -56,10 +56,13 @@ def open_source(
     return source
 
 
-def _nearby(root: Path) -> Path | None:
-    """A data set of folders one level above or below, for a path that is one level too deep or not deep enough."""
+def _misplaced(config: CfgNode, root: Path, split: str) -> str | None:
+    """What to say of a path that is one level too deep, or not deep enough, for a data set of folders."""
+    if data_format(config, root) != "folder" or (root / split).is_dir():
+        return None
     places = (root.resolve().parent, *sorted(path for path in root.iterdir() if path.is_dir()))
-    return next((place for place in places if (place / "train").is_dir() and (place / "val").is_dir()), None)
+    meant = next((place for place in places if (place / "train").is_dir() and (place / "val").is_dir()), None)
+    return f"{root} holds no {split}/; did you mean --data-path {meant}?" if meant else None
 
 
 class ImageFiles(DatasetBuilder):
@@ -72,8 +75,8 @@ class ImageFiles(DatasetBuilder):
             raise DataError("no data set: --data-path names the folder that holds train/ and val/")
         root = Path(config.DATA.DATA_PATH)
         require_folder(root)
-        if data_format(config, root) == "folder" and not (root / split).is_dir() and (meant := _nearby(root)):
-            raise DataError(f"{root} holds no {split}/; did you mean --data-path {meant}?")
+        if problem := _misplaced(config, root, split):
+            raise DataError(problem)
         return open_source(config, root, root / split, split, classes, decoder_for(config, split))
 
     def check(self, config: CfgNode, report: Report) -> None:
@@ -82,6 +85,9 @@ class ImageFiles(DatasetBuilder):
         root = Path(config.DATA.DATA_PATH)
         if not root.is_dir():
             report.error(f"data set folder {root} {'is no folder' if root.exists() else 'does not exist'}")
+            return
+        if problem := _misplaced(config, root, "train"):
+            report.error(problem)
             return
         kind = data_format(config, root)
         report.facts.append(f"{root}: {'image folder' if kind == 'folder' else kind}")

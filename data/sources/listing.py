@@ -44,11 +44,12 @@ class Listing:
         self.left_out, self.other, self.repeated = list[str](), list[str](), list[str]()
         self.folders, self.loose = list[str](), list[str]()
         self._real_root = os.path.realpath(root)
-        self._reached = {self._real_root: ("", self.root)}  # real folders: below which one of root, and by which path
+        self._reached = {self._real_root: ("", self.root)}  # real folders: of which class, and by which path
+        self._real = {self.root: self._real_root}  # where the folders that were looked into really are
         for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
             if is_litter(entry.name):
                 self.left_out.append(entry.path)
-            elif entry.is_dir():
+            elif os.path.isdir(entry.path):  # which no link that leads nowhere is
                 self.folders.append(entry.name)
             elif is_image(entry.name):
                 self.loose.append(entry.path)
@@ -66,7 +67,7 @@ class Listing:
         if not self._enter(top, owner):
             return
         for parent, folders, files in os.walk(top, followlinks=True, onerror=_refuse):
-            folders[:] = [name for name in folders if self._enter(os.path.join(parent, name), owner)]
+            folders[:] = [name for name in sorted(folders) if self._enter(os.path.join(parent, name), owner)]
             walked.append((parent, files))
         for parent, files in sorted(walked):
             for name in sorted(files):
@@ -83,7 +84,9 @@ class Listing:
         if is_litter(os.path.basename(path)):
             self.left_out.append(path)
             return False
-        real = os.path.realpath(path)
+        parent, name = os.path.split(path)  # asking the disk about every part of a path is slow in deep folders
+        real = os.path.realpath(path) if os.path.islink(path) else os.path.join(self._real[parent], name)
+        self._real[path] = real
         other, first = self._reached.setdefault(real, (owner, path))
         around = first == path and _contains(real, self._real_root)  # all of root lies in it
         if first == path and not around:

@@ -63,25 +63,31 @@ def read_index(root: Path) -> Index:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; tools.prepare_imagenet --format shards writes it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     try:
         if tree["version"] != INDEX_VERSION:
-            raise DataError(f"{path} is of version {tree['version']}, expected {INDEX_VERSION}")
+            raise DataError(f"{path} is of version {printable(tree['version'])}, expected {INDEX_VERSION}")
         splits = {
             split: [Shard(str(s["name"]), s["images"], s["bytes"]) for s in entry["shards"]]
             for split, entry in tree["splits"].items()
         }
         for split, shards in splits.items():
             for shard in shards:
-                if type(shard.images) is not int or type(shard.bytes) is not int or shard.images < 1:
+                whole = type(shard.images) is int and type(shard.bytes) is int and shard.images > 0
+                if not whole or printable(shard.name) != shard.name:
                     raise DataError(
                         f"{path}: {printable(shard.name)} has {shard.images} images in {shard.bytes} bytes, expected"
-                        f" whole numbers and at least one image; {MEND}"
+                        f" a printable name, whole numbers, and at least one image; {MEND}"
                     )
             if sum(shard.images for shard in shards) != tree["splits"][split]["images"]:
                 raise DataError(f"{path}: the counts of the {split} shards do not add up to its total")
-        return Index(tuple(map(printable, tree["classes"])), splits)
+        classes = tree["classes"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise DataError(f"{path}: classes is no list of names; {MEND}")
+        if len(set(classes)) < len(classes):
+            raise DataError(f"{path} names a class more than once; {MEND}")
+        return Index(tuple(map(printable, classes)), splits)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is no index of shards ({error!r}); tools.prepare_imagenet writes one") from error
 
@@ -175,6 +181,8 @@ class ShardSplit:
         self.shards = index.splits.get(split, [])
         if not self.shards:
             raise DataError(f"{root / INDEX_FILE} lists no images of the split {split}")
+        if len({shard.name for shard in self.shards}) < len(self.shards):
+            raise DataError(f"{root / INDEX_FILE} lists a shard of {split} more than once; {MEND}")
         problems = [problem for shard in self.shards if (problem := file_problem(root, shard))]
         if problems:
             raise DataError(f"{len(problems)} of {len(self.shards)} {split} shards are damaged: {problems[0]}; {MEND}")

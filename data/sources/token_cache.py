@@ -92,7 +92,7 @@ def read_manifest(root: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         problem = "is not finished" if root.is_dir() and any(root.iterdir()) else "holds no token cache"
         raise DataError(f"{root} {problem} ({MANIFEST} is missing); tools/prepare_lra.py makes one") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     found = tree.get("format") if isinstance(tree, dict) else None
     if found != FORMAT:

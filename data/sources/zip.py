@@ -4,7 +4,7 @@ import codecs
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,6 +51,10 @@ class ZipSource:
             labels.append(label)
         if not labels:
             raise DataError(f"{map_path} is empty; expected lines `path<TAB>label`")
+        if (again := first_repeated(positions)) is not None:
+            raise DataError(f"{map_path} names {as_text(index.names[positions[again]])} more than once")
+        if (again := first_repeated(array("q", map(hash, index.names)))) is not None:
+            raise DataError(f"{zip_path} contains {as_text(index.names[again])} more than once")
         if left_out:
             get_logger().info(
                 "%s: %d hidden or system files are left out, such as %s", map_path, len(left_out), left_out[0]
@@ -95,6 +99,13 @@ class ZipSource:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_handle": None}
+
+
+def first_repeated(numbers: Sequence[int]) -> int | None:
+    """The first place of a number that has come before."""
+    new = np.zeros(len(numbers), dtype=bool)
+    new[np.unique(numbers, return_index=True)[1]] = True
+    return None if new.all() else int(new.argmin())
 
 
 def open_index(path: Path) -> ZipIndex:

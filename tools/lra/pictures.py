@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.sources.base import FORMATS, DataError
+from data.sources.base import FORMATS, DataError, UnreadableImage, read_file
 from data.sources.bundled import FASHION_MNIST_FILES, FashionMnistSource
 from data.sources.token_cache import FileRecord
 from tools.lra import files
@@ -189,9 +189,9 @@ def read_pathfinder_batch(metadata: Path) -> PathfinderBatch:
         if not os.path.abspath(path).startswith(os.path.join(os.path.abspath(root), "")):
             raise DataError(f"{where} names {printable(path)}, which lies outside of {root}")
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{where} names {path}: {error.strerror}") from error
+            data = read_file(path)
+        except UnreadableImage as error:
+            raise DataError(f"{where} names {error}") from error
         if not data:  # the release has such a file
             empty += 1
             continue

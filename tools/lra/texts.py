@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data.sources.base import DataError
+from data.sources.base import DataError, read_file
 from data.sources.token_cache import Split
 from tools.lra import files, listops
 from tools.lra.cache import Content, Sample
@@ -191,7 +191,7 @@ def _imdb_folder(root: Path, source: dict[str, Any]) -> Iterator[tuple[str, byte
             folder, digest = root / split / label, FolderDigest()
             for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
                 if name.endswith(".txt"):
-                    data = (folder / name).read_bytes()
+                    data = read_file(folder / name)
                     digest.add(name, data)
                     yield f"{split}/{label}/{name}", data
             note(source, f"{split}/{label}", files.record_of_all(digest))

@@ -164,5 +164,5 @@ def _noting(run: RunRecord, problem: str, absent: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         run.notes.append(absent)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         run.notes.append(f"{problem}: {' '.join(str(error).split())}.")
