@@ -37,7 +37,7 @@ from experiments.settings import differences, stored_config
 from logger import read_metrics
 from models import build_model
 from models.kernels import KERNELS
-from tools.command_line import answer, program, whole
+from tools.command_line import answer, file_path, program, whole
 from tools.pages import markdown, render_page
 from utils.environment import describe
 
@@ -331,8 +331,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--variants", nargs="+", choices=VARIANTS, default=list(NAMED), help="default: all")
     add("--seeds", type=whole(), default=3, help="runs of each variant, seeds 0, 1, … (default 3)")
     add("--jobs", type=whole(), default=2, help="runs at a time (default 2)")
-    add("--output", type=Path, default=Path("output/ablation"), help="run folders: output/ablation")
-    add("--docs", type=Path, default=ROOT / "docs", help="where ablation.md is written: docs")
+    add("--output", type=file_path, default=Path("output/ablation"), help="run folders: output/ablation")
+    add("--docs", type=file_path, default=ROOT / "docs", help="where ablation.md is written: docs")
     add("--data-path", default="", help=f"Fashion-MNIST's folder, otherwise {FASHION_MNIST}")
     add("--report-only", action="store_true", help="train nothing; write the page from finished runs")
     add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="keys for every run of all variants")

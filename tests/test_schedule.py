@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import config_file, read_json
+from conftest import config_file, read_json, run
 
 from config import load_config, make_plan
 from lr_scheduler import build_scheduler
@@ -117,3 +117,18 @@ def test_the_curve_may_begin_after_the_warm_up(name):
     assert prefixed[27] > 0.99 * peak and plain[26] < 0.8 * peak
     assert prefixed[50] < (0.02 if name == "cosine" else 0.11) * peak
     assert all(a >= b for a, b in itertools.pairwise(prefixed[26:]))
+
+
+def test_a_batch_that_leaves_the_recipe_says_what_that_makes_of_the_rates(tiny, log, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"BASE: [{tiny}]\nTRAIN: {{GLOBAL_BATCH: 64, EPOCHS: 1}}\n")
+    run(path)
+    assert "global batch 64 = 1 processes × 1 passes × 64 samples" in log.text and "the recipe has" not in log.text
+    run(path, "TRAIN.ACCUMULATION_STEPS 2 DATA.BATCH_SIZE 16 TAG accumulated")
+    assert "TRAIN.ACCUMULATION_STEPS 2 replaces TRAIN.GLOBAL_BATCH 64 of the file" in log.text
+    assert (
+        "the recipe has 64 images a step (TRAIN.GLOBAL_BATCH), this run 32: all its learning rates are 0.5 times"
+        in log.text
+    )
+    run(path, "TRAIN.GLOBAL_BATCH 48 TRAIN.SCALE_LR False TAG given")
+    assert "this run 48: its learning rates stay those of the configuration" in log.text

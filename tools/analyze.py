@@ -26,7 +26,7 @@ from config import image_size
 from data.transforms import Normalise, evaluation_transform
 from models.attention_maps import LayerRecord, MapError, attention_layers, choose_layers, kernel_in, record
 from tools.checkpoints import add_checkpoint_arguments, find_images, open_checkpoint, read_image
-from tools.command_line import answer, number, program, some_of, whole
+from tools.command_line import answer, file_path, number, program, some_of, whole
 
 METRICS = ("entropy", "rank", "exponent", "gate")
 WITH_DEPTHWISE = "combined+depthwise"
@@ -331,7 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = program("python tools/analyze.py", __doc__)
     add = parser.add_argument
     which = "files or folders; default: scikit-learn's two photographs"
-    add("images", metavar="IMAGE", type=Path, nargs="*", help=which)
+    add("images", metavar="IMAGE", type=file_path, nargs="*", help=which)
     add_checkpoint_arguments(parser)
     add("--layers", metavar="A,B", help="as tools/visualize_attention.py --list names them; default: all")
     which = f"some of {', '.join(METRICS)}; default: all"
@@ -339,7 +339,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--queries", metavar="N", type=whole(), default=512, help="rows measured of each map (default 512)")
     share = number(0, 1, open_low=True, open_high=True)
     add("--tolerance", metavar="T", type=share, default=1e-3, help="of the numerical rank (default 0.001)")
-    add("--output", metavar="DIR", type=Path, default=Path("analysis"), help="default: analysis")
+    add("--output", metavar="DIR", type=file_path, default=Path("analysis"), help="default: analysis")
     return parser
 
 

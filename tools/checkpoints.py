@@ -14,12 +14,13 @@ from data.sources.base import DataError, Picture, UnreadableImage, decode, read_
 from data.sources.listing import Listing
 from models import CheckpointError, load
 from models.classifier import Classifier
+from tools.command_line import file_path
 from utils.names import printable
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, opts: bool = False) -> None:
     """--checkpoint, --ema, --cfg and where asked for --opts: a model and its weights, for `open_checkpoint`."""
-    parser.add_argument("--checkpoint", metavar="FILE", type=Path, required=True, help=".pth or .safetensors file")
+    parser.add_argument("--checkpoint", metavar="FILE", type=file_path, required=True, help=".pth or .safetensors file")
     parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the last ones")
     parser.add_argument("--cfg", metavar="FILE", help="YAML configuration, for a file that carries none")
     parser.set_defaults(opts=[])

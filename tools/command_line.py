@@ -2,8 +2,10 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TextIO
 
 from utils.names import printable_lines
@@ -14,6 +16,11 @@ INTERRUPTED = 130  # exit code of Ctrl-C
 def program(name: str, doc: str | None) -> argparse.ArgumentParser:
     """A parser whose help begins with the program's docstring as it stands: what it does, examples, exit codes."""
     return argparse.ArgumentParser(name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def file_path(text: str) -> Path:
+    """An argument that is a path; `~` is the home folder."""
+    return Path(os.path.expanduser(text))
 
 
 def whole(low: int = 1, high: int | None = None) -> Callable[[str], int]:

@@ -42,7 +42,7 @@ from models import build_model
 from models.classifier import Classifier
 from models.files import CHECKPOINT_VERSION
 from tools.checkpoints import add_checkpoint_arguments, given_config, load_model
-from tools.command_line import answer, number, program
+from tools.command_line import answer, file_path, number, program
 from tools.hub_folder import architecture_of, hub_config, model_card
 from utils.checkpoints.writing import write_sidecar
 from utils.files import file_digest
@@ -367,7 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--format", nargs="+", choices=names, default=[], help="what to write; several are allowed")
     what = "also write NAME-<SHA-256>.pth with weights, classes and configuration alone, to be published"
     add("--release", action="store_true", help=what)
-    add("--output", metavar="FOLDER", type=Path, default=Path("export"), help="default: export")
+    add("--output", metavar="FOLDER", type=file_path, default=Path("export"), help="default: export")
     add("--name", help="of the outputs; default: timm's name of the model, else MODEL.NAME")
     what = f"of ONNX, {OPSETS[0]} to {OPSETS[-1]}; default {DEFAULT_OPSET}"
     add("--opset", type=_opset, default=DEFAULT_OPSET, metavar="N", help=what)

@@ -37,7 +37,7 @@ from models import build_model
 from models.classifier import Classifier
 from models.loading import load_resized
 from tools.checkpoints import LoadedModel, add_checkpoint_arguments, find_images, open_checkpoint
-from tools.command_line import answer, program, say, whole
+from tools.command_line import answer, file_path, program, say, whole
 from utils.files import file_digest
 from utils.names import printable
 from utils.precision import autocast, autocast_dtype, exact_float32
@@ -203,11 +203,11 @@ def _device(text: str) -> torch.device:
 def _parser() -> argparse.ArgumentParser:
     parser = program("tools/predict.py", __doc__)
     add = parser.add_argument
-    add("images", metavar="IMAGE", type=Path, nargs="+", help="image files, and folders of them")
+    add("images", metavar="IMAGE", type=file_path, nargs="+", help="image files, and folders of them")
     add_checkpoint_arguments(parser, opts=True)
     add("--topk", metavar="K", type=whole(), default=5, help="classes an image; default 5")
     add("--format", choices=FORMATS, help="default: by the ending of --output, else table")
-    add("--output", metavar="FILE", type=Path, help="write there instead of standard output")
+    add("--output", metavar="FILE", type=file_path, help="write there instead of standard output")
     add("--batch-size", metavar="N", type=whole(), default=32, help="default 32")
     what = "processes that decode images where there is more than a batch of them; default 4, or the number of cores"
     add("--workers", metavar="N", type=whole(), default=min(4, os.cpu_count() or 1), help=what)

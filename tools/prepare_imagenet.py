@@ -37,7 +37,7 @@ from data.sources.base import TURNED, DataError, UnreadableImage, decode, orient
 from data.sources.folder import FolderSource
 from data.sources.listing import is_folder_name, is_image, is_litter
 from data.sources.shards import INDEX_FILE, Index, Shard
-from tools.command_line import answer, program, say, whole
+from tools.command_line import answer, file_path, program, say, whole
 from tools.imagenet_labels import read_ground_truth
 from tools.prepared_folder import STATE, FolderDigest, owned, require_same_settings
 from utils.files import file_digest, written
@@ -457,8 +457,8 @@ def _remove_parts(output: Path, split: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = program("python -m tools.prepare_imagenet", __doc__)
     add = parser.add_argument
-    add("input", metavar="INPUT", type=Path, help="folder that holds train/ and val/")
-    add("output", metavar="OUTPUT", type=Path, nargs="?", help="new folder for the prepared data set")
+    add("input", metavar="INPUT", type=file_path, help="folder that holds train/ and val/")
+    add("output", metavar="OUTPUT", type=file_path, nargs="?", help="new folder for the prepared data set")
     add("--format", choices=("folder", "zip", "shards"), default="folder")
     add("--short-side", metavar="PIXELS", type=whole(1), help="resize larger training images to this")
     add("--resize-val", action="store_true", help="resize validation images too (accuracy changes)")
@@ -469,9 +469,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", metavar="N", type=whole(1), default=os.cpu_count() or 1, help="processes")
     add("--skip-unreadable", action="store_true", help="leave unreadable images out and exit with 0")
     what = "classes of a flat val/: LOC_val_solution.csv, `name id` lines, or ILSVRC2012_validation_ground_truth.txt"
-    add("--val-ground-truth", metavar="FILE", type=Path, help=what)
+    add("--val-ground-truth", metavar="FILE", type=file_path, help=what)
     what = "WordNet ids of the ground truth's numbers: meta.mat or text"
-    add("--class-ids", metavar="FILE", type=Path, help=what)
+    add("--class-ids", metavar="FILE", type=file_path, help=what)
     return parser
 
 

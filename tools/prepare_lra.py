@@ -30,7 +30,7 @@ if not __package__:  # run as tools/prepare_lra.py: what it imports lies beside 
 from data.sources.base import DataError
 from data.sources.bundled import FASHION_MNIST
 from data.sources.token_cache import MANIFEST, TASKS, Manifest, open_cache, read_manifest
-from tools.command_line import answer, number, program, whole
+from tools.command_line import answer, file_path, number, program, whole
 from tools.lra import listops, pathfinder
 from tools.lra.cache import Content, publish, write_arrays
 from tools.lra.files import ADVICE
@@ -200,9 +200,9 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, job: Callable[[argparse.Namespace], Job], help: str, *, source: str, seed: str = "") -> Callable:
         task = tasks.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
         task.set_defaults(job=job)
-        task.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder for the cache")
+        task.add_argument("--out", metavar="DIR", type=file_path, required=True, help="new folder for the cache")
         default = FASHION_MNIST if name == "fashion-mnist" else None
-        task.add_argument("--source", metavar="PATH", type=Path, default=default, help=source)
+        task.add_argument("--source", metavar="PATH", type=file_path, default=default, help=source)
         if seed:
             task.add_argument("--seed", metavar="N", type=whole(0), help=f"{seed} (default 0)")
         if name in ("listops", "pathfinder"):

@@ -28,6 +28,7 @@ from data.transforms import Normalise
 from models import build_model, load
 from models.attention_maps import record
 from models.layers import Grid
+from tools.command_line import file_path
 from tools.overlays import ground, key_map, paint, token_at
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,7 +170,7 @@ def draw_speed(axes: Axes) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train a model unless one is named, then draw."""
     parser = argparse.ArgumentParser(prog="python -m tools.readme_picture", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", metavar="FILE", type=Path, help="the model of an earlier call; default: train one")
+    parser.add_argument("--model", metavar="FILE", type=file_path, help="of an earlier call; default: train one")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)

@@ -15,7 +15,7 @@ from pathlib import Path
 if not __package__:  # run as tools/report.py: what it imports lies beside tools/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.command_line import answer, program, say
+from tools.command_line import answer, file_path, program, say
 from tools.run_report.page import DEFAULT_CURVES, render
 from tools.run_report.runs import ReportError, find_runs, names_of, read_run
 from utils.curves import METRICS
@@ -25,9 +25,9 @@ from utils.files import write_atomically
 def build_parser() -> argparse.ArgumentParser:
     parser = program("python -m tools.report", __doc__)
     add = parser.add_argument
-    add("runs", metavar="RUN", nargs="+", type=Path, help="run folder (OUTPUT/NAME/TAG), or a folder that holds some")
+    add("runs", metavar="RUN", nargs="+", type=file_path, help="run folder, OUTPUT/NAME/TAG, or a folder of some")
     where = "the page (default: report.html in the run folder, of several in the folder that holds them all)"
-    add("--output", metavar="FILE", type=Path, help=where)
+    add("--output", metavar="FILE", type=file_path, help=where)
     what = f"what to draw, of {', '.join(METRICS)} (default: {' '.join(DEFAULT_CURVES)})"
     add("--curves", metavar="METRIC", nargs="+", default=DEFAULT_CURVES, help=what)
     add("--images", metavar="N", type=int, default=8, help="hardest validation images per run (default 8; 0: none)")

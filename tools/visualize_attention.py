@@ -28,7 +28,7 @@ from data.transforms import Normalise, evaluation_transform
 from models.attention_maps import COMBINED, LayerRecord, attention_layers, choose_layers, kernel_in, record
 from models.kernels import KERNELS
 from tools.checkpoints import LoadedModel, add_checkpoint_arguments, find_images, open_checkpoint, read_image
-from tools.command_line import answer, program, say, some_of, whole
+from tools.command_line import answer, file_path, program, say, some_of, whole
 from tools.overlays import COLOURS, ground, key_map, paint, token_at
 from tools.pages import data_uri, render_page
 from utils.names import printable
@@ -304,7 +304,7 @@ def _heads(text: str) -> list[int] | str | None:
 def _parser() -> argparse.ArgumentParser:
     parser = program("python tools/visualize_attention.py", __doc__)
     add = parser.add_argument
-    add("images", metavar="IMAGE", type=Path, nargs="*", help="image files, or folders of them")
+    add("images", metavar="IMAGE", type=file_path, nargs="*", help="image files, or folders of them")
     add_checkpoint_arguments(parser)
     add("--list", action="store_true", help="print the model's layers and heads, and stop")
     which = "layers as --list names them, or all; default: the last of each stage"
@@ -316,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--streams", metavar="A,B", type=some_of(MAPS, "map"), default=DEFAULT_MAPS, help=which)
     which = f"longer side of each map (default {SIZE})"
     add("--size", metavar="PIXELS", type=whole(SMALLEST_SIZE), default=SIZE, help=which)
-    add("--output", metavar="DIR", type=Path, default=Path("attention"), help="default: attention")
+    add("--output", metavar="DIR", type=file_path, default=Path("attention"), help="default: attention")
     return parser
 
 

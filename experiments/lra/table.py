@@ -12,6 +12,7 @@ from pathlib import Path
 
 from config import LRA_TASKS
 from experiments.lra.runs import FinishedRun, read_run
+from tools.command_line import file_path
 from tools.pages import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,8 +97,8 @@ def page(runs: Sequence[FinishedRun]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read, write, and say how many runs there were."""
     parser = argparse.ArgumentParser(prog="python -m experiments.lra.table", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--runs", type=Path, default=ROOT / "output" / "lra", metavar="FOLDER")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "lra.md", metavar="FILE")
+    parser.add_argument("--runs", type=file_path, default=ROOT / "output" / "lra", metavar="FOLDER")
+    parser.add_argument("--docs", type=file_path, default=ROOT / "docs" / "lra.md", metavar="FILE")
     options = parser.parse_args(arguments)
     found = []
     for folder in sorted(options.runs.glob("lra_*/*")):

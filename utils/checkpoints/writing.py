@@ -77,7 +77,7 @@ def _written_before(path: Path) -> list[Any]:
     """What the sidecar of the checkpoint that is about to be replaced says of it; nothing where it is damaged."""
     try:
         return list(json.loads(sidecar_of(path).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 
 
