@@ -285,17 +285,8 @@ def validate_epoch(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-EXPECTED = (
-    ConfigError,
-    DataError,
-    CheckpointError,
-    distributed.LaunchError,
-    NonFiniteError,
-    RunFolderError,
-    PeersLostError,
-    OutOfMemoryError,
-    OSError,
-)
+EXPECTED = (ConfigError, DataError, CheckpointError, distributed.LaunchError, NonFiniteError, RunFolderError)
+EXPECTED += (PeersLostError, OutOfMemoryError, OSError)  # type: ignore[assignment]
 LASTING = (ConfigError, DataError, CheckpointError, NonFiniteError)  # these would come again
 
 

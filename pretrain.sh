@@ -15,8 +15,8 @@
 # SHUTDOWN_TIMEOUT  seconds that processes have to save and end when the run is told to stop    120
 # PYTHON       interpreter                          .venv/bin/python if it exists, else python3
 #
-# SIGTERM, SIGUSR1, SIGHUP (save, then end) and SIGINT (end) reach every process; started with nohup, SIGHUP is ignored. Exit codes: 0 finished; 75 told to stop and
-# saved, the same command continues; anything else is a failure.
+# SIGTERM, SIGUSR1, SIGHUP (save, then end) and SIGINT (end) reach every process; SIGHUP is ignored where it was started
+# with nohup. Exit codes: 0 finished; 75 told to stop and saved, the same command continues; anything else is a failure.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
