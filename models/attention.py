@@ -108,6 +108,7 @@ def depthwise_convolution(v: Tensor, grid: Grid, kernel: Tensor, bias: Tensor) -
     with torch.autocast("cpu", enabled=False):  # its depthwise weight gradient takes twice as long in bfloat16
         if v.device.type == "cpu":
             image = image.to(torch.promote_types(v.dtype, torch.float32))
+        kernel, bias = kernel.to(image.dtype), bias.to(image.dtype)  # of a model in half precision on a CPU
         out = F.conv2d(image, kernel, bias, padding=kernel.shape[-1] // 2, groups=v.shape[-1])
     return out.permute(0, 2, 3, 1).flatten(1, 2).to(v.dtype)
 

@@ -3,6 +3,8 @@
 Letters: B batch, C channels, H×W token grid, N = H·W tokens.
 """
 
+from typing import Any
+
 import torch
 from einops import rearrange
 from timm.layers import DropPath as TimmDropPath
@@ -15,6 +17,23 @@ Grid = tuple[int, int]  # (height, width) in tokens or pixels
 # torch.fx takes each as one operation: `rearrange` asks for the type of its input, `drop_path` changes values in place
 torch.fx.wrap("rearrange")
 torch.fx.wrap("drop_path")
+
+
+class Deriving(nn.Module):
+    """A module whose buffers follow from its arguments and stand in no file.
+
+    They are made again whenever the module is moved or converted, so that they are right after a start on the meta
+    device too (`to_empty`, FSDP), and by the method that transformers and timm call after loading.
+    """
+
+    def init_non_persistent_buffers(self) -> None:
+        """Make them, on the device of the parameters."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it derives")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Deriving":
+        super()._apply(fn, recurse)
+        self.init_non_persistent_buffers()
+        return self
 
 
 class Mlp(nn.Module):

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import PolaWindowAttention
 from .classifier import PREVIOUS, Classifier
 from .layers import (
+    Deriving,
     DropPath,
     Grid,
     Mlp,
@@ -91,7 +92,7 @@ def repeat_for_images(mask: Tensor, windows: Tensor) -> Tensor:
     return mask.repeat(windows.shape[0] // mask.shape[0], 1)
 
 
-class PolaSwinBlock(nn.Module):
+class PolaSwinBlock(Deriving):
     """Attention in (shifted) windows and an MLP, each behind LayerNorm, stochastic depth and a residual connection.
 
     The window is clipped to the map, and an axis that it covers is not shifted. A map that is not a multiple of the
@@ -130,7 +131,8 @@ class PolaSwinBlock(nn.Module):
             self.attn = WindowAttention(
                 dim, num_heads, self.tiling.window, qkv_bias=qkv_bias, qk_scale=qk_scale, proj_drop=drop
             )
-        self.register_buffer("attn_mask", self._mask(self.tiling), persistent=False)
+        self.register_buffer("attn_mask", None, persistent=False)
+        self.init_non_persistent_buffers()
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
@@ -161,6 +163,9 @@ class PolaSwinBlock(nn.Module):
             self.attn.key_grid = self.tiling.window
         else:
             self.attn.fit(self.tiling.window)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
         mask = self._mask(self.tiling)
         self.attn_mask = None if mask is None else mask.to(self.norm1.weight.device)
 

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from inspect import signature
@@ -208,7 +209,8 @@ def create_variant(
         pretrained: load the weights that `pretrained_cfg_overlay={"file": …}` or the folder of a `local-dir:` name
             names, adapted to the classes, channels and image size asked for. The file may be one of ours, a released
             one, or whatever timm reads.
-        row: the variant's constructor arguments; `given`, the caller's, take precedence.
+        row: the variant's constructor arguments; `given`, the caller's, take precedence, and may hold timm's `device`
+            and `dtype`.
 
     Raises:
         ValueError: `pretrained` without a file.
@@ -216,6 +218,7 @@ def create_variant(
     """
     accepted = _constructor_defaults(cls)
     arguments = {**row, **given}
+    device, dtype = arguments.pop("device", None), arguments.pop("dtype", None)
     overlay = dict(arguments.pop("pretrained_cfg_overlay", None) or {})
     cfg = resolve_pretrained_cfg(name, arguments.get("pretrained_cfg"), overlay)
     source = {"img_size": cfg.input_size[-2:], **(given.get("pretrained_model_args") or {})}
@@ -246,17 +249,18 @@ def create_variant(
         require_fit(model, state, file or name, (f"{cfg.first_conv}.weight", "head.weight", "head.bias"))
         return state
 
-    model: Any = build_model_with_cfg(
-        cls,
-        name,
-        pretrained,
-        pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=adapted,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **arguments,
-    )
+    with nullcontext() if device is None else torch.device(device):
+        model: Any = build_model_with_cfg(
+            cls,
+            name,
+            pretrained,
+            pretrained_cfg_overlay=overlay,
+            pretrained_filter_fn=adapted,
+            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+            **arguments,
+        )
     model.pretrained_cfg.pop("state_dict", None)
-    return model  # a Classifier, or timm's wrapper of one for features_only
+    return model.to(dtype=dtype)  # a Classifier, or timm's wrapper of one for features_only
 
 
 def _fits(state: dict[str, Tensor], table: str, grid: Grid) -> bool:

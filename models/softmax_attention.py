@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import Grid, resize_table
+from .layers import Deriving, Grid, resize_table
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(Deriving):
     """Softmax attention inside windows with relative position bias (Swin Transformer, arXiv 2103.14030)."""
 
     relative_position_index: Tensor
@@ -35,16 +35,20 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(
             torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads)
         )
-        self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
+        self.register_buffer("relative_position_index", None, persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.init_non_persistent_buffers()
 
     def fit(self, window: Grid) -> None:
         """Index the table for another window; the table is the model's to resize."""
         self.window = window
-        self.relative_position_index = relative_position_index(window).to(self.relative_position_index.device)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        self.relative_position_index = relative_position_index(self.window).to(self.relative_position_bias_table.device)
 
     def relative_bias(self, window: Grid) -> Tensor:
         """(N, N, h), added to the scores; the table is resized for another window than it was built for."""

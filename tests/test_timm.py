@@ -571,3 +571,46 @@ def test_released_file_loads_by_timm_and_by_torch_hub(monkeypatch):
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="model 'pola_swin' is unknown, expected one of pola_swin_tiny, "):
         create_model("pola_swin")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other dtypes, devices and beginnings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny"])
+def test_a_model_in_half_precision_computes_and_trains_on_a_cpu(name, dtype):
+    model, images = timm.create_model(name, img_size=64, num_classes=4), torch.randn(2, 3, 64, 64)
+    expected = model.eval()(images)
+    halved = timm.create_model(name, dtype=dtype, img_size=64, num_classes=4)
+    halved.load_state_dict(model.state_dict())
+    out = halved.eval()(images.to(dtype))
+    assert out.dtype == dtype and (out.float() - expected).abs().max() < 0.05 * expected.abs().max() + 0.02
+    halved.train()(images.to(dtype)).float().square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in halved.parameters())
+
+
+@pytest.mark.parametrize("begin", ["to_empty", "device argument", "buffers lost"])
+@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny"])
+def test_buffers_that_no_file_holds_are_right_after_any_beginning(name, begin):
+    size = {"img_size": 96, "num_classes": 4}  # maps that windows do not divide: masks for padding and shift
+    model, images = timm.create_model(name, **size).eval(), torch.randn(1, 3, 96, 96)
+    if begin == "to_empty":
+        with torch.device("meta"):
+            other = timm.create_model(name, **size)
+        other = other.to_empty(device="cpu")
+    elif begin == "device argument":
+        other = timm.create_model(name, device="meta", **size)
+        assert {parameter.device.type for parameter in other.parameters()} == {"meta"}
+        assert other(images.to("meta")).shape == (1, 4)
+        other = other.to_empty(device="cpu")
+    else:  # as transformers leaves them, which then calls what timm's modules have too
+        other = timm.create_model(name, **size)
+        for module in other.modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(key, torch.empty_like(buffer).fill_(1), persistent=False)
+            if hasattr(module, "init_non_persistent_buffers"):
+                module.init_non_persistent_buffers()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.eval()(images), model(images))

@@ -5,8 +5,9 @@ Katharopoulos et al. 2020, arXiv 2006.16236, equations 4 and 5.
 Letters: B batch, N query tokens, n key tokens, h heads, f features, d value channels per head.
 """
 
-import torch
 from torch import Tensor
+
+from . import without_autocast
 
 
 def linear_attention(
@@ -25,7 +26,7 @@ def linear_attention(
     Returns:
         (B, N, h, d) in the dtype of v, computed in that of the features.
     """
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries.device):
         queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)  # (B, h, N or n, f)
         values = v.to(queries.dtype).transpose(1, 2)  # (B, h, n, d)
         count: Tensor | int = keys.shape[2]

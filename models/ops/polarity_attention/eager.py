@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import without_autocast
+
 # Elements of q in a block: the handful of buffers of that size then fits the cache that the cores share.
 BLOCK_ELEMENTS = 2**19
 # Stands for ln(0): below every float's logarithm, and finite, so that 0 times it is 0.
@@ -31,7 +33,7 @@ def polarity_attention_eager(
     eps: float,
 ) -> Tensor:
     """Arguments and result as in `polarity_attention`; differentiable once."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         out: Tensor = _PolarityAttention.apply(q, k, v, exponent, scale, position, key_mask, eps)
         return out
 

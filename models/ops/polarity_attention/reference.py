@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .. import without_autocast
+
 
 def polarity_attention_reference(
     q: Tensor,
@@ -16,7 +18,7 @@ def polarity_attention_reference(
 ) -> Tensor:
     """Arguments and result as in `polarity_attention`; low-precision inputs are computed in float32."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         queries, keys = q.to(dtype), k.to(dtype)
         if position is not None:
             keys = keys + position.to(dtype)
