@@ -176,9 +176,9 @@ def test_labels_beyond_reason_are_named(tmp_path, label, capsys):
     message = r"train_map.txt line 3: expected `path<TAB>label`, received 'a/2.jpg"
     with pytest.raises(DataError, match=message) as caught:
         loaders(root)
-    assert "9" * 100 not in str(caught.value)
+    assert len(str(caught.value)) < 400
     text = checked(root, capsys)
-    assert "ERROR: " in text and "1 lines are not `path<TAB>label`" in text and "9" * 100 not in text
+    assert "ERROR: " in text and "1 lines are not `path<TAB>label`" in text and len(text.replace(str(root), "")) < 1000
 
 
 def test_the_largest_label_that_is_read():
@@ -403,7 +403,7 @@ def test_odd_samples_are_named(tmp_path, entries, message, capsys):
     root = make_shards(tmp_path / "set", entries)
     with pytest.raises(DataError, match=message) as caught:
         labels_seen(root)
-    assert "1" * 100 not in str(caught.value) and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
     assert "ERROR: " in checked(root, capsys, "shards")
 
 
