@@ -59,10 +59,10 @@ class Index(NamedTuple):
 def read_index(root: Path) -> Index:
     """Read `root`/shards.json. Raises DataError where it is absent, damaged, or of another version."""
     path = root / INDEX_FILE
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; tools.prepare_imagenet --format shards writes it")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; tools.prepare_imagenet --format shards writes it") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     try:
