@@ -262,6 +262,8 @@ def test_an_error_that_would_come_again_is_not_tried_again(tiny):
     assert job.end()[0] != 0
     assert len(re.findall(r"\] error: data set folder absent does not exist", job.output)) == 1
     assert "error: not tried again: data set folder absent does not exist" in job.output
+    assert re.search(r"rank \d failed first, with exit code 2: RunFolderError: not tried again: data set", job.output)
+    assert "Traceback" not in job.output
 
 
 def test_told_to_stop_while_it_starts_a_run_stops_at_its_first_step(tiny, monkeypatch):
