@@ -130,7 +130,7 @@ def test_a_metrics_file_that_cannot_be_read_does_not_end_the_start_and_is_kept(t
         raise OSError(errno.EIO, "Input/output error", str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(logger, "read_metrics", unreadable)
+        patched.setattr(logger, "read_records", unreadable)
         MetricsWriter(tmp_path, epoch=1, step=1).write("train", 1, 2, loss=1.0)
     assert "metrics.jsonl could not be read: Input/output error" in caplog.text
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]

@@ -220,6 +220,7 @@ def test_a_dead_rank_ends_the_job_and_is_named(tiny):
     os.kill(job.worker(1), signal.SIGKILL)
     status, seconds = job.end()
     assert status not in (0, 75) and seconds < SOON, job.output
+    assert re.search(r"rank 1 failed first, with exit code -9: Signal 9 .*, as the system does when memory", job.output)
     host = re.escape(os.uname().nodename)
     assert re.search(rf"rank 1 on host {host}, last seen in .* of step \d+, does not answer any more", job.output)
     assert not job.processes()

@@ -5,6 +5,7 @@ python utils/faults/launch.py TORCHRUN_ARGUMENTS…
 What a process said of its failure is in its output; this names the first of them.
 """
 
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -19,5 +20,7 @@ if __name__ == "__main__":
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         message = failure.message if isinstance(failure.message, str) else failure.message.get("message", "")
+        if failure.exitcode == -signal.SIGKILL:
+            message += ", as the system does when memory runs out"
         print(f"rank {rank} failed first, with exit code {failure.exitcode}: {message}", file=sys.stderr)
         sys.exit(1)
