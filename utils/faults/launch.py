@@ -10,6 +10,7 @@ import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import main
 
 if __name__ == "__main__":
@@ -17,6 +18,8 @@ if __name__ == "__main__":
         main()
     except SignalException as told:
         sys.exit(128 + told.sigval)
+    except RendezvousError as problem:
+        sys.exit(f"the nodes of the run did not find each other: {type(problem).__name__} {problem}".rstrip())
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         message = failure.message if isinstance(failure.message, str) else failure.message.get("message", "")
