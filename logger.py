@@ -239,15 +239,14 @@ class MetricsWriter:
         self._sink = Sink(str(self.path), self._append)
         if self.path and self.path.is_file():
             try:
-                self._written = [
-                    json.dumps(record)
-                    for record in read_metrics(self.path)
-                    if record["epoch"] < epoch or (record["kind"] == "train" and record["step"] <= step)
-                ]
-            except OSError as error:  # then it stays as it is, too
+                records, damaged = read_records(self.path)
+            except OSError as error:
                 get_logger().warning("%s could not be read: %s", self.path, error.strerror)
-                self._whole = True
-            else:
+                records, damaged = [], []
+            kept = [r for r in records if r["epoch"] < epoch or (r["kind"] == "train" and r["step"] <= step)]
+            self._written = [json.dumps(record) for record in kept]
+            self._whole = not damaged and len(kept) == len(records)
+            if not self._whole:
                 self._sink.put(None)
 
     def write(self, kind: str, epoch: int, step: int, **values: float) -> None:

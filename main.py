@@ -341,7 +341,7 @@ if __name__ == "__main__":
         reported(COMMAND_LINE)
     except EXPECTED as problem:
         get_logger().error("error: %s", problem)
-        sys.exit(2)
+        distributed.leave(2)
     except KeyboardInterrupt:
         get_logger().warning(
             "interrupted; the last complete checkpoint is intact, and the same command continues from it"

@@ -73,6 +73,7 @@ export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1,SIGQUIT
 [[ -n "$(trap -p HUP)" ]] || PET_SIGNALS_TO_HANDLE+=,SIGHUP  # started with nohup, it stays ignored by all
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${SHUTDOWN_TIMEOUT:-120}"
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a new store after every restart: the old one's addresses are stale
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"  # else a process writes pages once a second while rank 0 is gone
 export POLAFORMER_LAUNCHER=$$  # processes that lose this script save and end
 rm -f "$folder/PREEMPTED"
 set -m  # torchrun in a process group of its own: Ctrl-C reaches it once, through the trap below

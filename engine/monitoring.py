@@ -181,7 +181,7 @@ class RunFiles:
         self.metrics.close()
         self._restore_missing()
         for sink in self._about.values():
-            sink.close()
+            sink.flush()
         if self.monitor is None:
             return
         logger, folder = get_logger(), self.folder

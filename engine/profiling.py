@@ -16,7 +16,11 @@ def step_profiler(config: CfgNode, folder: Path) -> torch.profiler.profile | Non
     path = folder / f"trace_rank_{distributed.rank()}.json"
 
     def write(profiler: torch.profiler.profile) -> None:
-        profiler.export_chrome_trace(str(path))
+        try:
+            profiler.export_chrome_trace(str(path))
+        except (OSError, RuntimeError) as error:  # a full disk costs the trace, not the run
+            get_logger().warning("%s could not be written: %s", path, error)
+            return
         table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=50)
         get_logger().info("profile of %d steps: %s\n%s", config.PROFILE, path, table)
 

@@ -16,6 +16,8 @@ from utils.checkpoints.naming import BESTS, run_checkpoints
 from utils.checkpoints.writing import CheckpointWriter
 from utils.faults.preemption import Agreement, Decision, Preempted, StopRequest, leave_marker
 
+QUIET = 600.0  # seconds for which writes that fail for the same reason are not told again
+
 
 class Checkpointer:
     """When and what a run saves, apart from the end of an epoch: every so many steps or minutes, and told to stop.
@@ -41,6 +43,7 @@ class Checkpointer:
         self.agreement = Agreement(request, timedelta(seconds=config.DIST.TIMEOUT + 30), all_alive)
         self.owed = False  # a checkpoint was due at the end of the epoch
         self.saved_at = time.monotonic()
+        self._told = "", 0.0  # the last reason why a write failed, and when it was told
 
     def decide(self, done: int) -> Decision:
         if self.writer:
@@ -124,5 +127,9 @@ class Checkpointer:
         try:
             check()
         except Exception as error:
+            reason, now = str(error).rpartition(": ")[2], time.monotonic()
+            if self._told[0] == reason and now - self._told[1] < QUIET:
+                return
+            self._told = reason, now
             newest = next((path.name for _, path in run_checkpoints(self.training.plan.folder)), "nothing yet")
             get_logger().error("%s. The run goes on; it could continue from %s", error, newest)

@@ -4,9 +4,11 @@ pytest tests/test_best_weights.py
 """
 
 import math
+import os
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from logger import read_metrics
 from models.files import load_checkpoint
 from utils.checkpoints import writing
 from utils.checkpoints.naming import epoch_file
+from utils.faults.preemption import Preempted
 
 QUICK = "TRAIN.WARMUP_EPOCHS 0 PRINT_FREQ 100"
 VALIDATE = main.validate_epoch
@@ -100,6 +103,23 @@ def test_a_best_that_was_never_written_is_not_claimed(tiny, monkeypatch, log):
     run(tiny, f"TRAIN.EPOCHS 2 {QUICK}")  # its last epoch is there, and is what was refused
     assert claimed(folder_of(tiny), "max_acc.pth")[:2] == (2, percent(140))
     assert f"best top-1: {percent(140):.3f} % (the model after 2 epochs)" in log.text
+
+
+def test_told_to_stop_a_best_file_that_is_refused_does_not_keep_the_run_from_saving(tiny, monkeypatch, log):
+    real = writing.save_checkpoint
+
+    def refusing(state, path):
+        if path.name == "max_acc.pth" and path.exists():
+            raise OSError(28, "No space left on device", str(path))
+        real(state, path)
+
+    monkeypatch.setattr(writing, "save_checkpoint", refusing)
+    stop = {2: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+    scripted(monkeypatch, [101, 140], at_epoch=lambda count: stop.get(count, lambda: None)())
+    with pytest.raises(Preempted, match="saved after 2 epochs and 1 of 11 steps"):
+        run(tiny, f"TRAIN.EPOCHS 3 {QUICK}")
+    assert claimed(folder_of(tiny), "ckpt_epoch_2_step_1.pth") == (2, percent(101), 0.0)
+    assert "max_acc.pth" in log.text and (folder_of(tiny) / "PREEMPTED").exists()
 
 
 def test_the_best_average_has_a_file_of_its_own_and_the_better_of_both_is_claimed(tiny, monkeypatch, log):

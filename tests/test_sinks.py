@@ -130,7 +130,7 @@ def test_a_metrics_file_that_cannot_be_read_does_not_end_the_start_and_is_kept(t
         raise OSError(errno.EIO, "Input/output error", str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(logger, "read_metrics", unreadable)
+        patched.setattr(logger, "read_records", unreadable)
         MetricsWriter(tmp_path, epoch=1, step=1).write("train", 1, 2, loss=1.0)
     assert "metrics.jsonl could not be read: Input/output error" in caplog.text
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
@@ -310,6 +310,14 @@ def test_a_run_folder_that_goes_under_the_run_comes_back_whole(tiny, monkeypatch
         assert "max_acc.pth" in before and "ckpt_epoch_1.pth" in before and "ckpt_epoch_2.pth" not in before
 
 
+def test_a_file_system_that_numbers_files_anew_is_not_taken_for_a_folder_that_went(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "samestat", lambda first, second: False)
+    lock = RunLock(tmp_path)
+    lock.check()
+    assert not lock.keep()
+    lock.release()
+
+
 def other_process(folder: Path) -> None:
     """Try to take a run folder from another process; raises what it is told."""
     program = (
@@ -372,6 +380,16 @@ def test_a_refusal_is_final_for_the_torchrun_that_heard_it(tmp_path, monkeypatch
 
 def refused(self, folder):
     raise RunFolderBusyError("in use by process 7")
+
+
+def test_writes_that_keep_failing_for_one_reason_are_told_once(tiny, monkeypatch, log):
+    """From the first epoch to the last but one, at every third step and at every epoch's end."""
+    disk = FaultyDisk(folder_of(tiny), FULL)
+    at_step(monkeypatch, {4: disk.__enter__, 40: disk.__exit__})
+    run(tiny, "TRAIN.EPOCHS 4 TRAIN.WARMUP_EPOCHS 0 CHECKPOINT.EVERY_STEPS 3")
+    told = [line for line in log.text.splitlines() if "could not be written" in line]
+    assert len(told) == 4, told  # a checkpoint, metrics, log and predictions
+    assert all(load_checkpoint(folder_of(tiny) / name)["epoch"] == 4 for name in ("ckpt_epoch_4.pth", "max_acc.pth"))
 
 
 def test_a_disk_that_is_full_when_a_file_is_written_names_the_file(tmp_path, monkeypatch):

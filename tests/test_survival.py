@@ -220,6 +220,7 @@ def test_a_dead_rank_ends_the_job_and_is_named(tiny):
     os.kill(job.worker(1), signal.SIGKILL)
     status, seconds = job.end()
     assert status not in (0, 75) and seconds < SOON, job.output
+    assert re.search(r"rank 1 failed first, with exit code -9: Signal 9 .*, as the system does when memory", job.output)
     host = re.escape(os.uname().nodename)
     assert re.search(rf"rank 1 on host {host}, last seen in .* of step \d+, does not answer any more", job.output)
     assert not job.processes()
@@ -264,6 +265,10 @@ def test_an_error_that_would_come_again_is_not_tried_again(tiny):
     assert len(re.findall(r"\] error: data set folder .*empty/train does not exist", job.output)) == 1
     assert re.search("error: not tried again: .*empty/train does not exist", job.output)
     assert not folder_of(tiny).exists()
+    assert re.search(
+        r"rank \d failed first, with exit code 2: RunFolder\w*Error: not tried again: data set", job.output
+    )
+    assert "Traceback" not in job.output
 
 
 def test_told_to_stop_while_it_starts_a_run_stops_at_its_first_step(tiny, monkeypatch):

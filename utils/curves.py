@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from logger import get_logger, read_metrics
-from utils.files import written
+from utils.files import remove_temporary, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -264,7 +264,7 @@ class CurvesInBackground:
             self.drawing.communicate()
             self.drawing = None
             for path in self.folder.glob(".curves-*.tmp"):
-                path.unlink(missing_ok=True)
+                remove_temporary(path)
 
     def _idle(self) -> bool:
         if self.drawing is None:

@@ -1,10 +1,12 @@
 """Processes: the environment of torchrun, or one process without it. On one process everything here is a no-op."""
 
+import logging
 import os
 import socket
+import sys
 import time
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -125,6 +127,15 @@ def cleanup() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End a process that failed. Torch's threads are not taken apart: while other processes of the run are gone, that
+    can abort with a report of its own."""
+    logging.shutdown()
+    if dist.is_initialized():
+        os._exit(status)
+    sys.exit(status)
 
 
 def barrier() -> None:

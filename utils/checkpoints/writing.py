@@ -145,6 +145,7 @@ class CheckpointWriter:
         self.waiting: Callable[[], None] = lambda: None  # called once a second while somebody waits for a write
         self.written: Position | None = None  # the newest position whose own file is complete
         self._owed: dict[str, Owed] = {}
+        self._told: set[str] = set()  # files beside the best ones whose failure is known
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
 
@@ -222,18 +223,19 @@ class CheckpointWriter:
                 del self._owed[name]
 
     def _tried(self, write: Callable[[], None], name: str = "") -> bool:
-        """Whether a file could be written; the reason is noted where not, and of one `name`d, less important, told."""
+        """Whether a file could be written; the reason is noted where not, and told once of one with a `name`."""
         try:
             self.check()
             write()
         except Exception as error:  # whatever it is, the training loop has to know
-            if name:
+            if not name:
+                self._problem = error
+            elif name not in self._told:
+                self._told.add(name)
                 where = self.folder / name
                 get_logger().error(
                     "%s could not be written (%s); the run goes on, and tries again", where, _reason(error)
                 )
-            else:
-                self._problem = error
             return False
         return True
 

@@ -109,15 +109,18 @@ class RunLock:
                 )
             time.sleep(0.1)
         _sign(self._file)
+        self._comparable = True
+        with suppress(OSError):
+            self._comparable = self._is_here()  # else the file system's numbers of files say nothing
+
+    def _is_here(self) -> bool:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return os.path.samestat(os.fstat(self._file.fileno()), (self.folder / LOCK_FILE).stat())
+        return False
 
     def check(self) -> None:
         """Raise OSError where the folder that is now at this path is not the one that is held; not after `release`."""
-        if self._file.closed:
-            return
-        mine, there = os.fstat(self._file.fileno()), None
-        with suppress(FileNotFoundError, NotADirectoryError):
-            there = (self.folder / LOCK_FILE).stat()
-        if there is None or not os.path.samestat(mine, there):
+        if self._comparable and not self._file.closed and not self._is_here():
             raise FolderGoneError(errno.EAGAIN, "the run folder was deleted or renamed", str(self.folder))
 
     def keep(self) -> bool:
