@@ -20,7 +20,7 @@ from data.sources.base import TURNED, WIDE, UnreadableImage, decode, label_of, r
 from data.sources.shards import INDEX_FILE, image_member, read_samples
 from data.sources.zip import open_index, read_member
 from data.sources.zip_index import ZipIndex
-from utils.names import printable
+from logger import printable
 from utils.parallel import parallel
 
 IMAGENET = {"train": 1_281_167, "val": 50_000}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.names import printable
+from logger import printable
 
 EXAMPLES = 10  # of a finding that are printed
 CHUNK = 256  # images of a task

@@ -12,7 +12,7 @@ from config import KEYS, ConfigError, config_from_tree, value_of
 from data.loaders import Loaders
 from data.sources.base import Modality
 from engine.training import Interval, Training
-from logger import get_logger
+from logger import get_logger, printable
 from models.files import (
     CHECKPOINT_VERSION,
     CheckpointError,
@@ -28,7 +28,6 @@ from utils import distributed
 from utils.checkpoints.finding import Found, NoneUsableError, newest_checkpoint, set_aside
 from utils.checkpoints.naming import BESTS, Position
 from utils.checkpoints.writing import save_checkpoint
-from utils.names import printable
 from utils.randomness import generator_states, restore_generators, seed_everything
 
 STARTING_POINTS = ("MODEL.RESUME", "MODEL.PRETRAINED")  # what a run begins with, and does not need any more later

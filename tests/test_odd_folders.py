@@ -25,7 +25,7 @@ from data.sources.base import DataError, UnreadableImage
 from data.sources.folder import FolderSource
 from data.test_sets import _subfolders
 from engine.published import build_evaluation_set
-from logger import setup_logger
+from logger import printable, printable_lines, setup_logger
 from models.files import load_checkpoint
 from tools.command_line import answer
 from tools.predict import main as predict
@@ -33,7 +33,6 @@ from tools.prepare_imagenet import Options, list_input, place_val, prepare
 from tools.prepare_imagenet import main as prepare_imagenet
 from tools.report import main as report
 from tools.visualize_attention import main as visualize
-from utils.names import printable, printable_lines
 
 SMALL = "DATA.DATASET imagenet DATA.IMG_SIZE 32 DATA.BATCH_SIZE 4 DATA.NUM_WORKERS 0 TRAIN.EPOCHS 1"
 

@@ -12,10 +12,10 @@ from yacs.config import CfgNode
 from config import ConfigError, config_from_tree, load_config
 from data.sources.base import DataError, Picture, UnreadableImage, decode, read_file
 from data.sources.listing import Listing
+from logger import printable
 from models import CheckpointError, load
 from models.classifier import Classifier
 from tools.command_line import file_path
-from utils.names import printable
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, opts: bool = False) -> None:

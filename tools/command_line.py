@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from utils.names import printable_lines
+from logger import printable_lines
 
 INTERRUPTED = 130  # exit code of Ctrl-C
 

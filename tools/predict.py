@@ -33,13 +33,13 @@ from config import evaluation_config, image_size
 from data.imagenet import readable_names
 from data.sources.base import TURNED, DataError, UnreadableImage, decode, read_file
 from data.transforms import Normalise, evaluation_transform
+from logger import printable
 from models import build_model
 from models.classifier import Classifier
 from models.loading import load_resized
 from tools.checkpoints import LoadedModel, add_checkpoint_arguments, find_images, open_checkpoint
 from tools.command_line import answer, file_path, program, say, whole
 from utils.files import file_digest
-from utils.names import printable
 from utils.precision import autocast, autocast_dtype, exact_float32
 
 FORMATS = ("table", "csv", "json")

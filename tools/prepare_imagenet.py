@@ -37,11 +37,11 @@ from data.sources.base import TURNED, DataError, UnreadableImage, decode, orient
 from data.sources.folder import FolderSource
 from data.sources.listing import is_folder_name, is_image, is_litter
 from data.sources.shards import INDEX_FILE, Index, Shard
+from logger import printable
 from tools.command_line import answer, file_path, program, say, whole
 from tools.imagenet_labels import read_ground_truth
 from tools.prepared_folder import STATE, FolderDigest, owned, require_same_settings
 from utils.files import file_digest, written
-from utils.names import printable
 from utils.parallel import WorkerLost, parallel
 
 SPLITS = ("train", "val")

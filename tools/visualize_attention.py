@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from config import image_size
 from data.transforms import Normalise, evaluation_transform
+from logger import printable
 from models.attention_maps import COMBINED, LayerRecord, attention_layers, choose_layers, kernel_in, record
 from models.kernels import KERNELS
 from tools.checkpoints import LoadedModel, add_checkpoint_arguments, find_images, open_checkpoint, read_image
 from tools.command_line import answer, file_path, program, say, some_of, whole
 from tools.overlays import COLOURS, ground, key_map, paint, token_at
 from tools.pages import data_uri, render_page
-from utils.names import printable
 
 DEPTHWISE = "+depthwise"
 STREAMS = dict.fromkeys(name for kernel in KERNELS.values() if kernel.streams for name in (COMBINED, *kernel.streams))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from logger import printable
 from utils.files import write_atomically
-from utils.names import printable
 
 if TYPE_CHECKING:
     from torch import Tensor

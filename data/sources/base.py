@@ -21,7 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from yacs.config import CfgNode
 
 from data.findings import Report
-from utils.names import printable
+from logger import printable
 
 # What the extensions of images promise. Pillow's other decoders are never started, whatever a file is called: that for
 # EPS runs another program.
@@ -45,7 +45,7 @@ Decoder = Callable[[bytes, str], Picture]  # of a whole file and its name; raise
 
 class Source(Protocol):
     """Images with labels. `classes` are their names, "" for a label without images, or None where the format stores
-    none; like every name they are printable (utils/names.py)."""
+    none; like every name they are printable (logger.printable)."""
 
     @property
     def labels(self) -> Sequence[int] | np.ndarray: ...

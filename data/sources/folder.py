@@ -12,8 +12,7 @@ from data.findings import Layout, Report, chunks
 from data.sources.base import DataError, Decoder, Picture, decode, read_file, require_folder
 from data.sources.listing import Listing
 from data.sources.zip_index import PackedNames
-from logger import get_logger
-from utils.names import printable
+from logger import get_logger, printable
 
 
 class FolderSource:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.sources.base import DataError
-from utils.names import printable
+from logger import printable
 
 # What systems leave in folders and archives; names that start with a dot are left out too.
 LITTER = frozenset(

@@ -26,7 +26,7 @@ from data.findings import Layout, Report, Task
 from data.samplers import Draw
 from data.sources.base import LARGEST_FILE, DataError, Decoder, Picture, UnreadableImage, decode, label_of
 from data.sources.listing import is_image, is_litter
-from utils.names import printable
+from logger import printable
 
 INDEX_FILE = "shards.json"
 INDEX_VERSION = 1

@@ -14,8 +14,7 @@ from data.findings import Layout, Report, chunks
 from data.sources.base import DataError, Decoder, Picture, UnreadableImage, decode, label_of
 from data.sources.listing import is_image, is_litter
 from data.sources.zip_index import ZipError, ZipIndex, as_text
-from logger import get_logger
-from utils.names import printable
+from logger import get_logger, printable
 
 
 class ZipSource:

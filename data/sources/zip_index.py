@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from data.sources.base import LARGEST_FILE
-from utils.names import printable
+from logger import printable
 
 
 class PackedNames:

@@ -19,11 +19,11 @@ from tqdm import tqdm
 from data.sources.base import FORMATS, DataError, UnreadableImage, read_file
 from data.sources.bundled import FASHION_MNIST_FILES, FashionMnistSource
 from data.sources.token_cache import FileRecord
+from logger import printable
 from tools.lra import files
 from tools.lra.cache import Content, Sample
 from tools.lra.files import find, label_of, new_source, note, record_of
 from tools.prepared_folder import FolderDigest
-from utils.names import printable
 from utils.parallel import parallel
 
 # ---------------------------------------------------------------------------------------------------------------------

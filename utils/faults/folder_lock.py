@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from logger import get_logger, setup_logger
+from logger import get_logger, printable_lines, setup_logger
 from utils import distributed
 from utils.checkpoints.finding import remove_temporary_files
 from utils.faults.preemption import remove_marker
 from utils.files import write_note
-from utils.names import printable_lines
 
 LOCK_FILE, LOG_FILE = ".lock", "log.txt"
 PATIENCE = 20.0  # seconds that a run waits for an earlier one that may just be saving
