@@ -642,7 +642,7 @@ class Plan:
     accumulation: int  # forward passes per optimizer step
     world_size: int
     scales_lr: bool
-    recipe_batch: int | None  # what TRAIN.GLOBAL_BATCH of the files says, if anything
+    recipe_batch: int | None  # what TRAIN.GLOBAL_BATCH of the files says, else of the command line
 
     @property
     def global_batch(self) -> int:
@@ -676,7 +676,7 @@ def make_plan(config: CfgNode, world_size: int = 1) -> Plan:
         accumulation=accumulation,
         world_size=world_size,
         scales_lr=config.TRAIN.SCALE_LR,
-        recipe_batch=config.__dict__.get("about_batch", {}).get("recipe", config.TRAIN.GLOBAL_BATCH),
+        recipe_batch=config.__dict__.get("about_batch", {}).get("recipe") or config.TRAIN.GLOBAL_BATCH,
     )
 
 

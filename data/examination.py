@@ -146,7 +146,7 @@ class _Contents:
     """Which images have the same content, and which are even one file."""
 
     first: dict[bytes, tuple[str, int, str]] = field(default_factory=dict)  # split, label and path, by content
-    again: dict[bytes, list[tuple[int, str]]] = field(default_factory=dict)  # label and path of those that come again
+    files: dict[tuple[int, int], tuple[int, str]] = field(default_factory=dict)  # label and path, by device and inode
     between: list[str] = field(default_factory=list)
     within: list[str] = field(default_factory=list)
     relabelled: list[str] = field(default_factory=list)
@@ -161,12 +161,12 @@ class _Contents:
         (self.within if split == first_split else self.between).append(pair)
         if label != image.label:
             self.relabelled.append(f"{image.name} (label {image.label}) = {printable(first)} (label {label})")
-        others = self.again.setdefault(image.digest, [(label, first)])
-        for label, other in others:
-            with suppress(OSError):  # in an archive there are no files to compare
-                if label != image.label and os.path.samefile(path, other):
-                    self.one_file.append(f"{image.name} (label {image.label}) is {printable(other)} (label {label})")
-        others.append((image.label, path))
+        with suppress(OSError):  # in an archive there are no files to compare
+            for mine, file in ((label, first), (image.label, path)):
+                status = os.stat(file)
+                label, other = self.files.setdefault((status.st_dev, status.st_ino), (mine, file))
+                if label != mine:
+                    self.one_file.append(f"{printable(file)} (label {mine}) is {printable(other)} (label {label})")
 
 
 def examine_all(tasks: Sequence[Task], workers: int, report: Report) -> dict[str, Counter[int]]:

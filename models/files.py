@@ -121,16 +121,17 @@ def _with_weights(content: dict[str, Any], path: Path) -> dict[str, Any]:
     if not found:
         keys = ", ".join(str(key)[:60] for key in list(content)[:20])
         raise CheckpointError(f"checkpoint {path} holds no `model` of named tensors; its keys: {keys or 'none'}")
-    return {**{name: value for name, value in content.items() if name in found or name not in taken}, **found}
+    replaced = {*taken, *(names[0] for names in WEIGHTS.values())}
+    return found | {name: value for name, value in content.items() if name not in replaced}
 
 
 _KINDS = {"model": "weights", "ema": "averaged weights"}
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
-    )
+    """Whether this is a state dict; an empty one is none."""
+    named = isinstance(value, dict) and value.items()
+    return bool(named) and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in named)
 
 
 def unwrapped(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

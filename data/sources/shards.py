@@ -67,7 +67,7 @@ def read_index(root: Path) -> Index:
         raise DataError(f"{path} cannot be read: {error}") from error
     try:
         if tree["version"] != INDEX_VERSION:
-            raise DataError(f"{path} is of version {printable(tree['version'])}, expected {INDEX_VERSION}")
+            raise DataError(f"{path} is of version {printable(tree['version'])[:80]}, expected {INDEX_VERSION}")
         splits = {
             split: [Shard(str(s["name"]), s["images"], s["bytes"]) for s in entry["shards"]]
             for split, entry in tree["splits"].items()
