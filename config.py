@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
-from utils.checkpoints.naming import BEST_FILE, run_checkpoints
+from utils.checkpoints.naming import best_files, run_checkpoints
 from utils.schema import (
     Kind,
     boolean,
@@ -843,7 +843,7 @@ def continues(config: CfgNode) -> bool:
     if not config.TRAIN.AUTO_RESUME and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
     folder = make_plan(config).folder
-    return bool(run_checkpoints(folder)) or (folder / BEST_FILE).is_file()
+    return bool(run_checkpoints(folder) or best_files(folder))
 
 
 if __name__ == "__main__":

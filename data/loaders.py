@@ -47,11 +47,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        loader: DataLoader,
-        max_unreadable: int = 0,
-        relabel: Tensor | None = None,
-        modality: Modality = Images(),
+        self, loader: DataLoader, max_unreadable: int = 0, relabel: Tensor | None = None, modality: Modality = Images()
     ) -> None:
         self.loader = loader
         self.modality = modality

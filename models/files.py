@@ -107,7 +107,8 @@ def _with_weights(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """`content` with its weights as `model` and `model_ema`, whatever it calls them."""
     if content and all(isinstance(value, Tensor) for value in content.values()):
         content = {"model": content}
-    found, taken = {}, []
+    found = {names[0]: None for names in WEIGHTS.values() if names[0] in content}
+    taken = []
     for kind, names in WEIGHTS.items():
         name = next((name for name in names if _is_state(content.get(name))), None)
         if name is None:
@@ -118,11 +119,10 @@ def _with_weights(content: dict[str, Any], path: Path) -> dict[str, Any]:
         taken.append(name)
         for note in ([] if name == WEIGHTS[kind][0] else [f"the {_KINDS[kind]} are `{name}`"]) + notes:
             LOGGER.info("%s: %s", path, note)
-    if not found:
+    if not taken:
         keys = ", ".join(str(key)[:60] for key in list(content)[:20])
         raise CheckpointError(f"checkpoint {path} holds no `model` of named tensors; its keys: {keys or 'none'}")
-    replaced = {*taken, *(names[0] for names in WEIGHTS.values())}
-    return found | {name: value for name, value in content.items() if name not in replaced}
+    return found | {name: value for name, value in content.items() if name not in {*found, *taken}}
 
 
 _KINDS = {"model": "weights", "ema": "averaged weights"}

@@ -26,14 +26,7 @@ class TokenSource:
     """
 
     def __init__(
-        self,
-        cache: TokenCache,
-        split: str,
-        *,
-        length: int,
-        vocabulary: int,
-        shift: int,
-        chosen: range | None = None,
+        self, cache: TokenCache, split: str, *, length: int, vocabulary: int, shift: int, chosen: range | None = None
     ) -> None:
         manifest = cache.manifest
         if manifest.longest > length:
