@@ -113,6 +113,18 @@ def test_averaged_weights_get_a_line_of_their_own(tiny, log):
         assert [line[1] for line in RESULT.findall(log.text)] == [top1]
 
 
+def test_a_file_that_was_validated_on_other_crops_says_so(tiny, log):
+    run(tiny, "TRAIN.EPOCHS 1")
+    file = epoch_file(folder_of(tiny), 1)
+    log.clear()
+    run(tiny, f"EVAL_MODE True MODEL.RESUME {file}")
+    assert "in another way" not in log.text
+    run(tiny, f"EVAL_MODE True MODEL.RESUME {file} TEST.CROP False TEST.RESIZE shorter")
+    assert (
+        "validated on images made in another way: TEST.CROP True, here False; TEST.RESIZE squash, here sho" in log.text
+    )
+
+
 def test_evaluation_at_another_size_names_the_key_for_it(tmp_path):
     small = (
         "MODEL.TYPE pola_pvt_tiny MODEL.LA.ATTN_TYPE LLLL MODEL.NUM_CLASSES 10 DATA.DATASET digits DATA.NUM_WORKERS 0"
