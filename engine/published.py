@@ -194,7 +194,7 @@ def build_evaluation_set(config: CfgNode, plan: Plan, checkpoint: dict[str, Any]
     names = checkpoint.get("classes")
     if config.TEST.BENCHMARK in ("val", "real"):
         nameless = imagenet_ids() if num_classes_of(checkpoint, source) == len(imagenet_ids()) else ()
-        loaders = build_loaders(config, plan, train=False, trained_on=stored_classes(checkpoint, source) or nameless)
+        loaders = build_loaders(config, plan, train=False, trained_on=stored_classes(checkpoint) or nameless)
         check_classes(checkpoint, loaders, source)
         return own_images(config, loaders, names, source)
     return open_test_set(config, plan, output_ids(names, num_classes_of(checkpoint, source), source), source)
