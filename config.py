@@ -91,6 +91,9 @@ KEYS: dict[str, Key] = {
         "images as sequences: grey level 0 gets id 0, that of padding, as in the published protocol; False: ids are the"
         " grey levels + 1",
     ),
+    "DATA.LRA.CLOSING_BRACKETS": Key(
+        True, boolean(), "ListOps: keep the symbol `]`; False drops it, as the published protocol's reader does"
+    ),
     "DATA.LRA.HELD_OUT": Key(
         False,
         boolean(),

@@ -130,6 +130,7 @@ def run_evaluation(config: CfgNode, plan: Plan, device: torch.device) -> Accurac
     checkpoint = load_checkpoint(path)
     if differing := differing_function(checkpoint, config, builder_of(config).modality, path):
         raise CheckpointError("; ".join(differing))
+    _log_other_transform(checkpoint, config, path)
     sized = evaluation_config(config)
     benchmark = build_evaluation_set(sized, make_plan(sized, plan.world_size), checkpoint, path)
     model = build_model(sized, num_classes_of(checkpoint, path))
@@ -153,6 +154,16 @@ def run_evaluation(config: CfgNode, plan: Plan, device: torch.device) -> Accurac
             logger.info("written: %s", write_evaluation(plan.folder, result, subject, sized))
         results.append(result.accuracy)
     return results[0]
+
+
+def _log_other_transform(checkpoint: dict[str, Any], config: CfgNode, source: str) -> None:
+    """A line where the file was validated on images that were resized and cropped in another way."""
+    stored = configuration_in(checkpoint, source)
+    keys = ("TEST.CROP", "TEST.CROP_RATIO", "TEST.RESIZE", "DATA.INTERPOLATION")
+    other = [] if stored is None else [key for key in keys if value_of(stored, key) != value_of(config, key)]
+    if other:
+        pairs = "; ".join(f"{key} {value_of(stored, key)}, here {value_of(config, key)}" for key in other)
+        get_logger().warning("%s was validated on images made in another way: %s", source, pairs)
 
 
 @contextmanager
@@ -183,7 +194,7 @@ def build_evaluation_set(config: CfgNode, plan: Plan, checkpoint: dict[str, Any]
     names = checkpoint.get("classes")
     if config.TEST.BENCHMARK in ("val", "real"):
         nameless = imagenet_ids() if num_classes_of(checkpoint, source) == len(imagenet_ids()) else ()
-        loaders = build_loaders(config, plan, train=False, trained_on=stored_classes(checkpoint, source) or nameless)
+        loaders = build_loaders(config, plan, train=False, trained_on=stored_classes(checkpoint) or nameless)
         check_classes(checkpoint, loaders, source)
         return own_images(config, loaders, names, source)
     return open_test_set(config, plan, output_ids(names, num_classes_of(checkpoint, source), source), source)

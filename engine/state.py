@@ -230,20 +230,14 @@ def _log_changed_keys(checkpoint: dict[str, Any], config: CfgNode, source: str) 
         get_logger().warning("changed since %s, the new values apply: %s", source, "; ".join(changed))
 
 
-def stored_classes(checkpoint: dict[str, Any], source: str) -> tuple[str, ...]:
-    """The names of a checkpoint's classes as data sets have theirs; none where it stores none.
-
-    Raises CheckpointError where they are no list with a name for each output.
-    """
-    names, head = checkpoint.get("classes") or [], num_classes_of(checkpoint, source)
-    if not isinstance(names, list | tuple) or len(names) not in (0, head):
-        raise CheckpointError(f"{source}: its `classes` are no list of {head} names, one for each output")
-    return tuple(map(printable, names))
+def stored_classes(checkpoint: dict[str, Any]) -> tuple[str, ...]:
+    """The names of a checkpoint's classes as data sets have theirs; none where it stores none."""
+    return tuple(map(printable, checkpoint.get("classes") or ()))
 
 
 def check_classes(checkpoint: dict[str, Any], loaders: Loaders, source: str) -> None:
     """Raise CheckpointError unless the checkpoint's classes are the data set's: by name, else by number."""
-    stored, head = stored_classes(checkpoint, source), num_classes_of(checkpoint, source)
+    stored, head = stored_classes(checkpoint), num_classes_of(checkpoint, source)
     if stored and loaders.classes:
         own = loaders.classes
         if stored == own:

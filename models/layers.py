@@ -23,7 +23,7 @@ class Deriving(nn.Module):
     """A module whose buffers follow from its arguments and stand in no file.
 
     They are made again whenever the module is moved or converted, so that they are right after a start on the meta
-    device too (`to_empty`, FSDP), and by the method that transformers and timm call after loading.
+    device too (`to_empty`, FSDP, accelerate), and by the method that transformers and timm call after loading.
     """
 
     def init_non_persistent_buffers(self) -> None:
@@ -31,6 +31,8 @@ class Deriving(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not say what it derives")
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Deriving":
+        for name in self._non_persistent_buffers_set:
+            self._buffers[name] = None  # it may still be without values, which cannot be moved
         super()._apply(fn, recurse)
         self.init_non_persistent_buffers()
         return self

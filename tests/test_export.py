@@ -6,6 +6,7 @@ pytest tests/test_export.py
 import json
 import re
 import sys
+import warnings
 from importlib.util import find_spec
 
 import numpy as np
@@ -363,3 +364,40 @@ def test_official_models_export_in_every_format(cfg, options, tmp_path, capsys):
     (config,) = tmp_path.glob("*/config.json")
     assert ("model_args" in json.loads(config.read_text())) == bool(options)
     sys.stdout.write(output)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exporters of other programs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny"])
+def test_torchscript_graphs_follow_their_input_at_any_batch(name, tmp_path):
+    """torch.jit.trace, and the ONNX exporter that builds on it, which timm's own onnx_export.py uses."""
+    model = timm.create_model(name, img_size=64, num_classes=4).eval()
+    example = torch.randn(2, 3, 64, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing about sizes that are constants, and of deprecation
+        traced = torch.jit.trace(model, example)
+        arguments = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": {"x": {0: "b"}, "y": {0: "b"}}}
+        torch.onnx.export(model, (example,), tmp_path / "model.onnx", dynamo=False, **arguments)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for batch in (1, 2, 3):
+        x = torch.randn(batch, 3, 64, 64)
+        expected = model(x).detach()
+        assert (traced(x) - expected).abs().max() < 1e-5
+        assert (torch.from_numpy(session.run(None, {"x": x.numpy()})[0]) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny"])
+def test_an_exported_program_has_the_gradients_of_the_model(name):
+    model = timm.create_model(name, img_size=64, num_classes=4, drop_path_rate=0.0)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,)).module()
+    gradients = []
+    for each in (model, exported):
+        image = x.clone().requires_grad_()
+        each(image).square().sum().backward()
+        gradients.append(image.grad)
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-4 * gradients[0].abs().max()

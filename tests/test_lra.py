@@ -288,14 +288,19 @@ def loaders_of(task: str, root: Path, options: str = "", **arguments):
     return build_loaders(config, make_plan(config), **arguments)
 
 
-def test_ids_are_symbols_shifted_and_filled_up(tmp_path):
+@pytest.mark.parametrize("kept", [True, False])
+def test_ids_are_symbols_shifted_and_filled_up(tmp_path, kept):
+    """The published protocol's reader of ListOps drops the closing bracket, whose symbol is the last of 15."""
     root = write_cache(tmp_path, "listops")
-    batches = loaders_of("listops", root).val
+    batches = loaders_of("listops", root, f"DATA.LRA.CLOSING_BRACKETS {kept}").val
     split, seen = open_cache(root).splits["val"], 0
+    assert load_config(str(lra("listops"))).DATA.LRA.CLOSING_BRACKETS is False
+    assert load_config(str(lra("listops_clean"))).DATA.LRA.CLOSING_BRACKETS is True
     for batch in batches.whole():
         assert batch.images.dtype == torch.int16 and batch.images.shape[1:] == (32,)
         for ids, label, position, name in zip(batch.images, batch.labels, batch.positions, batch.names, strict=True):
             document = split.document(position)
+            document = document if kept else document[document != 14]
             assert ids[: len(document)].tolist() == [symbol + 1 for symbol in document.tolist()]
             assert not ids[len(document) :].any()
             assert label == split.labels[position] and name == f"{root}/val/{position}"

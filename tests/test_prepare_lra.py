@@ -28,7 +28,7 @@ from data.sources.base import DataError
 from data.sources.bundled import FASHION_MNIST_FILES
 from data.sources.token_cache import TokenCache, open_cache
 from tools.lra import files, generate, listops, pathfinder
-from tools.lra.pictures import CIFAR_BATCHES, LUMA
+from tools.lra.pictures import CIFAR_BATCHES, LUMA, official_grey
 from tools.prepare_lra import main
 
 
@@ -557,8 +557,16 @@ def test_cifar_becomes_grey_rows_from_its_folder_and_its_archive(tmp_path, monke
     other = prepared("image", "--source", archive.parent, tmp_path / "archive")
 
     def grey(image: np.ndarray) -> bytes:
-        red, green, blue = image.reshape(3, 1024).astype(float)
-        return np.rint(0.2989 * red + 0.5870 * green + 0.1140 * blue).astype(np.uint8).tobytes()
+        """floor(255.5 · luminance) in float32; where that is not near an integer, float64 says the same."""
+        exact = 255.5 / 255 * (LUMA.astype(float) @ image.reshape(3, 1024).astype(float))
+        levels = official_grey(image.reshape(1, 3, 1024))[0]
+        assert (levels == np.floor(exact)).mean() > 0.999 and (np.abs(levels + 0.5 - exact) < 0.5001).all()
+        return levels.tobytes()
+
+    assert official_grey(np.full((1, 3, 1), 255, np.uint8)).tolist() == [[255]]
+    assert official_grey(np.full((1, 3, 1), 1, np.uint8)).tolist() == [[1]]  # rounding gave 1 too, of 0.9999
+    assert official_grey(np.array([[[7], [3], [2]]], np.uint8)).tolist() == [[4]]  # 4.08; and of 4.6 it is 4, not 5
+    assert official_grey(np.array([[[7], [4], [2]]], np.uint8)).tolist() == [[4]]
 
     assert LUMA.sum() == pytest.approx(1, abs=2e-4)
     batches = cifar_batches()

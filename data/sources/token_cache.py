@@ -22,6 +22,7 @@ from utils.files import file_digest
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+CLOSING_BRACKET = 14  # the symbol `]` of listops-1
 CODECS = {"listops-1": 15, "bytes-1": 256, "grey-1": 256}  # how many symbols each has
 TASKS = {  # the codec of each task, and the documents of one sample
     "listops": ("listops-1", 1),

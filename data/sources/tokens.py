@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 from data.findings import Report
 from data.sources.base import DataError, DatasetBuilder
-from data.sources.token_cache import TokenCache, open_cache
+from data.sources.token_cache import CLOSING_BRACKET, TokenCache, open_cache
 from logger import get_logger
 
 
@@ -20,13 +20,22 @@ class TokenSource:
     Args:
         chosen: positions in the split, all by default.
         shift: what is added to a symbol to make it an id.
+        dropped: a symbol that is left out.
 
     Raises:
         DataError: a document longer than `length`, or ids beyond `vocabulary`.
     """
 
     def __init__(
-        self, cache: TokenCache, split: str, *, length: int, vocabulary: int, shift: int, chosen: range | None = None
+        self,
+        cache: TokenCache,
+        split: str,
+        *,
+        length: int,
+        vocabulary: int,
+        shift: int,
+        chosen: range | None = None,
+        dropped: int | None = None,
     ) -> None:
         manifest = cache.manifest
         if manifest.longest > length:
@@ -40,6 +49,7 @@ class TokenSource:
             )
         self._split, self._documents = cache.splits[split], manifest.documents
         self._prefix, self._length, self._shift = f"{cache.path}/{split}/", length, shift
+        self._dropped = dropped
         self._chosen = range(len(self._split.labels)) if chosen is None else chosen
         self.labels = np.asarray(self._split.labels)[self._chosen.start : self._chosen.stop]
         self.classes: tuple[str, ...] | None = tuple(manifest.classes)
@@ -55,6 +65,8 @@ class TokenSource:
         first = self._chosen[index] * self._documents
         for row, document in zip(ids, range(first, first + self._documents), strict=True):
             symbols = self._split.document(document)
+            if self._dropped is not None:
+                symbols = symbols[symbols != self._dropped]
             row[: len(symbols)] = symbols
             row[: len(symbols)] += self._shift
         return torch.from_numpy(ids[0] if self._documents == 1 else ids)
@@ -64,7 +76,7 @@ class Tokens:
     """The modality of token sequences: ids int16 (B, N), or (B, 2, N) for pairs of documents, int32 on the device."""
 
     reads, noun = "tokens", "samples"
-    function_keys: tuple[str, ...] = ("DATA.LRA.BLACK_IS_PADDING",)
+    function_keys: tuple[str, ...] = ("DATA.LRA.BLACK_IS_PADDING", "DATA.LRA.CLOSING_BRACKETS")
 
     def training_transform(self, config: CfgNode, size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
         return torch.as_tensor
@@ -144,6 +156,7 @@ def token_source(config: CfgNode, split: str) -> TokenSource:
         vocabulary=config.MODEL.LRA.VOCABULARY,
         shift=shift,
         chosen=chosen,
+        dropped=CLOSING_BRACKET if manifest.task == "listops" and not config.DATA.LRA.CLOSING_BRACKETS else None,
     )
 
 

@@ -36,7 +36,7 @@ CIFAR_SIZES = {"train": 45_000, "val": 5_000, "test": 10_000}
 FASHION_MNIST_SIZES = {"train": 54_000, "val": 6_000, "test": 10_000}
 TENTH_FOR_VAL = {"train": 0.9, "val": 0.1}
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-LUMA = np.array([0.2989, 0.5870, 0.1140])  # of red, green, blue
+LUMA = np.array([0.2989, 0.5870, 0.1140], dtype=np.float32)  # of red, green, blue
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -70,8 +70,17 @@ def _cifar_batch(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
     for place, label in enumerate(labels):
         if not isinstance(label, int) or not 0 <= label < len(CIFAR_CLASSES):
             raise DataError(f"{where} image {place}: the label is {label!r}, expected 0 to {len(CIFAR_CLASSES) - 1}")
-    planes = pixels.reshape(-1, 3, 1024)
-    return np.rint(np.einsum("ncp,c->np", planes, LUMA)).astype(np.uint8), np.array(labels, dtype=np.uint8)
+    return official_grey(pixels.reshape(-1, 3, 1024)), np.array(labels, dtype=np.uint8)
+
+
+def official_grey(planes: np.ndarray) -> np.ndarray:
+    """uint8 (n, pixels) of red, green and blue, uint8 (n, 3, pixels), as the published pipeline makes it.
+
+    That converts to float32 in 0 to 1, weighs, multiplies by 255.5 and truncates: up to a level from a rounded grey.
+    """
+    red, green, blue = np.moveaxis(planes, 1, 0).astype(np.float32) * np.float32(1 / 255)
+    luminance = red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]
+    return (luminance * np.float32(255.5)).astype(np.uint8)
 
 
 def read_cifar(path: Path, seed: int) -> Content:

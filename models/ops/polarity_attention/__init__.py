@@ -110,5 +110,8 @@ def polarity_attention(
         raise ValueError(f"eps is {eps}, expected a positive number: rows without a matching key divide by it")
     if key_mask is not None and (key_mask.shape != (B, n) or key_mask.dtype != torch.bool):
         raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}, expected torch.bool ({B}, {n})")
-    implementation = _implementation(choose_backend(backend, q.device, q.dtype, d))
+    chosen = choose_backend(backend, q.device, q.dtype, d)
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        chosen = "reference"  # a graph that leaves Python has to hold the formula, and be differentiable by autograd
+    implementation = _implementation(chosen)
     return implementation(q, k, v, exponent, scale, position, key_mask, eps)
