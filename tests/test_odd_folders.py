@@ -24,7 +24,7 @@ from data.imagenet import imagenet_ids
 from data.loaders import build_loaders
 from data.sources.base import DataError, UnreadableImage
 from data.sources.folder import FolderSource
-from data.test_sets import _subfolders
+from data.sources.listing import Listing
 from engine.published import build_evaluation_set
 from logger import printable, printable_lines, setup_logger
 from models.files import load_checkpoint
@@ -95,7 +95,7 @@ def test_hidden_and_system_files_are_looked_at_nowhere(animals, tmp_path, log, c
     lines = [line for line in log.messages if "not used" in line]
     assert len(lines) == 2 and all("15 hidden or system files and folders, such as" in line for line in lines)
     assert [list_input(animals)[1][split] for split in ("train", "val")] == before
-    assert _subfolders(animals / "val") == ["ant", "bee", "cat"]
+    assert Listing(animals / "val").folders == ["ant", "bee", "cat"]
     text = checked(animals, capsys)
     assert "train: 12 images, 3 classes" in text and "15 hidden or system files and folders are left out" in text
     assert "clean: no errors, no warnings" in text
