@@ -792,14 +792,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: torchrun --nproc_per_node=8 main.py --cfg configs/pola_swin_t.yaml --data-path IMAGENET --amp",
     )
     parser.add_argument("--cfg", metavar="FILE", help="YAML configuration, for example configs/pola_swin_t.yaml")
-    parser.add_argument(
-        "--opts",
-        nargs="*",
-        action="extend",
-        default=[],
-        metavar="KEY VALUE",
-        help="override keys: --opts TRAIN.EPOCHS 100",
-    )
+    what = "override keys: --opts TRAIN.EPOCHS 100"
+    parser.add_argument("--opts", nargs="*", action="extend", default=[], metavar="KEY VALUE", help=what)
     for flag, key in VALUE_FLAGS.items():
         names = [flag, "--local_rank"] if flag == "--local-rank" else [flag]
         parser.add_argument(*names, dest=key, default=argparse.SUPPRESS, metavar="VALUE", help=KEYS[key].help)

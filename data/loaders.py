@@ -105,9 +105,7 @@ class Batches:
                 batch = next(batches)
             except StopIteration:
                 return
-            except (
-                DataError
-            ) as error:  # a loader process sends its traceback as the message: its last line is the error
+            except DataError as error:  # a loader process sends its traceback as the message, which the error ends
                 traceback.clear_frames(error.__traceback__)  # or a cycle keeps the loader's processes waiting
                 lines = str(error).strip().splitlines()
                 raise type(error)(lines[-1].partition(": ")[2] if len(lines) > 1 else lines[0]) from None
