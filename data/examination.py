@@ -188,21 +188,18 @@ def examine_all(tasks: Sequence[Task], workers: int, report: Report) -> dict[str
                 else:
                     contents.add(task.split, image, path)
             bar.update(task.images)
-    for text, names in (
-        ("{:,} problems in the contents of shards", archives),
-        *((f"{split}: {{:,}} images are unreadable or truncated", names) for split, names in unreadable.items()),
-        ("{:,} images are one file with another label", contents.one_file),
+    for tell, text, names in (
+        (report.error, "{:,} problems in the contents of shards", archives),
+        (report.error, "train: {:,} images are unreadable or truncated", unreadable["train"]),
+        (report.error, "val: {:,} images are unreadable or truncated", unreadable["val"]),
+        (report.error, "{:,} images are one file with another label", contents.one_file),
+        (report.warn, "{:,} images are in train and in val with the same content", contents.between),
+        (report.warn, "{:,} images repeat the content of another of their split", contents.within),
+        (report.warn, "{:,} images have the content of one with another label", contents.relabelled),
+        (report.warn, "{:,} images have 16-bit grey levels, of which the upper 8 bits are used", noted[WIDE]),
     ):
         if names:
-            report.error(text.format(len(names)), names)
-    for text, names in (
-        ("{:,} images are in train and in val with the same content", contents.between),
-        ("{:,} images repeat the content of another of their split", contents.within),
-        ("{:,} images have the content of one with another label", contents.relabelled),
-        ("{:,} images have 16-bit grey levels, of which the upper 8 bits are used", noted[WIDE]),
-    ):
-        if names:
-            report.warn(text.format(len(names)), names)
+            tell(text.format(len(names)), names)
     if turned := noted[TURNED]:
         report.facts.append(
             f"{len(turned):,} images carry an orientation in EXIF, which DATA.EXIF True obeys and False ignores, such"

@@ -126,7 +126,7 @@ class Batches:
     def require_readable(self, unreadable: int) -> None:
         """Raise DataError when `unreadable` training images, of one process or of all, are more than allowed."""
         if unreadable > self.max_unreadable:
-            raise DataError(too_many_unreadable(unreadable, self.num_images, self.max_unreadable, self._named))
+            raise too_many_unreadable(unreadable, self.num_images, self.max_unreadable, self._named)
 
 
 class Loaders(NamedTuple):

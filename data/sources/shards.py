@@ -409,9 +409,7 @@ class ShardTrainDataset(ShardDataset):
                     unreadable.append(str(error))
                     if len(unreadable) > self.max_unreadable:
                         size = self.split.num_images
-                        raise DataError(
-                            too_many_unreadable(len(unreadable), size, self.max_unreadable, unreadable)
-                        ) from error
+                        raise too_many_unreadable(len(unreadable), size, self.max_unreadable, unreadable) from error
             with SampleRandomness(self.seed, Draw(epoch, ahead[0].position)):
                 sample = Sample(self.transform(image), encoded.label, tuple(unreadable))
             ahead.popleft()
