@@ -270,8 +270,7 @@ def require_correct(
     Returns, by op (`baseline` among them) and then by tensor, the relative L2 error and, for ops, the largest that is
     allowed: twice the baseline's in the same dtype, or 8 ε of the dtype where that is more.
 
-    Raises:
-        WrongResultError: an error beyond that, or a result that is not finite.
+    Raises WrongResultError for an error beyond that, or a result that is not finite.
     """
     errors: dict[str, dict[str, dict[str, float]]] = {name: {} for name in ("baseline", *ops)}
     shape = (GATE_BATCH, GATE_QUERIES, *heads)

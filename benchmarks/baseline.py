@@ -30,8 +30,7 @@ def literal_polarity_attention(
     As in the released models, tensors return to the type of v before the features are computed. Low-precision inputs
     need autocast, as features are float32 wherever the exponent is.
 
-    Raises:
-        ValueError: a key mask, which the baseline does not support.
+    Raises ValueError for a key mask, which the baseline does not support.
     """
     if key_mask is not None:
         raise ValueError("the literal baseline has no key mask: choose an image size that the windows divide")

@@ -26,8 +26,7 @@ CONTENDERS = ("forward", "forward again", "forward_intermediates", "features_onl
 def measure(name: str, batch_size: int, image_size: int, repeats: int, device: torch.device) -> dict[str, Any]:
     """Seconds of each contender, and ratios to the forward pass within each round.
 
-    Raises:
-        WrongResultError: maps or tokens that differ.
+    Raises WrongResultError for maps or tokens that differ.
     """
     model: Any = timm.create_model(name, img_size=image_size).eval().to(device)
     backbone: Any = timm.create_model(name, img_size=image_size, features_only=True).eval().to(device)

@@ -232,8 +232,7 @@ def deviation_of(counts: np.ndarray) -> dict[str, float]:
 def require_correct(folder: Path) -> dict[str, dict[str, float]]:
     """The deviation of every step of the fast path from the exact one, over all training images.
 
-    Raises:
-        WrongResultError: a deviation beyond ALLOWED.
+    Raises WrongResultError for a deviation beyond ALLOWED.
     """
     exact, fast = (configuration(folder / "plain", decoder) for decoder in ("pillow", "simplejpeg"))
     timm_steps = timm_recipe(exact, whole=False)

@@ -36,8 +36,7 @@ TOLERANCE = 0.05  # of the zeros
 def measure_listops(samples: int, workers: int) -> dict[str, Any]:
     """Seconds of one preparation, and the reference answers on its test split.
 
-    Raises:
-        WrongResultError: an answer is right more, or less, often than on samples of the original generator.
+    Raises WrongResultError where an answer is right more, or less, often than on samples of the original generator.
     """
     with tempfile.TemporaryDirectory() as name:
         sizes = (samples - 2 * (samples // 50), samples // 50, samples // 50)  # 96 %, 2 %, 2 %
@@ -64,8 +63,7 @@ def _mean_answers(manifest: Manifest) -> dict[str, float]:
 def measure_pathfinder(images: int, repeats: int) -> dict[str, Any]:
     """Seconds per image of each contour length, drawn and written by this process.
 
-    Raises:
-        WrongResultError: another share of the pixels is 0 than in images of the original generator.
+    Raises WrongResultError where another share of the pixels is 0 than in images of the original generator.
     """
     zeros = {}
     for length, expected in ZEROS.items():

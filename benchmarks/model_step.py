@@ -156,11 +156,7 @@ def synthetic_images(setting: Setting) -> Tensor:
 
 
 def measure_eager(setting: Setting, precisions: Sequence[str]) -> dict[str, Any]:
-    """Logits, bytes saved and steps of both sides.
-
-    Raises:
-        WrongResultError: the logits of the two sides differ.
-    """
+    """Logits, bytes saved and steps of both sides. Raises WrongResultError where the logits of the two sides differ."""
     config, images = configuration(setting), synthetic_images(setting)
     torch.manual_seed(0)
     model = build_model(config)

@@ -95,11 +95,7 @@ def bare_loop(training: Training, batches: FixedBatches) -> None:
 
 
 def measure_overhead(folder: Path, steps: int, repeats: int) -> dict[str, Any]:
-    """Seconds per step of both loops.
-
-    Raises:
-        WrongResultError: they leave other weights.
-    """
+    """Seconds per step of both loops. Raises WrongResultError where they leave other weights."""
     config = configuration("pola_swin_t", SMALL, folder)
     ours, loaders = make_training(config, 2, steps)
     bare, _ = make_training(config, 2, steps)

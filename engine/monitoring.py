@@ -180,8 +180,6 @@ class RunFiles:
 
     def summarise(self, config: CfgNode, progress: Progress, main_file: str) -> None:
         """Draw the curves of the whole run; say where it lies, how good it is, and how to evaluate it again."""
-        self.metrics.close()
-        self._complete()
         if self.monitor is None:
             return
         logger, folder = get_logger(), self.folder
@@ -206,6 +204,8 @@ class RunFiles:
         logger.info("evaluate it with: %s", shlex.join(words))
 
     def close(self) -> None:
-        """The run ends, in whatever way."""
+        """The loop ends, in whatever way."""
+        self.metrics.close()
+        self._complete()
         if self.monitor:
             self.monitor.close()

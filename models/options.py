@@ -97,8 +97,7 @@ class AttentionOptions:
         dropout: probability of leaving out a weight of softmax while training; linear kernels have no weights to drop.
         backend: implementation of the polarity attention op: auto, eager, triton or reference (MODEL.LA.BACKEND).
 
-    Raises:
-        ValueError: a negative alpha, an unknown backend, or a dropout that is no probability below 1.
+    Raises ValueError for a negative alpha, an unknown backend, or a dropout that is no probability below 1.
     """
 
     attention: str = "polarity"

@@ -97,8 +97,7 @@ class PolaPVT(Classifier):
             stages always does, bilinearly as PVT does.
         attention: of AttentionOptions, what the polarity blocks are made of.
 
-    Raises:
-        ValueError: an image size, spatial reduction, letter or option that does not fit.
+    Raises ValueError for an image size, spatial reduction, letter or option that does not fit.
 
     Input (B, in_chans, height, width); output (B, num_classes).
     """

@@ -242,8 +242,7 @@ class PolaSwin(Classifier):
 
     Input (B, in_chans, height, width); output (B, num_classes).
 
-    Raises:
-        ValueError: an image size, number of heads, letter or option that does not fit.
+    Raises ValueError for an image size, number of heads, letter or option that does not fit.
     """
 
     family = "Pola-Swin"

@@ -29,6 +29,7 @@ from config import load_config
 from logger import MetricsWriter, Sink, append, append_line, read_metrics, setup_logger
 from models.files import load_checkpoint
 from utils.faults.folder_lock import RunFolderBusyError, RunLock
+from utils.faults.preemption import Preempted
 from utils.files import write_atomically
 
 SHORT = "TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 0 PRINT_FREQ 2"
@@ -269,6 +270,14 @@ def test_a_disk_that_is_full_for_a_while_costs_a_run_few_lines_and_no_record(tin
     assert "best top-1" in log.text and load_checkpoint(folder / "max_acc.pth")["epoch"] == 2
     lines = (folder / "log.txt").read_text().splitlines()
     assert len(lines) == len(log.text.splitlines())
+
+
+def test_a_run_that_is_told_to_stop_writes_what_a_full_disk_refused_before(tiny, monkeypatch):
+    disk = FaultyDisk(folder_of(tiny), FULL)
+    at_step(monkeypatch, {3: disk.__enter__, 7: lambda: (disk.__exit__(), os.kill(os.getpid(), signal.SIGTERM))})
+    with pytest.raises(Preempted):
+        run(tiny, SHORT)
+    assert disk.refused and [each["step"] for each in read_metrics(folder_of(tiny) / "metrics.jsonl")] == [2, 4, 6]
 
 
 @pytest.mark.parametrize("how", ["deleted", "renamed", "its lock deleted"])

@@ -99,7 +99,7 @@ def check_folder(root: Path, split: str, report: Report) -> Layout | None:
     except DataError as error:
         report.error(str(error))
         return None
-    loose, other = listing.loose, listing.other
+    loose = listing.loose
     if loose and not classes:
         fix = PLACE_VAL if split == "val" else "move every image into a folder named after its class"
         report.error(f"{folder} is flat: {len(loose):,} images and no class folders; {fix}", loose)
@@ -108,14 +108,13 @@ def check_folder(root: Path, split: str, report: Report) -> Layout | None:
         report.error(f"{folder}: {len(loose):,} images lie outside the class folders and are not used{fix}", loose)
     elif not classes:
         report.error(f"{folder} is empty, expected {folder}/<class>/<image>")
-    if empty:
-        report.error(f"{folder}: {len(empty)} class folders hold no image; fill or remove them", empty)
-    if other:
-        report.warn(f"{folder}: {len(other):,} files are no images by their extension and are not used", other)
-    if listing.repeated:
-        report.warn(
-            f"{folder}: {len(listing.repeated):,} links lead to folders that are listed already", listing.repeated
-        )
+    for tell, paths, what in (
+        (report.error, empty, "class folders hold no image; fill or remove them"),
+        (report.warn, listing.other, "files are no images by their extension and are not used"),
+        (report.warn, listing.repeated, "links lead to folders that are listed already"),
+    ):
+        if paths:
+            tell(f"{folder}: {len(paths):,} {what}", paths)
     if listing.left_out:
         report.facts.append(
             f"{folder}: {len(listing.left_out):,} hidden or system files and folders are left out, such as"

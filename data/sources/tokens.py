@@ -22,8 +22,7 @@ class TokenSource:
         shift: what is added to a symbol to make it an id.
         dropped: a symbol that is left out.
 
-    Raises:
-        DataError: a document longer than `length`, or ids beyond `vocabulary`.
+    Raises DataError for a document longer than `length`, or ids beyond `vocabulary`.
     """
 
     def __init__(
