@@ -14,6 +14,8 @@ import triton.language as tl
 
 # Stands for log2(0): 2 to any power p ≥ 1 of it is 0, and 0 times it is 0.
 LOG_OF_ZERO = tl.constexpr(-1100.0)
+# Of maximum: NaN stays NaN. It takes no more instructions than the default, which a GPU returns the other argument by.
+PROPAGATE_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -30,7 +32,7 @@ def _log_and_slope(u, exponent, PRECISION: tl.constexpr):
     """
     magnitude = tl.abs(u)
     if PRECISION == "interpreted":
-        log = tl.maximum(tl.log2(magnitude), LOG_OF_ZERO)
+        log = tl.maximum(tl.log2(magnitude), LOG_OF_ZERO, PROPAGATE_NAN)
         return log, tl.exp2((exponent - 1.0) * log)
     else:  # a compile-time branch: without else, both would be compiled
         if PRECISION == "ieee":
@@ -39,7 +41,7 @@ def _log_and_slope(u, exponent, PRECISION: tl.constexpr):
             log = tl.inline_asm_elementwise(
                 "lg2.approx.ftz.f32 $0, $1;", "=f,f", [magnitude], dtype=tl.float32, is_pure=False, pack=1
             )
-        log = tl.maximum(log, LOG_OF_ZERO)
+        log = tl.maximum(log, LOG_OF_ZERO, PROPAGATE_NAN)
         slope = tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [(exponent - 1.0) * log], dtype=tl.float32, is_pure=False, pack=1
         )
@@ -48,14 +50,14 @@ def _log_and_slope(u, exponent, PRECISION: tl.constexpr):
 
 @triton.jit
 def _features(u, slope):
-    """relu(u)^p and relu(−u)^p"""
+    """relu(u)^p and relu(−u)^p, both NaN where u is"""
     signed = slope * u
-    return tl.where(u > 0.0, signed, 0.0), tl.where(u < 0.0, -signed, 0.0)
+    return tl.maximum(signed, 0.0, PROPAGATE_NAN), tl.maximum(-signed, 0.0, PROPAGATE_NAN)
 
 
 @triton.jit
 def _grad_tokens(u, slope, grad_positive, grad_negative):
-    """Gradient by u, without the factor p"""
+    """Gradient by u, without the factor p; NaN where u is, by its slope"""
     return slope * tl.where(u > 0.0, grad_positive, tl.where(u < 0.0, -grad_negative, 0.0))
 
 
@@ -81,11 +83,15 @@ def _load_keys(k, position, inverse_scale, offsets, position_offsets, real, HAS_
 
 @triton.jit
 def _load_parameters(exponent, scale, head, channels, D: tl.constexpr, HAS_SCALE: tl.constexpr):
-    """p and 1/scale of a head; 1 in the channels that only fill up to a power of two"""
+    """p and 1/scale of a head; 1 in the channels that only fill up to a power of two
+
+    1/scale is NaN where p or scale is infinite: of |u|^p and u/scale that would be lost at 0 and where |u| < 1.
+    """
     p = tl.load(exponent + head * D + channels, mask=channels < D, other=1.0).to(tl.float32)
+    divisor = tl.full(channels.shape, 1.0, tl.float32)
     if HAS_SCALE:
-        return p, 1.0 / tl.load(scale + head * D + channels, mask=channels < D, other=1.0).to(tl.float32)
-    return p, tl.full(channels.shape, 1.0, tl.float32)
+        divisor = tl.load(scale + head * D + channels, mask=channels < D, other=1.0).to(tl.float32)
+    return p, 1.0 / divisor + 0.0 * (p + divisor)
 
 
 @triton.jit
