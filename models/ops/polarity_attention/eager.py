@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import without_autocast
+from .derivatives import check_backward
 
 # Elements of q in a block: the handful of buffers of that size then fits the cache that the cores share.
 BLOCK_ELEMENTS = 2**19
@@ -78,11 +79,7 @@ class _PolarityAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the caller asked for create_graph
-            raise RuntimeError(
-                "polarity attention's eager backend is differentiable once, and create_graph=True asks for more;"
-                " backend='reference' is differentiable any number of times"
-            )
+        check_backward("eager", grad_out)
         q, k, v, exponent, scale, position, key_mask, state = ctx.saved_tensors
         d = q.shape[-1]
         tokens_of = _Tokens(q, exponent, scale, position, key_mask)

@@ -153,9 +153,13 @@ def _reciprocal_normalisers(
 
 @triton.jit
 def _program(H: tl.constexpr, parts):
-    """This program's head, part of the sequence, and image. Neighbours share the rows of memory that hold all heads."""
+    """This program's head, part of the sequence, and image. Neighbours share the rows of memory that hold all heads.
+
+    Head and image, like tokens, are in 64 bits: times a stride they need not fit 32.
+    """
     program = tl.program_id(0)
-    return program % H, (program // H) % parts, (program // H // parts).to(tl.int64)
+    head, part, image = program % H, (program // H) % parts, program // H // parts
+    return head.to(tl.int64), part, image.to(tl.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,7 +189,7 @@ def state_kernel(
     first = part * tokens_per_part
     last = tl.minimum(first + tokens_per_part, n)
     for start in range(first, last, T):
-        tokens = start + tl.arange(0, T)
+        tokens = (start + tl.arange(0, T)).to(tl.int64)
         real = tokens < last
         if HAS_MASK:
             real = real & (tl.load(key_mask + image * n + tokens, mask=real, other=0) != 0)
@@ -233,7 +237,7 @@ def output_kernel(
     first = part * tokens_per_part
     last = tl.minimum(first + tokens_per_part, N)
     for start in range(first, last, T):
-        tokens = start + tl.arange(0, T)
+        tokens = (start + tl.arange(0, T)).to(tl.int64)
         inside = (tokens < last)[:, None] & (channels < D)[None, :]
         u = tl.load(q + tokens[:, None] * q_token + channels[None, :], mask=inside, other=0.0).to(tl.float32)
         u *= inverse_scale[None, :]
@@ -276,7 +280,7 @@ def query_backward_kernel(
     first = part * tokens_per_part
     last = tl.minimum(first + tokens_per_part, N)
     for start in range(first, last, T):
-        tokens = start + tl.arange(0, T)
+        tokens = (start + tl.arange(0, T)).to(tl.int64)
         inside = (tokens < last)[:, None] & (channels < D)[None, :]
         u = tl.load(q + tokens[:, None] * q_token + channels[None, :], mask=inside, other=0.0).to(tl.float32)
         upstream = tl.load(grad_out + tokens[:, None] * out_token + channels[None, :], mask=inside, other=0.0)
@@ -343,7 +347,7 @@ def key_backward_kernel(
     first = part * tokens_per_part
     last = tl.minimum(first + tokens_per_part, n)
     for start in range(first, last, T):
-        tokens = start + tl.arange(0, T)
+        tokens = (start + tl.arange(0, T)).to(tl.int64)
         inside = (tokens < last)[:, None] & (channels < D)[None, :]
         real = inside
         if HAS_MASK:
