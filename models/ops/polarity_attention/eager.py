@@ -150,7 +150,7 @@ class _Tokens:
         self.exponent = exponent.to(dtype)[:, None, :]  # (h, 1, d)
         scale = torch.ones_like(self.exponent) if scale is None else scale.to(dtype)[:, None, :]
         # NaN where either parameter is not finite, which pow(1, NaN) = 1 and x/Inf = 0 would hide
-        self.inverse_scale = scale.reciprocal() + 0.0 * (scale + self.exponent)
+        self.inverse_scale = torch.addcmul(scale.reciprocal(), scale, self.exponent, value=0.0)
         self.position = None if position is None else position.to(dtype)
         self.key_mask = key_mask
         self.moment = torch.zeros_like(self.exponent)  # Σ u·∂/∂u, without the factor p

@@ -359,11 +359,13 @@ def key_backward_kernel(
         values = tl.load(v + tokens[:, None] * v_token + channels[None, :], mask=real, other=0.0)
         log, slope = _log_and_slope(u, p[None, :], PRECISION)
         positive, negative = _features(u, slope)
-        rows = tokens[:, None] * (H * D) + channels[None, :]
         if DP > 64 and PRECISION == "tf32":  # too large to stay in shared memory, twice, for all tiles
             grad_positive_sum, grad_negative_sum = _load_sums(grad_state, channels, D)
         grad_values = _dot(positive, grad_positive_sum, PRECISION) + _dot(negative, grad_negative_sum, PRECISION)
-        tl.store(grad_v + rows, grad_values.to(grad_v.dtype.element_ty), mask=inside)
+        tl.store(
+            grad_v + tokens[:, None] * (H * D) + channels[None, :],
+            grad_values.to(grad_v.dtype.element_ty), mask=inside,
+        )  # fmt: skip
         grad_positive = _dot(values, tl.trans(grad_positive_sum), PRECISION)
         grad_positive += _dot(first_column, tl.trans(positive_columns), PRECISION)
         grad_negative = _dot(values, tl.trans(grad_negative_sum), PRECISION)
@@ -371,5 +373,5 @@ def key_backward_kernel(
         grad = _grad_tokens(u, slope, grad_positive, grad_negative)
         log_moment += tl.sum(u * grad * log, axis=0)
         grad *= (p * inverse_scale)[None, :]
-        tl.store(grad_k + rows, grad.to(grad_k.dtype.element_ty), mask=inside)
+        tl.store(grad_k + tokens[:, None] * (H * D) + channels[None, :], grad.to(grad_k.dtype.element_ty), mask=inside)
     tl.store(log_moments + ((part * images + image) * H + head) * D + channels, log_moment, mask=channels < D)
