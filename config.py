@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
-from utils.checkpoints.naming import BEST_FILE, run_checkpoints
+from utils.checkpoints.naming import best_files, run_checkpoints
 from utils.schema import (
     Kind,
     boolean,
@@ -651,7 +651,7 @@ class Plan:
     accumulation: int  # forward passes per optimizer step
     world_size: int
     scales_lr: bool
-    recipe_batch: int | None  # what TRAIN.GLOBAL_BATCH of the files says, if anything
+    recipe_batch: int | None  # what TRAIN.GLOBAL_BATCH of the files says, else of the command line
 
     @property
     def global_batch(self) -> int:
@@ -685,7 +685,7 @@ def make_plan(config: CfgNode, world_size: int = 1) -> Plan:
         accumulation=accumulation,
         world_size=world_size,
         scales_lr=config.TRAIN.SCALE_LR,
-        recipe_batch=config.__dict__.get("about_batch", {}).get("recipe", config.TRAIN.GLOBAL_BATCH),
+        recipe_batch=config.__dict__.get("about_batch", {}).get("recipe") or config.TRAIN.GLOBAL_BATCH,
     )
 
 
@@ -798,14 +798,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: torchrun --nproc_per_node=8 main.py --cfg configs/pola_swin_t.yaml --data-path IMAGENET --amp",
     )
     parser.add_argument("--cfg", metavar="FILE", help="YAML configuration, for example configs/pola_swin_t.yaml")
-    parser.add_argument(
-        "--opts",
-        nargs="*",
-        action="extend",
-        default=[],
-        metavar="KEY VALUE",
-        help="override keys: --opts TRAIN.EPOCHS 100",
-    )
+    what = "override keys: --opts TRAIN.EPOCHS 100"
+    parser.add_argument("--opts", nargs="*", action="extend", default=[], metavar="KEY VALUE", help=what)
     for flag, key in VALUE_FLAGS.items():
         names = [flag, "--local_rank"] if flag == "--local-rank" else [flag]
         parser.add_argument(*names, dest=key, default=argparse.SUPPRESS, metavar="VALUE", help=KEYS[key].help)
@@ -852,7 +846,7 @@ def continues(config: CfgNode) -> bool:
     if not config.TRAIN.AUTO_RESUME and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return False
     folder = make_plan(config).folder
-    return bool(run_checkpoints(folder)) or (folder / BEST_FILE).is_file()
+    return bool(run_checkpoints(folder) or best_files(folder))
 
 
 if __name__ == "__main__":

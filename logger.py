@@ -297,7 +297,7 @@ class MetricsWriter:
         """Write everything again into a folder that lost it."""
         self._sink.put(None)
         if self.tensorboard and not self.tensorboard.path.exists():
-            self.tensorboard.drop_kept()  # those records are in metrics.jsonl now
+            self.tensorboard.sink.drop()  # those records are in metrics.jsonl now
             for record in map(json.loads, self._written):
                 kind, _, step = (record.pop(name) for name in ("kind", "epoch", "step"))
                 self._show(kind, step, {name: math.nan if each is None else each for name, each in record.items()})
@@ -324,9 +324,9 @@ class TensorBoard:
 
         self._event, self._check = Event, check
         self.path = folder / f"events.out.tfevents.{time.time_ns() // 1000:016d}.{os.getpid()}"
-        self._sink = Sink(str(self.path), self._append)
+        self.sink = Sink(str(self.path), self._append)
         self._first = self._record(file_version="brain.Event:2")
-        self._sink.put(self._record(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self.sink.put(self._record(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def _record(self, **content: Any) -> bytes:
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -343,13 +343,13 @@ class TensorBoard:
     def write_scalars(self, values: Mapping[str, float], step: int) -> None:
         from torch.utils.tensorboard.summary import scalar
 
-        self._sink.put(b"".join(self._record(step=step, summary=scalar(*item)) for item in values.items()))
+        self.sink.put(b"".join(self._record(step=step, summary=scalar(*item)) for item in values.items()))
 
     def write_images(self, name: str, images: "Tensor", step: int) -> None:
         """A grid of images (B, 3, H, W), 0 to 1."""
         from torch.utils.tensorboard.summary import image
 
-        self._sink.put(self._record(step=step, summary=image(name, images)))
+        self.sink.put(self._record(step=step, summary=image(name, images)))
 
     def write_histograms(self, values: Mapping[str, "Tensor"], step: int) -> None:
         """Distributions by name."""
@@ -357,14 +357,10 @@ class TensorBoard:
 
         finite = {name: each[each.isfinite()].numpy() for name, each in values.items()}
         summaries = [histogram(name, each, BINS) for name, each in finite.items() if len(each)]
-        self._sink.put(b"".join(self._record(step=step, summary=each) for each in summaries))
-
-    def drop_kept(self) -> None:
-        """Forget what could not be written."""
-        self._sink.drop()
+        self.sink.put(b"".join(self._record(step=step, summary=each) for each in summaries))
 
     def close(self) -> None:
-        self._sink.close()
+        self.sink.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -224,14 +224,7 @@ def run_epoch(
     epoch = progress.epoch
     if progress.done < training.steps_per_epoch:
         train_one_epoch(
-            config,
-            training,
-            loaders.train,
-            epoch,
-            metrics,
-            start=progress.done,
-            interval=interval,
-            saver=saver,
+            config, training, loaders.train, epoch, metrics, start=progress.done, interval=interval, saver=saver
         )
 
     def after_batch() -> None:

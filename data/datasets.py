@@ -67,16 +67,14 @@ class TrainDataset(Dataset[Sample]):
             except UnreadableImage as error:
                 unreadable.append(str(error))
                 if len(unreadable) > self.max_unreadable:
-                    raise DataError(
-                        too_many_unreadable(len(unreadable), len(self), self.max_unreadable, unreadable)
-                    ) from error
+                    raise too_many_unreadable(len(unreadable), len(self), self.max_unreadable, unreadable) from error
                 index = (index + 1) % len(self)
         randomness.start(draw)
         return Sample(self.transform(image), int(self.source.labels[index]), tuple(unreadable))
 
 
-def too_many_unreadable(count: int, size: int, allowed: int, names: Iterable[str]) -> str:
-    return (
+def too_many_unreadable(count: int, size: int, allowed: int, names: Iterable[str]) -> DataError:
+    return DataError(
         f"{count} of {size} training images are unreadable, {allowed} are allowed (DATA.MAX_UNREADABLE); for example"
         f" {next(iter(names), 'on another process')}"
     )

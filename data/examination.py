@@ -146,7 +146,7 @@ class _Contents:
     """Which images have the same content, and which are even one file."""
 
     first: dict[bytes, tuple[str, int, str]] = field(default_factory=dict)  # split, label and path, by content
-    again: dict[bytes, list[tuple[int, str]]] = field(default_factory=dict)  # label and path of those that come again
+    files: dict[tuple[int, int], tuple[int, str]] = field(default_factory=dict)  # label and path, by device and inode
     between: list[str] = field(default_factory=list)
     within: list[str] = field(default_factory=list)
     relabelled: list[str] = field(default_factory=list)
@@ -161,12 +161,12 @@ class _Contents:
         (self.within if split == first_split else self.between).append(pair)
         if label != image.label:
             self.relabelled.append(f"{image.name} (label {image.label}) = {printable(first)} (label {label})")
-        others = self.again.setdefault(image.digest, [(label, first)])
-        for label, other in others:
-            with suppress(OSError):  # in an archive there are no files to compare
-                if label != image.label and os.path.samefile(path, other):
-                    self.one_file.append(f"{image.name} (label {image.label}) is {printable(other)} (label {label})")
-        others.append((image.label, path))
+        with suppress(OSError):  # in an archive there are no files to compare
+            for mine, file in ((label, first), (image.label, path)):
+                status = os.stat(file)
+                label, other = self.files.setdefault((status.st_dev, status.st_ino), (mine, file))
+                if label != mine:
+                    self.one_file.append(f"{printable(file)} (label {mine}) is {printable(other)} (label {label})")
 
 
 def examine_all(tasks: Sequence[Task], workers: int, report: Report) -> dict[str, Counter[int]]:
@@ -188,21 +188,18 @@ def examine_all(tasks: Sequence[Task], workers: int, report: Report) -> dict[str
                 else:
                     contents.add(task.split, image, path)
             bar.update(task.images)
-    for text, names in (
-        ("{:,} problems in the contents of shards", archives),
-        *((f"{split}: {{:,}} images are unreadable or truncated", names) for split, names in unreadable.items()),
-        ("{:,} images are one file with another label", contents.one_file),
+    for tell, text, names in (
+        (report.error, "{:,} problems in the contents of shards", archives),
+        (report.error, "train: {:,} images are unreadable or truncated", unreadable["train"]),
+        (report.error, "val: {:,} images are unreadable or truncated", unreadable["val"]),
+        (report.error, "{:,} images are one file with another label", contents.one_file),
+        (report.warn, "{:,} images are in train and in val with the same content", contents.between),
+        (report.warn, "{:,} images repeat the content of another of their split", contents.within),
+        (report.warn, "{:,} images have the content of one with another label", contents.relabelled),
+        (report.warn, "{:,} images have 16-bit grey levels, of which the upper 8 bits are used", noted[WIDE]),
     ):
         if names:
-            report.error(text.format(len(names)), names)
-    for text, names in (
-        ("{:,} images are in train and in val with the same content", contents.between),
-        ("{:,} images repeat the content of another of their split", contents.within),
-        ("{:,} images have the content of one with another label", contents.relabelled),
-        ("{:,} images have 16-bit grey levels, of which the upper 8 bits are used", noted[WIDE]),
-    ):
-        if names:
-            report.warn(text.format(len(names)), names)
+            tell(text.format(len(names)), names)
     if turned := noted[TURNED]:
         report.facts.append(
             f"{len(turned):,} images carry an orientation in EXIF, which DATA.EXIF True obeys and False ignores, such"

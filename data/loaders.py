@@ -47,11 +47,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        loader: DataLoader,
-        max_unreadable: int = 0,
-        relabel: Tensor | None = None,
-        modality: Modality = Images(),
+        self, loader: DataLoader, max_unreadable: int = 0, relabel: Tensor | None = None, modality: Modality = Images()
     ) -> None:
         self.loader = loader
         self.modality = modality
@@ -109,9 +105,7 @@ class Batches:
                 batch = next(batches)
             except StopIteration:
                 return
-            except (
-                DataError
-            ) as error:  # a loader process sends its traceback as the message: its last line is the error
+            except DataError as error:  # a loader process sends its traceback as the message, which the error ends
                 traceback.clear_frames(error.__traceback__)  # or a cycle keeps the loader's processes waiting
                 lines = str(error).strip().splitlines()
                 raise type(error)(lines[-1].partition(": ")[2] if len(lines) > 1 else lines[0]) from None
@@ -132,7 +126,7 @@ class Batches:
     def require_readable(self, unreadable: int) -> None:
         """Raise DataError when `unreadable` training images, of one process or of all, are more than allowed."""
         if unreadable > self.max_unreadable:
-            raise DataError(too_many_unreadable(unreadable, self.num_images, self.max_unreadable, self._named))
+            raise too_many_unreadable(unreadable, self.num_images, self.max_unreadable, self._named)
 
 
 class Loaders(NamedTuple):

@@ -6,7 +6,6 @@ depends on the order of the folders. docs/evaluation.md says where each data set
 """
 
 import json
-import os
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from data.imagenet import imagenet_ids
 from data.loaders import Batches, Loaders, evaluation_batches
 from data.sources.base import DataError, decoder_for
 from data.sources.image_files import data_format, open_source
-from data.sources.listing import is_litter
+from data.sources.listing import Listing
 from data.transforms import Images
 
 TITLES = {
@@ -201,7 +200,7 @@ def open_test_set(config: CfgNode, plan: Plan, ids: tuple[str, ...], source: str
     folders, missing = ({"": root}, ()) if name != "c" else _corruptions(root)
     for folder in folders.values():
         if data_format(config, folder) == "folder":  # all of them before the first is evaluated
-            _relabelling(name, _subfolders(folder), labels, folder)
+            _relabelling(name, Listing(folder).folders, labels, folder)
 
     def opener(folder: Path) -> Callable[[], Batches]:
         def open_part() -> Batches:
@@ -234,10 +233,6 @@ def _relabelling(name: str, folders: Sequence[str], labels: dict[str, int], root
     return [labels[each] for each in ids]
 
 
-def _subfolders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if os.path.isdir(entry.path) and not is_litter(entry.name))
-
-
 def _corruptions(root: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
     """The folders of ImageNet-C by `corruption/severity`, and which of the 75 that mCE needs are missing.
 
@@ -254,6 +249,6 @@ def _corruptions(root: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
     if not found:
         raise DataError(
             f"{root} holds no corruption of ImageNet-C; expected {root}/<corruption>/<severity>/<WordNet id>/, such as"
-            f" {needed[0]}; it holds {', '.join(_subfolders(root)[:5]) or 'no folder'}"
+            f" {needed[0]}; it holds {', '.join(Listing(root).folders[:5]) or 'no folder'}"
         )
     return found, tuple(part for part in needed if part not in found)

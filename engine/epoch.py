@@ -72,10 +72,7 @@ def train_one_epoch(
         raise NonFiniteError(f"{error}. {report}", error.step) from None
     if times.step > 0:
         why = verdict(
-            times,
-            workers=config.DATA.NUM_WORKERS,
-            processes=distributed.world_size(),
-            noun=batches.modality.noun,
+            times, workers=config.DATA.NUM_WORKERS, processes=distributed.world_size(), noun=batches.modality.noun
         )
         get_logger().info("epoch %d %s", epoch, why)
 

@@ -14,9 +14,8 @@ SHARED = "/dev/shm"
 GONE = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([\w ]+)|exited unexpectedly)"
 )
-NO_ROOM = re.compile(r"shared memory|</?torch_\d+")
+NO_ROOM = re.compile(r"</?torch_\d+")  # a file there; a GPU has shared memory of its own
 NO_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|[Cc]annot allocate memory|bad_alloc")
-
 
 KILLED = (
     "a loader process was killed, as the system does with the largest when memory runs out: lower DATA.NUM_WORKERS"

@@ -162,26 +162,26 @@ class RunFiles:
     def restore(self) -> None:
         """Write what is known of the run into a folder that is made anew."""
         self.metrics.restore()
-        self._restore_missing()
+        self._complete()
 
-    def _restore_missing(self) -> None:
+    def _complete(self) -> None:
         for name, sink in self._about.items():
-            if not (self.folder / name).exists():
+            if (self.folder / name).exists():
+                sink.flush()
+            else:
                 sink.drop()
                 sink.put(name)
 
     def epoch_ended(self, epochs: int) -> None:
         """`epochs` are finished."""
-        self._restore_missing()
+        self._complete()
         if self.monitor:
             self.monitor.epoch_ended(epochs)
 
     def summarise(self, config: CfgNode, progress: Progress, main_file: str) -> None:
         """Draw the curves of the whole run; say where it lies, how good it is, and how to evaluate it again."""
         self.metrics.close()
-        self._restore_missing()
-        for sink in self._about.values():
-            sink.flush()
+        self._complete()
         if self.monitor is None:
             return
         logger, folder = get_logger(), self.folder

@@ -13,14 +13,7 @@ from data.loaders import Loaders
 from data.sources.base import Modality
 from engine.training import Interval, Training
 from logger import get_logger, printable
-from models.files import (
-    CHECKPOINT_VERSION,
-    CheckpointError,
-    load_checkpoint,
-    num_classes_of,
-    stored_config,
-    weights_of,
-)
+from models.files import CHECKPOINT_VERSION, CheckpointError, load_checkpoint, num_classes_of, stored_config, weights_of
 from models.loading import load_pretrained, load_weights
 from models.registry import function_differences
 from optimizer import load_optimizer_state
@@ -116,7 +109,7 @@ def restore(
         raise CheckpointError(
             f"{error}. Another --tag begins a run of its own, for which --pretrained {source} may give the weights"
         ) from None
-    if not isinstance(checkpoint.get("epoch"), int):
+    if not _is_count(checkpoint.get("epoch")):
         raise CheckpointError(f"{source} has no epoch to continue from; --pretrained starts from its weights")
     _log_changed_keys(checkpoint, config, source)
     continuation = _continuation(checkpoint, source)
@@ -161,9 +154,13 @@ def _continuation(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
     """What only files of ours hold: where inside an epoch they were written, and what must not have changed since."""
     stored = checkpoint.get("continuation") or {}
     numbers = ("done", "skipped", "global_batch", "images", "seed", "world_size")
-    if not isinstance(stored, dict) or not all(isinstance(stored.get(name, 0), int) for name in numbers):
+    if not isinstance(stored, dict) or not all(_is_count(stored.get(name, 0)) for name in numbers):
         raise CheckpointError(f"{source}: its `continuation` is damaged; --pretrained starts from its weights")
     return stored
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
 
 
 def _check_plan(config: CfgNode, training: Training, continuation: dict[str, Any], source: str) -> None:
@@ -231,11 +228,6 @@ def _log_changed_keys(checkpoint: dict[str, Any], config: CfgNode, source: str) 
     ]
     if changed:
         get_logger().warning("changed since %s, the new values apply: %s", source, "; ".join(changed))
-
-
-def read_position(path: Path) -> Position:
-    """The position of a checkpoint that can be used. Raises CheckpointError for one that cannot."""
-    return stored_position(load_checkpoint(path))
 
 
 def stored_classes(checkpoint: dict[str, Any]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -23,10 +23,6 @@ from optimizer import build_optimizer
 from utils import distributed
 from utils.faults.preemption import Decision
 from utils.precision import autocast_dtype
-
-
-def _no_beat(step: int, phase: str) -> None:
-    """Nobody watches."""
 
 
 @dataclass
@@ -53,7 +49,7 @@ class Training:
     ema: ModelEmaV3 | None = None
     max_skipped: int | None = None  # None: the first step that is not finite ends the run
     skipped: int = 0
-    beat: Callable[[int, str], None] = field(default=_no_beat)
+    beat: Callable[[int, str], None] = lambda step, phase: None  # nobody watches
     profiler: torch.profiler.profile | None = None
 
 

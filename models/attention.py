@@ -201,12 +201,7 @@ class PolaSequenceAttention(KernelAttention):
     branch is a convolution along the sequence with a kernel of its own for each channel; KERNEL_SIZE 0 leaves it out.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        options: AttentionOptions = AttentionOptions(kernel_size=0),
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int, options: AttentionOptions = AttentionOptions(kernel_size=0)) -> None:
         size = options.kernel_size
         if size < 0 or (size and size % 2 == 0):
             raise ValueError(f"MODEL.LRA.KERNEL_SIZE is {size}, expected 0 or an odd number (kernel_size)")

@@ -46,6 +46,7 @@ WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
 # would be called, because it was made to do harm.
 HARMFUL = ["os", "posix", "nt", "sys", "subprocess", "builtins", "importlib", "runpy", "shutil", "socket", "ctypes"]
 HARMFUL += ["pickle", "_pickle", "marshal", "code", "pty", "operator", "functools", "webbrowser", "multiprocessing"]
+OWN = ("torch.", "collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.set", "builtins.complex")
 HARMLESS = ("builtins.frozenset", "builtins.slice", "builtins.object", "builtins.list")
 PLAIN_MAPPINGS = ("yacs.config.CfgNode", "collections.defaultdict", "easydict.EasyDict", "addict.addict.Dict")
 
@@ -107,30 +108,31 @@ def _with_weights(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """`content` with its weights as `model` and `model_ema`, whatever it calls them."""
     if content and all(isinstance(value, Tensor) for value in content.values()):
         content = {"model": content}
-    found, taken = {}, []
+    found: dict[str, Any] = {names[0]: None for names in WEIGHTS.values() if names[0] in content}
+    taken = []
     for kind, names in WEIGHTS.items():
         name = next((name for name in names if _is_state(content.get(name))), None)
         if name is None:
             continue
         state, notes = unwrapped(content[name])
         _require_plain_tensors(state, path)
-        found[WEIGHTS[kind][0]] = state
+        found[names[0]] = state
         taken.append(name)
-        for note in ([] if name == WEIGHTS[kind][0] else [f"the {_KINDS[kind]} are `{name}`"]) + notes:
+        if name != names[0]:
+            notes.insert(0, f"the {'weights' if kind == 'model' else 'averaged weights'} are `{name}`")
+        for note in notes:
             LOGGER.info("%s: %s", path, note)
-    if not found:
+    if not taken:
         keys = ", ".join(str(key)[:60] for key in list(content)[:20])
         raise CheckpointError(f"checkpoint {path} holds no `model` of named tensors; its keys: {keys or 'none'}")
-    return {**{name: value for name, value in content.items() if name in found or name not in taken}, **found}
-
-
-_KINDS = {"model": "weights", "ema": "averaged weights"}
+    return found | {name: value for name, value in content.items() if name not in {*found, *taken}}
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
-    )
+    """Whether this is a state dict; an empty one is none."""
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
 
 
 def unwrapped(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -242,9 +244,8 @@ def _unpickle(path: Path, verified: bool) -> Any:
         raise
     except Exception as error:  # foreign bytes make the reader fail in any way: IndexError, struct.error, …
         if refused := re.search(r"unsupported global:? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE):
-            raise CheckpointError(
-                _refusal(path, [refused[1] if "." in refused[1] else f"builtins.{refused[1]}"])
-            ) from error
+            name = refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
+            raise CheckpointError(_refusal(path, [name])) from error
         if isinstance(error, OSError) and error.errno in UNREACHABLE:
             raise
         if foreign := _foreign_globals(path):
@@ -292,15 +293,7 @@ def _foreign_globals(path: Path) -> list[str]:
                     found.update(_globals(file))
     except Exception:  # a damaged archive fails in any way
         pass
-    own = (
-        "torch.",
-        "collections.OrderedDict",
-        "collections.Counter",
-        "_codecs.encode",
-        "builtins.set",
-        "builtins.complex",
-    )
-    return sorted({name for name in found if not name.startswith(own)})
+    return sorted(name for name in found if not name.startswith(OWN))
 
 
 def _globals(file: IO[bytes]) -> Iterator[str]:

@@ -17,14 +17,14 @@ import time
 from pathlib import Path
 
 import torch
+from run_files import epoch_file, read_position
 
 import main
 from config import load_config, make_plan
-from engine.state import read_position
 from logger import read_metrics
 from models.files import load_checkpoint
 from utils.checkpoints.finding import newest_checkpoint
-from utils.checkpoints.naming import BESTS, epoch_file
+from utils.checkpoints.naming import BESTS
 
 EVERY = 3
 EPOCHS = 3

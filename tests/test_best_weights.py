@@ -16,12 +16,12 @@ import pytest
 import torch
 from conftest import folder_of, run
 from faulty_disk import READ_ONLY, FaultyDisk
+from run_files import epoch_file
 
 import main
 from logger import read_metrics
 from models.files import load_checkpoint
 from utils.checkpoints import writing
-from utils.checkpoints.naming import epoch_file
 from utils.faults.preemption import Preempted
 
 QUICK = "TRAIN.WARMUP_EPOCHS 0 PRINT_FREQ 100"

@@ -24,6 +24,7 @@ from data.builders import builder_of
 from data.check import run_check
 from data.findings import Report
 from data.loaders import DataError
+from data.sources.zip import ZipSource
 from tools.prepare_imagenet import Options, prepare
 from utils.distributed import LaunchError
 
@@ -344,6 +345,18 @@ def test_labels_of_the_zip_are_compared(zipped):
         path.write_text(text.replace("1.JPEG\t2", "1.JPEG\t1"))
     _, warnings = found(examined(zipped))
     assert len(warnings) == 2 and "1 labels have images of several folders" in warnings[0]
+
+
+def test_the_check_names_the_classes_of_a_zip_as_training_does(tmp_path):
+    for split, folders in {"train": ["more/ant", "ant", "bee"], "val": ["ant", "bee", "bee"]}.items():
+        names = [f"{folder}/{number}.jpg" for number, folder in enumerate(folders)]
+        with zipfile.ZipFile(tmp_path / f"{split}.zip", "w") as archive:
+            for number, name in enumerate(names):
+                archive.writestr(name, jpeg(10 * len(split) + number))
+        labels = [["ant", "bee"].index(Path(name).parent.name) for name in names]
+        (tmp_path / f"{split}_map.txt").write_text("".join(f"{n}\t{x}\n" for n, x in zip(names, labels, strict=True)))
+    assert ZipSource(tmp_path / "train.zip", tmp_path / "train_map.txt").classes == ("ant", "bee")
+    assert found(examined(tmp_path, "DATA.ZIP_MODE", "True")) == ([], [])
 
 
 def test_a_damaged_zip_is_named(zipped):

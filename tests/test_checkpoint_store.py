@@ -17,13 +17,13 @@ import pytest
 import torch
 from conftest import REFERENCE
 from faulty_disk import FULL, READ_ONLY, FaultyDisk
+from run_files import epoch_file, read_position
 
 from engine import state
-from engine.state import read_position
 from models.files import CheckpointError, load_checkpoint
 from utils.checkpoints import finding, writing
 from utils.checkpoints.finding import newest_checkpoint, remove_temporary_files
-from utils.checkpoints.naming import Position, epoch_file, position_of, run_checkpoints, run_file, sidecar_of
+from utils.checkpoints.naming import Position, position_of, run_checkpoints, run_file, sidecar_of
 from utils.checkpoints.writing import CheckpointWriter, save_checkpoint
 
 BEST = {"max_acc.pth": {"max_accuracy": 50.0}}

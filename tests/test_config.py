@@ -320,6 +320,10 @@ def test_accumulation_replaces_the_global_batch_of_a_file_and_the_batch_size_kee
     assert config.notes_of(load_config(config_file("pola_swin_t"))) == []
     other = load_config(config_file("pola_swin_t"), ["TRAIN.GLOBAL_BATCH", "512"])
     assert make_plan(other, 2).recipe_batch == 1024 and make_plan(other, 2).global_batch == 512
+    path = tmp_path / "stored.yaml"  # as a run without it stores it: then the command line's is what was wanted
+    path.write_text("TRAIN: {GLOBAL_BATCH: null}\n")
+    asked = make_plan(load_config(str(path), ["TRAIN.GLOBAL_BATCH", "1006"]), 2)
+    assert (asked.recipe_batch, asked.global_batch) == (1006, 1008)
     path = tmp_path / "own.yaml"  # what a file says replaces what its BASE says
     path.write_text(f"BASE: [{config_file('pola_swin_t')}]\nTRAIN: {{ACCUMULATION_STEPS: 3}}\n")
     assert make_plan(load_config(str(path)), 1).global_batch == 384

@@ -21,6 +21,7 @@ from conftest import (
     run_main,
 )
 from PIL import Image
+from run_files import epoch_file
 
 import main
 from config import load_config, make_plan
@@ -28,7 +29,6 @@ from engine.published import run_evaluation
 from logger import read_metrics
 from models import build_model
 from models.files import CheckpointError, load_checkpoint
-from utils.checkpoints.naming import epoch_file
 from utils.checkpoints.writing import save_checkpoint
 
 RESULT = re.compile(r"(\d+) images, top-1 ([\d.]+) %, top-5 ([\d.]+) %, loss ([\d.]+)")

@@ -375,6 +375,9 @@ def test_weights_and_average_are_chosen_by_a_word(config, state, tmp_path):
         fresh = build_model(config)
         load_pretrained(fresh, load_checkpoint(path), "file.pth", "ema")
         assert torch.equal(fresh.head.bias, averaged["head.bias"])
+    for none in ({}, "none", {"decay": 0.9, "module": averaged}):
+        torch.save({"model": state, "model_ema": none}, path)
+        assert list(weights_of(load_checkpoint(path), "auto", "file")) == ["model"]
     torch.save({"state_dict_ema": averaged}, path)
     assert torch.equal(load(path, config=config).head.bias, averaged["head.bias"])
     with pytest.raises(CheckpointError, match=r"holds averaged weights alone; MODEL.WEIGHTS ema"):

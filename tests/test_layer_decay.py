@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import config_file, folder_of, run
+from run_files import epoch_file
 from test_resume import assert_same_run
 from timm.optim import param_groups_layer_decay
 
@@ -16,7 +17,6 @@ from lr_scheduler import build_scheduler
 from models import build_model
 from models.files import CheckpointError, load_checkpoint
 from optimizer import build_optimizer, load_optimizer_state, parameter_groups
-from utils.checkpoints.naming import epoch_file
 
 SMALL = (
     "DATA.IMG_SIZE 32 MODEL.NUM_CLASSES 3 MODEL.SWIN.EMBED_DIM 8 MODEL.SWIN.DEPTHS [2,1,1,1]"

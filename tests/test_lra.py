@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import DEVICE, ROOT, run, run_main
 from lra_caches import write_cache
+from run_files import epoch_file
 from test_resume import assert_same_run
 from torch.nn import functional as F
 
@@ -32,7 +33,6 @@ from models.diagnostics import inspect_step
 from models.files import CheckpointError, load_checkpoint
 from models.options import AttentionOptions
 from tools.checkpoints import load_model
-from utils.checkpoints.naming import epoch_file
 from utils.faults.preemption import Preempted
 
 TASKS = ("listops", "text", "retrieval", "pathfinder", "image")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE, ROOT, cpu_seconds, run, run_main
 from lra_caches import write_cache
+from run_files import epoch_file
 from test_lra import PLAIN, SHORT, SMALL, TASKS, lra
 from test_prepare_lra import aan_release, cifar_folder, listops_release, pathfinder_release, reviews
 
@@ -22,7 +23,6 @@ from config import load_config
 from data.sources.token_cache import open_cache
 from experiments.lra import runs, table
 from tools import prepare_lra
-from utils.checkpoints.naming import epoch_file
 
 
 def official_files(task: str, root: Path, monkeypatch) -> Path:

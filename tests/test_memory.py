@@ -58,6 +58,7 @@ def test_every_kind_is_one_line_with_what_helps(error, words):
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         OSError(28, "No space left", "log.txt"),
         KeyError("memory"),
+        RuntimeError("OutOfResources: out of resource: shared memory, Required: 131072, Hardware limit: 101376"),
     ],
 )
 def test_other_errors_are_left_alone(error):

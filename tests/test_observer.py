@@ -34,10 +34,9 @@ def trained(tmp_path_factory):
     """The folder of a run of three epochs with TensorBoard and without augmentation, stopped once after the second."""
     root = tmp_path_factory.mktemp("observed")
     cfg = root / "tiny.yaml"
-    plain = "AUG: {AUTO_AUGMENT: none, COLOR_JITTER: 0.0, HFLIP: 0.0, REPROB: 0.0, MIXUP: 0.0, CUTMIX: 0.0}\n"
-    cfg.write_text(
-        TINY.replace("BATCH_SIZE: 64", "BATCH_SIZE: 480") + plain + f"OUTPUT: {root / 'out'}\nTENSORBOARD: True\n"
-    )
+    text = TINY.replace("COLOR_JITTER: 0.0", "COLOR_JITTER: 0.0, HFLIP: 0.0, REPROB: 0.0, MIXUP: 0.0, CUTMIX: 0.0")
+    text = text.replace("BATCH_SIZE: 64", "BATCH_SIZE: 480")
+    cfg.write_text(text + f"OUTPUT: {root / 'out'}\nTENSORBOARD: True\n")
     run(cfg, "TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 0")
     run(cfg, "TRAIN.EPOCHS 3 TRAIN.WARMUP_EPOCHS 0")
     return folder_of(cfg)

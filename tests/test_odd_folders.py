@@ -19,11 +19,12 @@ from conftest import folder_of, jpeg, run, write_tiny
 import main
 from config import load_config, make_plan
 from data.check import run_check
+from data.examination import Image, _Contents
 from data.imagenet import imagenet_ids
 from data.loaders import build_loaders
 from data.sources.base import DataError, UnreadableImage
 from data.sources.folder import FolderSource
-from data.test_sets import _subfolders
+from data.sources.listing import Listing
 from engine.published import build_evaluation_set
 from logger import printable, printable_lines, setup_logger
 from models.files import load_checkpoint
@@ -94,7 +95,7 @@ def test_hidden_and_system_files_are_looked_at_nowhere(animals, tmp_path, log, c
     lines = [line for line in log.messages if "not used" in line]
     assert len(lines) == 2 and all("15 hidden or system files and folders, such as" in line for line in lines)
     assert [list_input(animals)[1][split] for split in ("train", "val")] == before
-    assert _subfolders(animals / "val") == ["ant", "bee", "cat"]
+    assert Listing(animals / "val").folders == ["ant", "bee", "cat"]
     text = checked(animals, capsys)
     assert "train: 12 images, 3 classes" in text and "15 hidden or system files and folders are left out" in text
     assert "clean: no errors, no warnings" in text
@@ -197,6 +198,18 @@ def test_links_to_folders_elsewhere_keep_working_and_count_once(animals, tmp_pat
     text = checked(animals, capsys)
     assert "ERROR: 1 images are one file with another label" in text and "cat/5.jpg (label 2) is" in text
     assert "1 links lead to folders that are listed already" in text
+
+
+def test_an_image_that_comes_hundreds_of_times_is_compared_in_one_pass(tmp_path, monkeypatch):
+    contents, asked, stat = _Contents(), [], os.stat
+    paths = [tmp_path / f"{number}.jpg" for number in range(200)]
+    for path in paths:
+        path.write_bytes(b"no longer available")
+    monkeypatch.setattr(os, "stat", lambda path, **options: asked.append(path) or stat(path, **options))
+    for number, path in enumerate(paths):
+        contents.add("train", Image(str(path), number % 2, b"digest"), str(path))
+    monkeypatch.undo()
+    assert len(contents.relabelled) == 100 and not contents.one_file and len(asked) < 2 * len(paths)
 
 
 def test_one_file_under_two_labels_is_an_error_and_a_copy_a_warning(animals, capsys):

@@ -25,16 +25,15 @@ from conftest import (
     run_main,
 )
 from PIL import Image
+from run_files import epoch_file, read_position
 
 import engine.epoch
 import engine.evaluation
 import main
 from config import load_config, parse_command_line
-from engine.state import read_position
 from logger import read_metrics
 from models.files import CheckpointError, load_checkpoint
 from utils.checkpoints.finding import newest_checkpoint
-from utils.checkpoints.naming import epoch_file
 from utils.checkpoints.writing import save_checkpoint
 from utils.faults.preemption import Preempted
 
@@ -367,6 +366,9 @@ def test_a_missing_file_is_noticed_before_anything_heavy_unless_the_run_continue
         assert re.search(message, capsys.readouterr().err)
     run(tiny, "TRAIN.EPOCHS 1")
     assert parse_command_line(absent).MODEL.PRETRAINED.endswith("absent.pth")
+    epoch_file(folder_of(tiny), 1).unlink()  # the best by the average alone is something to continue from too
+    (folder_of(tiny) / "max_acc.pth").rename(folder_of(tiny) / "max_ema_acc.pth")
+    assert parse_command_line(absent).MODEL.PRETRAINED.endswith("absent.pth")
     with pytest.raises(SystemExit, match="2"):
         parse_command_line([*absent, "--opts", "TRAIN.AUTO_RESUME", "False"])
 
@@ -384,9 +386,11 @@ def test_a_run_folder_of_another_data_set_names_what_helps(tiny):
 DAMAGED = [
     {"continuation": [1]},
     {"continuation": {"done": "three"}},
+    {"continuation": {"done": -3}},
     {"rng": [5]},
     {"rng": [{"torch": torch.zeros(3)}]},
     {"epoch": "last"},
+    {"epoch": -5},
     {"optimizer": {"state": 3, "param_groups": []}},
     {"optimizer": {"state": {0: 3}, "param_groups": [3]}},
     {"model_ema": {"head.bias": torch.zeros(3)}},

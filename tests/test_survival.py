@@ -25,19 +25,19 @@ import torch
 from conftest import PATIENCE, PYTHON, ROOT, folder_of, run, write_tiny
 from faulty_disk import READ_ONLY, FaultyDisk
 from forkserver import rank_of
+from run_files import epoch_file, read_position
 from test_resume import EVERYTHING, assert_same_run
 from torch.distributed import HashStore, TCPStore
 
 import engine.epoch
 import main
 from engine.non_finite import NonFiniteError
-from engine.state import read_position
 from models.attention import PolaLinearAttention
 from models.files import CheckpointError, load_checkpoint
 from utils import distributed
 from utils.checkpoints import writing
 from utils.checkpoints.finding import newest_checkpoint
-from utils.checkpoints.naming import epoch_file, run_checkpoints
+from utils.checkpoints.naming import run_checkpoints
 from utils.faults import folder_lock
 from utils.faults.folder_lock import RunFolderBusyError
 from utils.faults.preemption import Preempted

@@ -170,11 +170,7 @@ def write_onnx(source: Exportable, path: Path, opset: int) -> None:
     """One file, input `images` (batch, channels, height, width) and output `logits` (batch, classes)."""
     import onnx
 
-    about = {
-        **source.metadata,
-        "mean": json.dumps(IMAGENET_DEFAULT_MEAN),
-        "std": json.dumps(IMAGENET_DEFAULT_STD),
-    }
+    about = {**source.metadata, "mean": json.dumps(IMAGENET_DEFAULT_MEAN), "std": json.dumps(IMAGENET_DEFAULT_STD)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         program = torch.onnx.export(

@@ -67,10 +67,11 @@ class Unreadable(NamedTuple):
 
 
 class Readable(NamedTuple):
-    """An image as the model's uint8 input, and what `decode` notes of it."""
+    """An image as the model's uint8 input, and whether it is `turned`."""
 
+    file: str
     pixels: Tensor
-    notes: list[str]
+    turned: bool
 
 
 class _Images(Dataset[Readable | Unreadable]):
@@ -90,11 +91,7 @@ class _Images(Dataset[Readable | Unreadable]):
             image = decode(read_file(path), name, exif=self.exif, notes=notes)
         except UnreadableImage as error:
             return Unreadable(name, str(error).removeprefix(f"{name}: "))
-        return Readable(self.transform(image), notes)
-
-
-def _as_list(samples: list[Readable | Unreadable]) -> list[Readable | Unreadable]:
-    return samples
+        return Readable(name, self.transform(image), TURNED in notes)
 
 
 def at_evaluation_size(loaded: LoadedModel, source: str) -> LoadedModel:
@@ -130,9 +127,8 @@ def predict(
         _Images(paths, loaded.config, loaded.config.DATA.EXIF if exif is None else exif),
         batch_size=batch_size,
         num_workers=workers,
-        collate_fn=_as_list,
+        collate_fn=list,
     )
-    files = map(printable, paths)
     for batch in loader:
         results: Iterator[tuple[list[int], list[float]]] = iter(())
         if images := [sample.pixels for sample in batch if isinstance(sample, Readable)]:
@@ -140,11 +136,11 @@ def predict(
                 logits = model(normalise(torch.stack(images).to(device)))
             best = logits.float().softmax(dim=-1).topk(min(topk, model.num_classes))
             results = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        for sample, file in zip(batch, files, strict=False):  # in this order it takes no file too many
+        for sample in batch:
             if isinstance(sample, Unreadable):
                 yield sample
             else:
-                yield Prediction(file, *next(results), turned=TURNED in sample.notes)
+                yield Prediction(sample.file, *next(results), turned=sample.turned)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

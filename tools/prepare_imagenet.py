@@ -20,6 +20,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -73,7 +74,7 @@ def _flat_val(root: Path, ground_truth: Path, class_ids: Path | None) -> list[tu
     loose, placed = _images(root, "*"), _images(root, "*/*")
     names = [path.name for path in loose + placed]
     if len(set(names)) < len(names):
-        twice = sorted(name for name in set(names) if names.count(name) > 1)[0]
+        twice = min(name for name, count in Counter(names).items() if count > 1)
         raise DataError(f"{root} holds two images named {twice}")
     if not names:
         raise DataError(f"{root} holds no images")

@@ -118,13 +118,7 @@ class PredictionRecorder:
 
 
 def write_predictions(
-    path: Path,
-    predictions: Predictions,
-    *,
-    root: str,
-    classes: tuple[str, ...] | None,
-    epoch: int,
-    checkpoint: str,
+    path: Path, predictions: Predictions, *, root: str, classes: tuple[str, ...] | None, epoch: int, checkpoint: str
 ) -> None:
     """Write predictions atomically: `path` holds a complete file, the old or the new one.
 

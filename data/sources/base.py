@@ -68,9 +68,7 @@ class Modality(Protocol):
 
     reads: str  # models.registry's word for a body that takes them
     noun: str  # what samples are called in messages
-    function_keys: tuple[
-        str, ...
-    ]  # keys that change what a model is given but no shape: compared when a file is loaded
+    function_keys: tuple[str, ...]  # that change what a model is given, but no shape: compared when a file is loaded
 
     def training_transform(self, config: CfgNode, size: tuple[int, int]) -> Callable[[Any], torch.Tensor]:
         """From what a source loads to a sample of a training batch, on the CPU."""

@@ -56,13 +56,17 @@ def open_source(
     return source
 
 
-def _misplaced(config: CfgNode, root: Path, split: str) -> str | None:
-    """What to say of a path that is one level too deep, or not deep enough, for a data set of folders."""
-    if data_format(config, root) != "folder" or (root / split).is_dir():
-        return None
-    places = (root.resolve().parent, *sorted(path for path in root.iterdir() if path.is_dir()))
-    meant = next((place for place in places if (place / "train").is_dir() and (place / "val").is_dir()), None)
-    return f"{root} holds no {split}/; did you mean --data-path {meant}?" if meant else None
+def _root(config: CfgNode, split: str) -> Path:
+    """DATA_PATH. Raises DataError where it is no folder, or lies one level too deep or too high for class folders."""
+    if not config.DATA.DATA_PATH:
+        raise DataError("no data set: --data-path names the folder that holds train/ and val/")
+    root = Path(config.DATA.DATA_PATH)
+    require_folder(root)
+    if data_format(config, root) == "folder" and not (root / split).is_dir():
+        places = (root.resolve().parent, *sorted(path for path in root.iterdir() if path.is_dir()))
+        if meant := next((place for place in places if (place / "train").is_dir() and (place / "val").is_dir()), None):
+            raise DataError(f"{root} holds no {split}/; did you mean --data-path {meant}?")
+    return root
 
 
 class ImageFiles(DatasetBuilder):
@@ -71,33 +75,22 @@ class ImageFiles(DatasetBuilder):
     name, modality = "imagenet", Images()
 
     def open(self, config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> Source | ShardSplit:
-        if not config.DATA.DATA_PATH:
-            raise DataError("no data set: --data-path names the folder that holds train/ and val/")
-        root = Path(config.DATA.DATA_PATH)
-        require_folder(root)
-        if problem := _misplaced(config, root, split):
-            raise DataError(problem)
+        root = _root(config, split)
         return open_source(config, root, root / split, split, classes, decoder_for(config, split))
 
     def check(self, config: CfgNode, report: Report) -> None:
-        if not config.DATA.DATA_PATH:
-            raise DataError("no data set: --data-path names the folder that holds train/ and val/")
-        root = Path(config.DATA.DATA_PATH)
-        if not root.is_dir():
-            report.error(f"data set folder {root} {'is no folder' if root.exists() else 'does not exist'}")
-            return
-        if problem := _misplaced(config, root, "train"):
-            report.error(problem)
-            return
-        kind = data_format(config, root)
-        report.facts.append(f"{root}: {'image folder' if kind == 'folder' else kind}")
         index = None
-        if kind == "shards":
-            try:
+        try:
+            root = _root(config, "train")
+            kind = data_format(config, root)
+            if kind == "shards":
                 index = read_index(root)
-            except DataError as error:
-                report.error(str(error))
-                return
+        except DataError as error:
+            if not config.DATA.DATA_PATH:  # a mistake of the command, not of the data
+                raise
+            report.error(str(error))
+            return
+        report.facts.append(f"{root}: {'image folder' if kind == 'folder' else kind}")
         layouts: dict[str, Layout] = {}
         for split in ("train", "val"):
             if index is not None:

@@ -67,7 +67,7 @@ def read_index(root: Path) -> Index:
         raise DataError(f"{path} cannot be read: {error}") from error
     try:
         if tree["version"] != INDEX_VERSION:
-            raise DataError(f"{path} is of version {printable(tree['version'])}, expected {INDEX_VERSION}")
+            raise DataError(f"{path} is of version {printable(tree['version'])[:80]}, expected {INDEX_VERSION}")
         splits = {
             split: [Shard(str(s["name"]), s["images"], s["bytes"]) for s in entry["shards"]]
             for split, entry in tree["splits"].items()
@@ -409,9 +409,7 @@ class ShardTrainDataset(ShardDataset):
                     unreadable.append(str(error))
                     if len(unreadable) > self.max_unreadable:
                         size = self.split.num_images
-                        raise DataError(
-                            too_many_unreadable(len(unreadable), size, self.max_unreadable, unreadable)
-                        ) from error
+                        raise too_many_unreadable(len(unreadable), size, self.max_unreadable, unreadable) from error
             with SampleRandomness(self.seed, Draw(epoch, ahead[0].position)):
                 sample = Sample(self.transform(image), encoded.label, tuple(unreadable))
             ahead.popleft()

@@ -4,7 +4,7 @@ import codecs
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,17 +61,7 @@ class ZipSource:
         self._index = index.take(positions)
         self.labels = np.array(labels)
         self.num_classes = int(self.labels.max()) + 1
-        self.classes = self._class_names()
-
-    def _class_names(self) -> tuple[str, ...] | None:
-        """The folder of each label, "" for labels without images; None where folders and labels do not correspond."""
-        folders: dict[int, set[bytes]] = {}
-        for name, label in zip(self._index.names, self.labels.tolist(), strict=True):
-            folders.setdefault(label, set()).add(name.rpartition(b"/")[0].rpartition(b"/")[2])
-        names = {label: as_text(next(iter(found))) for label, found in folders.items() if len(found) == 1}
-        if len(names) < len(folders) or len(set(names.values())) < len(names) or not all(names.values()):
-            return None
-        return tuple(names.get(label, "") for label in range(self.num_classes))
+        self.classes = class_names(folders_by_label(zip(self._index.names, self.labels.tolist(), strict=True)))
 
     def require_every_label(self) -> None:
         """Raise DataError where a label between the others has no image: the classes would not be what they seem."""
@@ -98,6 +88,22 @@ class ZipSource:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_handle": None}
+
+
+def folders_by_label(samples: Iterable[tuple[bytes, int]]) -> dict[int, set[str]]:
+    """The names of the folders that the images of each label lie in."""
+    folders: dict[int, set[bytes]] = {}
+    for name, label in samples:
+        folders.setdefault(label, set()).add(os.path.basename(os.path.dirname(name)))
+    return {label: set(map(as_text, names)) for label, names in folders.items()}
+
+
+def class_names(folders: dict[int, set[str]]) -> tuple[str, ...] | None:
+    """The folder of each label, "" for labels without images; None where folders and labels do not correspond."""
+    names = {label: next(iter(found)) for label, found in folders.items() if len(found) == 1}
+    if len(names) < len(folders) or len(set(names.values())) < len(names) or not all(names.values()):
+        return None
+    return tuple(names.get(label, "") for label in range(max(names) + 1))
 
 
 def first_repeated(numbers: Sequence[int]) -> int | None:
@@ -169,12 +175,16 @@ def check_zip(root: Path, split: str, report: Report) -> Layout | None:
         report.error(f"{map_path} names no image of {path.name}")
         return None
     counts = Counter(samples.values())
+    folders = folders_by_label(samples.items())
+    mixed = [f"label {label}: {', '.join(sorted(names)[:5])}" for label, names in folders.items() if len(names) > 1]
+    if mixed:
+        report.warn(f"{map_path}: {len(mixed)} labels have images of several folders, so classes have no names", mixed)
     if gaps := [str(label) for label in range(max(counts)) if label not in counts]:
         # a class that only one split lacks is found where splits are compared
         (report.error if split == "train" else report.warn)(f"{map_path}: {len(gaps)} labels have no image", gaps)
     # tasks are of str, which holds any bytes in this form
     named = [(os.fsdecode(name), label) for name, label in samples.items()]
-    return Layout(_class_folders(map_path, samples, report), counts, chunks(split, path, named))
+    return Layout(None if gaps else class_names(folders), counts, chunks(split, path, named))
 
 
 def _check_map(
@@ -206,16 +216,3 @@ def _check_map(
     if twice := [as_text(name) for name, count in members.items() if count > 1]:
         report.error(f"{path} contains {len(twice):,} names more than once", twice)
     return samples
-
-
-def _class_folders(map_path: Path, samples: dict[bytes, int], report: Report) -> tuple[str, ...] | None:
-    """The name of each label's folder; None where labels and folders do not correspond."""
-    folders: dict[int, set[str]] = {}
-    for name, number in samples.items():
-        folders.setdefault(number, set()).add(as_text(os.path.dirname(name)))
-    mixed = [f"label {label}: {', '.join(sorted(names)[:5])}" for label, names in folders.items() if len(names) > 1]
-    by_label = [next(iter(folders.get(label, {""}))) for label in range(max(samples.values()) + 1)]
-    named = not mixed and all(by_label) and len(set(by_label)) == len(by_label)
-    if mixed and any(name for names in folders.values() for name in names):
-        report.warn(f"{map_path}: {len(mixed)} labels have images of several folders, so classes have no names", mixed)
-    return tuple(os.path.basename(name) for name in by_label) if named else None

@@ -117,7 +117,6 @@ def evaluate(symbols: Sequence[int], levels: int | None = None) -> int | None:
 # which its text needs: ARITY + 4 × (arguments − 2) + operator.
 ARITY = CLOSE + 1
 MOST_ARGS = 2 + (255 - ARITY) // 4
-TO_SYMBOLS = bytes(code if code < ARITY else FIRST_OPERATOR + (code - ARITY) % 4 for code in range(256))
 
 
 def _text(code: int) -> str:

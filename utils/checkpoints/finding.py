@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from logger import get_logger
-from utils.checkpoints.naming import BESTS, Position, run_checkpoints, sidecar_of
+from utils.checkpoints.naming import Position, best_files, run_checkpoints, sidecar_of
 
+RECORDS = ("metrics.jsonl", "config.yaml", "curves.png", "tensorboard", "predictions.npz", "environment.json")
 PATIENCE = (1.0, 5.0, 0.0)  # seconds of waiting after each failure of the file system to read a checkpoint
 
 
@@ -57,8 +58,8 @@ def newest_checkpoint(folder: Path, read: Callable[[Path], Position]) -> Found:
         if usable(path) is not None:
             candidates.append((named, path))
             break
-    for path in (folder / best.file for best in BESTS.values()):
-        if path.is_file() and (held := usable(path)) is not None:
+    for path in best_files(folder):
+        if (held := usable(path)) is not None:
             candidates.append((held, path))
     if skipped and not candidates:
         raise NoneUsableError(
@@ -81,29 +82,14 @@ def set_aside(folder: Path, named: Path) -> Path | None:
 
     Returns where to, None if there are no checkpoints.
     """
-    bests = [folder / best.file for best in BESTS.values()]
-    files = [
-        path
-        for path in (*(path for _, path in run_checkpoints(folder)), *bests)
-        if path.is_file() and path.resolve() != named.resolve()
-    ]
+    checkpoints = [*(path for _, path in run_checkpoints(folder)), *best_files(folder)]
+    files = [path for path in checkpoints if path.resolve() != named.resolve()]
     if not files:
         return None
     name = time.strftime("earlier-%Y%m%d-%H%M%S")
     target = next(path for i in itertools.count() if not (path := folder / (f"{name}-{i}" if i else name)).exists())
     target.mkdir()
-    records = [
-        folder / name
-        for name in (
-            "metrics.jsonl",
-            "config.yaml",
-            "curves.png",
-            "tensorboard",
-            "predictions.npz",
-            "environment.json",
-        )
-    ]
-    records += [sidecar_of(path) for path in files]
+    records = [folder / name for name in RECORDS] + [sidecar_of(path) for path in files]
     for path in (*files, *(record for record in records if record.exists())):
         shutil.move(path, target / path.name)
     return target

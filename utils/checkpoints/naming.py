@@ -35,11 +35,6 @@ def run_file(folder: Path, position: Position) -> Path:
     return folder / f"ckpt_epoch_{position.epoch}{inside}.pth"
 
 
-def epoch_file(folder: Path, epoch: int) -> Path:
-    """The checkpoint after `epoch` finished epochs."""
-    return run_file(folder, Position(epoch))
-
-
 def position_of(path: Path) -> Position | None:
     """The position a file is named after, None for other names."""
     match = RUN_FILE.fullmatch(path.name)
@@ -47,9 +42,14 @@ def position_of(path: Path) -> Position | None:
 
 
 def run_checkpoints(folder: Path) -> list[tuple[Position, Path]]:
-    """The checkpoints of a run folder, the best one apart, newest position first."""
+    """The checkpoints of a run folder, the best ones apart, newest position first."""
     found = [(position, path) for path in folder.glob("*.pth") if (position := position_of(path)) is not None]
     return sorted(found, reverse=True)
+
+
+def best_files(folder: Path) -> list[Path]:
+    """The best checkpoints that a run folder holds."""
+    return [path for best in BESTS.values() if (path := folder / best.file).is_file()]
 
 
 def sidecar_of(path: Path) -> Path:

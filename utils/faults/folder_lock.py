@@ -44,21 +44,17 @@ class FolderGoneError(BlockingIOError):
 
 def open_folder(folder: Path) -> None:
     """Make the run folder. Raises RunFolderError, on every rank, where it cannot be written."""
-    problem = _make(folder) if distributed.rank() == 0 else None
+    problem = None
+    if distributed.rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            problem = f"the run folder {folder} cannot be written ({error.strerror}); --output names another root"
     if problem := distributed.broadcast_object(problem):  # every rank ends with the reason, not with a lost peer
-        raise RunFolderError(str(problem))
-
-
-def _make(folder: Path) -> str | None:
-    """Make a folder; returns what is wrong with it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        return f"the run folder {folder} cannot be written ({error.strerror}); --output names another root"
-    return None
+        raise RunFolderError(problem)
 
 
 class PreparationBusyError(ValueError):
@@ -238,33 +234,26 @@ def own_folder(folder: Path, lasting: tuple[type[Exception], ...]) -> Iterator[H
 
 
 def _lock_of_rank_0(folder: Path) -> RunLock | None:
-    """Rank 0's lock. Raises RunFolderBusyError on every rank."""
+    """Rank 0's lock. Raises RunFolderBusyError on every rank, also where the same torchrun was refused before: the
+    folder may be that of another run, in which no STOPPED of ours may be, so that this is noted among its own files."""
     lock, problem = None, None
     if distributed.rank() == 0:
-        try:
-            lock = _first_lock(folder)
-        except RunFolderBusyError as error:
-            problem = str(error)
+        if (refusal := _refusal()) and distributed.restarts() and refusal.exists():
+            problem = f"not tried again: {refusal.read_text(encoding='utf-8').strip()}"
             _remove_bare(folder, set())
+        else:
+            try:
+                lock = RunLock(folder)
+            except RunFolderBusyError as error:
+                problem = str(error)
+                _note_refusal(problem)
     if problem := distributed.broadcast_object(problem):
         raise RunFolderBusyError(problem)
     return lock
 
 
-def _first_lock(folder: Path) -> RunLock:
-    """The lock, unless an earlier start by the same torchrun was refused or failed: the folder may be that of another
-    run, in which no STOPPED of ours may be, so that it is noted among torchrun's own files."""
-    if (refusal := _refusal()) and distributed.restarts() and refusal.exists():
-        raise RunFolderBusyError(f"not tried again: {refusal.read_text(encoding='utf-8').strip()}")
-    try:
-        return RunLock(folder)
-    except RunFolderBusyError as error:
-        _note_refusal(str(error))
-        raise
-
-
 def _refusal() -> Path | None:
-    """Where torchrun keeps the files of all its starts: ERROR_FILE is LOGS/attempt_N/RANK/error.json."""
+    """Among the files that torchrun keeps of all its starts: ERROR_FILE is LOGS/attempt_N/RANK/error.json."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     return Path(error_file).parents[2] / "refused" if error_file else None
 
