@@ -206,6 +206,12 @@ KEYS: dict[str, Key] = {
         True, boolean(), "learn the exponent of polarity attention; False fixes it at 1 + ALPHA/2, its initial value"
     ),
     "MODEL.LA.GATE": Key(True, boolean(), "multiply the output of the L blocks' attention by a gate from its input"),
+    "MODEL.LA.GATE_BIAS": Key(
+        None,
+        optional(real()),
+        "initial value of the bias of the gate, which then lets values through from the start; null: 0 in Pola-Swin and"
+        " Pola-PVT, PyTorch's in others",
+    ),
     "MODEL.LA.BACKEND": Key("auto", text(), "implementation of the polarity attention op"),
     "MODEL.LRA.LENGTH": Key(2048, integer(1), "tokens of a document, padding included (MODEL.TYPE lra)"),
     "MODEL.LRA.VOCABULARY": Key(32, integer(2), "rows of the token table; ids from 1, 0 is padding"),

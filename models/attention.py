@@ -50,6 +50,19 @@ def _blank(layout: type[KernelAttention], name: str) -> KernelAttention:
     return object.__new__(_with_kernel(layout, kernel_of(name)))  # type: ignore[arg-type]  # classes can be hashed
 
 
+@torch.no_grad()
+def open_gate(module: nn.Module) -> None:
+    """Give the gate of an attention layout the bias that the options begin with: the last channels of a projection."""
+    if isinstance(module, KernelAttention) and module.options.gate and module.options.gate_bias is not None:
+        projection = module.qg if isinstance(module, PolaReductionAttention) else module.qkvg
+        assert isinstance(projection, nn.Linear)
+        if projection.bias is None:
+            raise ValueError(
+                "MODEL.LA.GATE_BIAS (gate_bias) needs the projections' bias (MODEL.SWIN.QKV_BIAS, qkv_bias)"
+            )
+        projection.bias[-projection.in_features :] = module.options.gate_bias
+
+
 class PolaLinearAttention(KernelAttention):
     """What both image layouts of polarity-aware linear attention share (PolaFormer, arXiv 2501.15061, section 4).
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from .attention import open_gate
 from .layers import Grid, init_weights, resize_table
 from .options import LARGEST_IMAGE, image_size, require_whole
 
@@ -152,6 +153,7 @@ class Classifier(TrainableModel):
         ]
         self.num_features = self.head_hidden_size = channels[-1]
         self.apply(init_weights)
+        self.apply(open_gate)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
 

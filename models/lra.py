@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import PolaSequenceAttention
+from .attention import PolaSequenceAttention, open_gate
 from .classifier import PREVIOUS, TrainableModel
 from .layers import Grid, Mlp
 from .options import DEEPEST_STAGE, AttentionOptions, attention_keywords, require_whole, value_of
@@ -98,6 +98,7 @@ class SequenceClassifier(TrainableModel):
         self.blocks = nn.ModuleList(
             EncoderBlock(PolaSequenceAttention(dim, num_heads, options), dim, mlp_dim, drop_rate) for _ in range(depth)
         )
+        self.blocks.apply(open_gate)
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         pooled = dim if documents == 1 else 4 * dim
         self.hidden = nn.Linear(pooled, mlp_dim)

@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "MODEL.LA.ATTENTION": "polarity",
     "MODEL.LA.LEARN_EXPONENT": True,
     "MODEL.LA.GATE": True,
+    "MODEL.LA.GATE_BIAS": None,
     "MODEL.LA.BACKEND": "auto",
     "MODEL.LRA.LENGTH": 2048,
     "MODEL.LRA.VOCABULARY": 32,
@@ -94,6 +95,7 @@ class AttentionOptions:
         learn_exponent: False fixes the exponent at 1 + alpha/2, where a learnable one starts (MODEL.LA.LEARN_EXPONENT).
         learn_scale: learn what queries and keys are divided by.
         gate: multiply the output by a gate made from the block's input (MODEL.LA.GATE).
+        gate_bias: initial value of that gate's bias; None: what the body initialises biases with (MODEL.LA.GATE_BIAS).
         dropout: probability of leaving out a weight of softmax while training; linear kernels have no weights to drop.
         backend: implementation of the polarity attention op: auto, eager, triton or reference (MODEL.LA.BACKEND).
 
@@ -106,11 +108,14 @@ class AttentionOptions:
     learn_exponent: bool = True
     learn_scale: bool = True
     gate: bool = True
+    gate_bias: float | None = None
     dropout: float = 0.0
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         require_number("MODEL.LA.ALPHA (alpha)", self.alpha)
+        if self.gate_bias is not None:
+            require_number("MODEL.LA.GATE_BIAS (gate_bias)", self.gate_bias, low=-1e9)
         if self.backend not in ("auto", *BACKENDS):
             raise ValueError(
                 f"MODEL.LA.BACKEND (backend) {self.backend!r} is no backend of polarity attention, expected auto,"
@@ -138,6 +143,7 @@ def attention_keywords(config: Mapping[str, Any]) -> dict[str, Any]:
         "kernel_size": "KERNEL_SIZE",
         "learn_exponent": "LEARN_EXPONENT",
         "gate": "GATE",
+        "gate_bias": "GATE_BIAS",
         "backend": "BACKEND",
     }
     return {name: value_of(config, f"MODEL.LA.{key}") for name, key in keys.items()}

@@ -79,7 +79,7 @@ def compile_kernel(
 
 
 def _usage(cubin: bytes) -> dict[str, Any]:
-    """Registers, stack and local memory of a thread, and the tensor-core instructions, read from the machine code."""
+    """What a thread holds, the tensor-core instructions and the maxima, read from the machine code."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -92,6 +92,7 @@ def _usage(cubin: bytes) -> dict[str, Any]:
     spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
     tensor_core = sorted(set(re.findall(r"\b(HGMMA|HMMA)\.\S+", code)))
     types = sorted(set(re.findall(r"\bH(?:G)?MMA\.\S*?(BF16|TF32)", code)))
+    maxima = sorted(set(re.findall(r"\b[FH]MNMX2?\S*", code)))
     return {
         "registers": registers,
         "stack": stack,
@@ -99,6 +100,7 @@ def _usage(cubin: bytes) -> dict[str, Any]:
         "local_accesses": spills,
         "tensor_core": tensor_core,
         "types": types,
+        "maxima": maxima,
     }
 
 

@@ -196,6 +196,26 @@ def test_tensors_are_read_by_their_strides(backend):
         assert torch.equal(value, wanted)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a file without contents, mapped, is no memory of a GPU")
+@pytest.mark.parametrize("axis", [1, 2])
+def test_offsets_of_tokens_and_heads_do_not_fit_32_bits(axis, tmp_path):
+    """The third token's, or head's, at 2 · 2³⁰ elements. The file has as many before it: where a wrong offset leads."""
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2**32 + 1024, dtype=torch.float16)
+    inputs = make_inputs(3, 3, 4, torch.float16, h=3)
+    upstream = torch.randn(1, 3, 3, 4, generator=torch.Generator().manual_seed(3)).half()
+    expected = run("triton", inputs, None, upstream)
+    strides = [0, 16, 16, 1]
+    strides[axis] = 2**30
+    views = []
+    for i, tensor in enumerate([*inputs[:3], upstream]):
+        views.append(memory.as_strided(tensor.shape, strides, storage_offset=2**31 + 128 * i))
+        views[-1].copy_(tensor.detach())
+    *tokens, upstream = views
+    tokens = [view.requires_grad_() for view in tokens]
+    for value, wanted in zip(run("triton", [*tokens, inputs[3]], None, upstream), expected, strict=True):
+        assert torch.equal(value, wanted)
+
+
 def test_blocks_do_not_change_the_result(monkeypatch):
     """Blocks over images and over tokens, with a last one that is smaller."""
     inputs = make_inputs(63, 49, 24, torch.float64, B=5, surroundings=True)

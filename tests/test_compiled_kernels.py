@@ -20,7 +20,7 @@ REGISTER_LIMIT = 255
 # Bytes of stack, known and named in the op's README; nothing else spills at 32 and 64 channels, and other numbers up to
 # 64, whose masks take registers too, spill this much at most, only in query_backward_kernel in float16 and float32.
 PADDED_SPILL = 96
-SPILLS = {(80, "float16", 64, "query_backward_kernel"): 72, (80, "float32", 64, "query_backward_kernel"): 8}
+SPILLS = {(80, "float16", 64, "query_backward_kernel"): 64}
 
 
 def _compile(architectures: Iterable[int], channels: Iterable[int], dtypes: Iterable[str], *flags: str) -> list[dict]:
@@ -44,6 +44,8 @@ def _check(record: dict) -> None:
             allowed = PADDED_SPILL
         assert record["stack"] <= allowed and record["local"] == 0, f"{record}"
         assert allowed or record["local_accesses"] == 0, f"{record}"
+    # the others return the number beside a NaN, which the interpreter does not show
+    assert record["maxima"] and all(".NAN" in name for name in record["maxima"]), f"NaN is swallowed: {record}"
     if dtype == "bfloat16":
         assert record["tensor_core"] and record["types"] == ["BF16"], f"no bfloat16 tensor-core products: {record}"
     if dtype == "float16":

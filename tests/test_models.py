@@ -207,3 +207,27 @@ def test_pretrained_weights_of_another_architecture_are_refused():
         load_pretrained(
             small("pola_swin"), {"model": small("pola_swin", "MODEL.LA.KERNEL_SIZE", "3").state_dict()}, "kernel.pth"
         )
+
+
+@pytest.mark.parametrize("value", [None, 1.0])
+def test_the_gate_begins_with_the_bias_that_is_given(value):
+    """Only the gate's: the last quarter of the projection in Pola-Swin and sequences, the second half in Pola-PVT."""
+    option = ["MODEL.LA.GATE_BIAS", str(value)]
+    small = "DATA.IMG_SIZE 64 MODEL.LA.ATTN_TYPE LLLL".split()
+    for name, part in (("pola_swin_t", "qkvg"), ("pola_pvt_t", "qg"), ("lra/listops", "qkvg")):
+        torch.manual_seed(0)
+        plain = dict(build_model(load_config(config_file(name), small), 10).named_parameters())
+        torch.manual_seed(0)
+        given = dict(build_model(load_config(config_file(name), [*small, *option]), 10).named_parameters())
+        biases = {key for key in given if key.endswith(f"attn.{part}.bias")}
+        assert biases
+        for key, parameter in given.items():
+            if key in biases and value is not None:
+                gate = parameter.shape[0] // {"qkvg": 4, "qg": 2}[part]
+                assert (parameter[-gate:] == value).all() and torch.equal(parameter[:-gate], plain[key][:-gate])
+            else:
+                assert torch.equal(parameter, plain[key]), key
+    with pytest.raises(ValueError, match="GATE_BIAS .* needs the projections' bias"):
+        build_model(
+            load_config(config_file("pola_swin_t"), ["MODEL.LA.GATE_BIAS", "1", "MODEL.SWIN.QKV_BIAS", "False"])
+        )

@@ -4,6 +4,7 @@ pytest tests/test_polarity_attention.py
 """
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from attention_accuracy import make_inputs, make_mask, run
 from conftest import DEVICE, ROOT
 from conftest import run as run_training
 from literal_models import polarity_core
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import ConfigError
@@ -128,6 +130,22 @@ def test_a_row_without_real_keys_is_zero():
     assert (out[1] == 0).all()
     out.sum().backward()
     assert all(tensor.grad.isfinite().all() for tensor in (q, k, v, exponent))
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton", "reference", "auto"])
+@pytest.mark.parametrize(
+    ("B", "N", "n", "h", "d"), [(0, 3, 5, 2, 4), (2, 0, 5, 2, 4), (2, 3, 0, 2, 4), (2, 0, 0, 2, 4), (2, 3, 5, 0, 4)]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_of_nothing_comes_nothing_and_without_keys_zero(backend, B, N, n, h, d, masked):
+    shapes = [(B, N, h, d), (B, n, h, d), (B, n, h, d), (h, d), (h, d), (n, h, d)]
+    inputs = [torch.full(shape, 1.5, device=DEVICE, requires_grad=True) for shape in shapes]
+    q, k, v, exponent, scale, position = inputs
+    mask = torch.ones(B, n, dtype=torch.bool, device=DEVICE) if masked else None
+    out = polarity_attention(q, k, v, exponent, scale=scale, position=position, key_mask=mask, backend=backend)
+    assert out.shape == q.shape and (out == 0).all()
+    for gradient, tensor in zip(torch.autograd.grad(out.sum(), inputs), inputs, strict=True):
+        assert gradient.shape == tensor.shape and (gradient == 0).all()
 
 
 def test_streams_read_their_own_half_of_the_values():
@@ -267,12 +285,137 @@ def test_flops_are_those_of_the_products_of_the_eager_backend():
     assert counts[0] == counts[1] == 2 * 3 * (3 * 4 * 12 * 8 * 8 + 4 * 4 * 20 * 8 * 10)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Derivatives beyond a plain backward pass
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _derivative_inputs(dtype=torch.float64):
+    """q, k, v, exponent, scale and position with zeros in q and k + position, and a masked key that is NaN."""
+    inputs = [t.detach().to(dtype) for t in make_inputs(4, 3, 4, dtype, low=0.3, high=2.0, surroundings=True)]
+    inputs[3] += 2  # so smooth at 0 that differences agree with its derivatives
+    inputs[0][0, 1, 0] = 0
+    inputs[1][0, :, 1, 2] = -inputs[5][:, 1, 2]
+    inputs[1][0, 2], inputs[5][2] = math.nan, math.nan
+    return inputs, torch.tensor([[True, True, False]])
+
+
+def _attention_of(backend, mask):
+    def attention(q, k, v, exponent, scale, position):
+        return polarity_attention(
+            q, k, v, exponent, scale=scale, position=position, key_mask=mask.to(q.device), eps=0.1, backend=backend
+        )
+
+    return attention
+
+
+def test_the_reference_has_every_derivative():
+    """First ones backwards and forwards, second ones, alone and batched; at zeros, and beside a masked NaN."""
+    inputs, mask = _derivative_inputs()
+    real = [t.nan_to_num(1.0).requires_grad_() for t in inputs]
+    attention = _attention_of("reference", mask)
+    assert torch.autograd.gradcheck(attention, real, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(attention, real, check_fwd_over_rev=True)
+    every = tuple(range(6))
+    expected, values = (
+        torch.func.hessian(lambda *t: attention(*t).square().sum(), argnums=every)(*(t.detach() for t in tensors))
+        for tensors in (real, inputs)
+    )
+    for rows, wanted in zip(values, expected, strict=True):
+        assert all(torch.equal(value, other) for value, other in zip(rows, wanted, strict=True))
+
+
+def test_the_second_derivative_by_the_exponent_at_zeros_is_zero():
+    q, k, v, exponent = _inputs()
+    with torch.no_grad():
+        q[..., 0], k[..., 0] = 0, 0
+        exponent[:, 1] = 1.0
+        q[..., 1], k[..., 1] = 0, 0
+
+    def loss(exponent):
+        return polarity_attention(q, k, v, exponent, backend="reference").square().sum()
+
+    for second in (
+        torch.func.hessian(loss)(exponent.detach()),  # forward over backward
+        torch.autograd.functional.hessian(loss, exponent.detach()),  # backward twice
+    ):
+        assert (second[:, :2] == 0).all() and (second[:, :, :, :2] == 0).all() and second.isfinite().all()
+        assert (second[:, 2:, :, 2:] != 0).any()
+
+
+def _jvp(f, inputs):
+    return torch.func.jvp(f, inputs, tuple(torch.ones_like(t) for t in inputs))[1]
+
+
+def _forward_mode(f, inputs):
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, torch.ones_like(t)) for t in inputs]
+        return forward_ad.unpack_dual(f(*duals)).tangent
+
+
+def _one_gradient(f, q, *rest):
+    return torch.func.grad(lambda q: f(q, *rest).square().sum())(q)
+
+
+def _sample_gradients(f, q, *rest):
+    return torch.func.vmap(lambda row: _one_gradient(f, row[None], *rest))(torch.cat([q, 2 * q]))
+
+
+TRANSFORMS = {
+    "jvp": _jvp,
+    "forward mode": _forward_mode,
+    "grad": lambda f, inputs: _one_gradient(f, *inputs),
+    "vmap": lambda f, inputs: torch.func.vmap(lambda v: f(*inputs[:2], v, *inputs[3:]))(torch.stack([inputs[2]] * 2)),
+    "vmap of grad": lambda f, inputs: _sample_gradients(f, *inputs),
+    "jacrev": lambda f, inputs: torch.func.jacrev(f, argnums=3)(*inputs),
+    "jacfwd": lambda f, inputs: torch.func.jacfwd(f, argnums=4)(*inputs),
+    "hessian": lambda f, inputs: torch.func.hessian(lambda *t: f(*t).square().sum(), argnums=3)(*inputs),
+    "jvp of grad": lambda f, inputs: _jvp(lambda *t: _one_gradient(f, *t), inputs),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_take_the_reference_and_refuse_other_names(transform, monkeypatch):
+    """On a GPU `auto` would be triton, whose tangents were silently 0."""
+    inputs, mask = _derivative_inputs(torch.float32)
+    inputs = tuple(t.nan_to_num(1.0).to(DEVICE) for t in inputs)
+    expected = TRANSFORMS[transform](_attention_of("reference", mask), inputs)
+    assert expected.isfinite().all() and (expected != 0).any()
+    assert torch.equal(TRANSFORMS[transform](_attention_of("auto", mask), inputs), expected)
+    for backend in ("eager", "triton"):
+        with pytest.raises(ValueError, match=f"{backend} backend is differentiable once.*backend='reference'") as error:
+            TRANSFORMS[transform](_attention_of(backend, mask), inputs)
+        assert "\n" not in str(error.value)
+        monkeypatch.setattr(package, "AUTO", backend)
+        with pytest.raises(ValueError, match=f"{backend} backend is differentiable once"):
+            TRANSFORMS[transform](_attention_of("auto", mask), inputs)
+        monkeypatch.undo()
+
+
+def _tangent_of_a_gradient(out, tensor):
+    with forward_ad.dual_level():
+        torch.autograd.grad(out, tensor, forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out)))
+
+
+BACKWARD_PASSES = {
+    "create_graph=True": lambda out, tensor: torch.autograd.grad(out.sum(), tensor, create_graph=True),
+    "is_grads_batched=True": lambda out, tensor: torch.autograd.grad(
+        out, tensor, torch.ones(2, *out.shape, device=out.device), is_grads_batched=True
+    ),
+    r"torch\.func": lambda out, tensor: torch.func.vmap(lambda g: torch.autograd.grad(out, tensor, g))(
+        torch.ones(2, *out.shape, device=out.device)
+    ),
+    "forward-mode AD": _tangent_of_a_gradient,
+}
+
+
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_a_second_derivative_is_refused(backend):
+@pytest.mark.parametrize("reason", BACKWARD_PASSES)
+def test_a_backward_pass_that_is_not_plain_is_refused(backend, reason):
     inputs = make_inputs(20, 12, 8, torch.float32, device=DEVICE)
     out = polarity_attention(*inputs, backend=backend)
-    with pytest.raises(RuntimeError, match=r"differentiable once|no autograd formula"):
-        torch.autograd.grad(out.sum(), inputs[0], create_graph=True)[0].sum().backward()
+    with pytest.raises(RuntimeError, match=f"{backend} backend is differentiable once.*{reason}.*backend='reference'"):
+        BACKWARD_PASSES[reason](out, inputs[0])
 
 
 def test_little_is_kept_for_the_backward_pass():

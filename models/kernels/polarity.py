@@ -61,7 +61,7 @@ class PolarityKernel(LinearKernel):
     def features(self, u: Tensor) -> Tensor:
         """[relu(u)^p, relu(−u)^p], (…, h, 2d)."""
         size = u.abs().pow(self.exponent().to(u.dtype))
-        return torch.cat([size.where(u > 0, 0.0), size.where(u < 0, 0.0)], dim=-1)
+        return torch.cat([size.masked_fill(u <= 0, 0.0), size.masked_fill(u >= 0, 0.0)], dim=-1)  # NaN stays NaN
 
     def query_features(self, u: Tensor) -> Mapping[str, Tensor]:
         same = self.features(u)

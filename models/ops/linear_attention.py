@@ -29,7 +29,7 @@ def linear_attention(
     with without_autocast(queries.device):
         queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)  # (B, h, N or n, f)
         values = v.to(queries.dtype).transpose(1, 2)  # (B, h, n, d)
-        count: Tensor | int = keys.shape[2]
+        count: Tensor | int = max(keys.shape[2], 1)  # no keys sum to 0
         if key_mask is not None:
             padding = ~key_mask[:, None, :, None]
             keys, values = keys.masked_fill(padding, 0.0), values.masked_fill(padding, 0.0)  # φ(0) need not be 0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .derivatives import beyond_plain, refusal
 from .eager import polarity_attention_eager
 from .reference import polarity_attention_reference
 
@@ -42,6 +43,21 @@ def _reason_against_triton(device: torch.device, dtype: torch.dtype, channels: i
     from .triton_op import reason_against  # not every platform has Triton
 
     return reason_against(device, dtype, channels)
+
+
+def _backend_of_call(backend: str, q: Tensor, k: Tensor, *others: Tensor | None) -> str:
+    """As `choose_backend`, but reference where auto meets derivatives that only it has, and where there is no element.
+
+    Of no elements it makes none, or zeros, where the others would divide into no blocks and launch no programs. A graph
+    that leaves Python (a TorchScript trace, an exported program) has to hold the formula: there it is reference too.
+    """
+    chosen = choose_backend(backend, q.device, q.dtype, q.shape[-1])
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return "reference"
+    reason = beyond_plain(q, k, *others)
+    if reason is not None and chosen != "reference" and (AUTO if backend == "auto" else backend) != "auto":
+        raise ValueError(refusal(chosen, reason))
+    return "reference" if reason is not None or q.numel() == 0 or k.numel() == 0 else chosen
 
 
 def _implementation(backend: str) -> Callable[..., Tensor]:
@@ -80,13 +96,16 @@ def polarity_attention(
             of real keys. A row without real keys gives 0.
         eps: positive, added to both normalisers.
         backend: auto, eager, triton or reference (README.md). Gradients flow to every tensor but key_mask; eager and
-            triton are differentiable once.
+            triton are differentiable once, by a plain backward pass, so that auto takes reference inside torch.func
+            and where forward-mode AD gives an input a tangent.
 
     Returns:
-        (B, N, h, d) in the dtype of q. Features, state and normaliser are computed in float32, or float64 for float64.
+        (B, N, h, d) in the dtype of q; 0 without keys. Features, state and normaliser are computed in float32, or
+        float64 for float64.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, an unknown backend, or a named one that cannot run.
+        ValueError: shapes or dtypes that do not fit together, an unknown backend, or a named one that cannot run or
+            lacks the derivatives that are asked for.
     """
     B, _, h, d = q.shape
     n = k.shape[1]
@@ -110,8 +129,5 @@ def polarity_attention(
         raise ValueError(f"eps is {eps}, expected a positive number: rows without a matching key divide by it")
     if key_mask is not None and (key_mask.shape != (B, n) or key_mask.dtype != torch.bool):
         raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}, expected torch.bool ({B}, {n})")
-    chosen = choose_backend(backend, q.device, q.dtype, d)
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        chosen = "reference"  # a graph that leaves Python has to hold the formula, and be differentiable by autograd
-    implementation = _implementation(chosen)
+    implementation = _implementation(_backend_of_call(backend, q, k, v, exponent, scale, position))
     return implementation(q, k, v, exponent, scale, position, key_mask, eps)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import without_autocast
+from .derivatives import check_backward
 
 # Elements of q in a block: the handful of buffers of that size then fits the cache that the cores share.
 BLOCK_ELEMENTS = 2**19
@@ -78,11 +79,7 @@ class _PolarityAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the caller asked for create_graph
-            raise RuntimeError(
-                "polarity attention's eager backend is differentiable once, and create_graph=True asks for more;"
-                " backend='reference' is differentiable any number of times"
-            )
+        check_backward("eager", grad_out)
         q, k, v, exponent, scale, position, key_mask, state = ctx.saved_tensors
         d = q.shape[-1]
         tokens_of = _Tokens(q, exponent, scale, position, key_mask)
@@ -152,7 +149,8 @@ class _Tokens:
         self.scratch = _Scratch(dtype, q.device)
         self.exponent = exponent.to(dtype)[:, None, :]  # (h, 1, d)
         scale = torch.ones_like(self.exponent) if scale is None else scale.to(dtype)[:, None, :]
-        self.inverse_scale = scale.reciprocal()
+        # NaN where either parameter is not finite, which pow(1, NaN) = 1 and x/Inf = 0 would hide
+        self.inverse_scale = torch.addcmul(scale.reciprocal(), scale, self.exponent, value=0.0)
         self.position = None if position is None else position.to(dtype)
         self.key_mask = key_mask
         self.moment = torch.zeros_like(self.exponent)  # Σ u·∂/∂u, without the factor p

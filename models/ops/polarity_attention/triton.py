@@ -14,6 +14,8 @@ import triton.language as tl
 
 # Stands for log2(0): 2 to any power p ≥ 1 of it is 0, and 0 times it is 0.
 LOG_OF_ZERO = tl.constexpr(-1100.0)
+# Of maximum: NaN stays NaN. It takes no more instructions than the default, which a GPU returns the other argument by.
+PROPAGATE_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -30,7 +32,7 @@ def _log_and_slope(u, exponent, PRECISION: tl.constexpr):
     """
     magnitude = tl.abs(u)
     if PRECISION == "interpreted":
-        log = tl.maximum(tl.log2(magnitude), LOG_OF_ZERO)
+        log = tl.maximum(tl.log2(magnitude), LOG_OF_ZERO, PROPAGATE_NAN)
         return log, tl.exp2((exponent - 1.0) * log)
     else:  # a compile-time branch: without else, both would be compiled
         if PRECISION == "ieee":
@@ -39,7 +41,7 @@ def _log_and_slope(u, exponent, PRECISION: tl.constexpr):
             log = tl.inline_asm_elementwise(
                 "lg2.approx.ftz.f32 $0, $1;", "=f,f", [magnitude], dtype=tl.float32, is_pure=False, pack=1
             )
-        log = tl.maximum(log, LOG_OF_ZERO)
+        log = tl.maximum(log, LOG_OF_ZERO, PROPAGATE_NAN)
         slope = tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [(exponent - 1.0) * log], dtype=tl.float32, is_pure=False, pack=1
         )
@@ -48,14 +50,14 @@ def _log_and_slope(u, exponent, PRECISION: tl.constexpr):
 
 @triton.jit
 def _features(u, slope):
-    """relu(u)^p and relu(−u)^p"""
+    """relu(u)^p and relu(−u)^p, both NaN where u is"""
     signed = slope * u
-    return tl.where(u > 0.0, signed, 0.0), tl.where(u < 0.0, -signed, 0.0)
+    return tl.maximum(signed, 0.0, PROPAGATE_NAN), tl.maximum(-signed, 0.0, PROPAGATE_NAN)
 
 
 @triton.jit
 def _grad_tokens(u, slope, grad_positive, grad_negative):
-    """Gradient by u, without the factor p"""
+    """Gradient by u, without the factor p; NaN where u is, by its slope"""
     return slope * tl.where(u > 0.0, grad_positive, tl.where(u < 0.0, -grad_negative, 0.0))
 
 
@@ -81,11 +83,15 @@ def _load_keys(k, position, inverse_scale, offsets, position_offsets, real, HAS_
 
 @triton.jit
 def _load_parameters(exponent, scale, head, channels, D: tl.constexpr, HAS_SCALE: tl.constexpr):
-    """p and 1/scale of a head; 1 in the channels that only fill up to a power of two"""
+    """p and 1/scale of a head; 1 in the channels that only fill up to a power of two
+
+    1/scale is NaN where p or scale is infinite: of |u|^p and u/scale that would be lost at 0 and where |u| < 1.
+    """
     p = tl.load(exponent + head * D + channels, mask=channels < D, other=1.0).to(tl.float32)
+    divisor = tl.full(channels.shape, 1.0, tl.float32)
     if HAS_SCALE:
-        return p, 1.0 / tl.load(scale + head * D + channels, mask=channels < D, other=1.0).to(tl.float32)
-    return p, tl.full(channels.shape, 1.0, tl.float32)
+        divisor = tl.load(scale + head * D + channels, mask=channels < D, other=1.0).to(tl.float32)
+    return p, 1.0 / divisor + 0.0 * (p + divisor)
 
 
 @triton.jit
@@ -147,9 +153,13 @@ def _reciprocal_normalisers(
 
 @triton.jit
 def _program(H: tl.constexpr, parts):
-    """This program's head, part of the sequence, and image. Neighbours share the rows of memory that hold all heads."""
+    """This program's head, part of the sequence, and image. Neighbours share the rows of memory that hold all heads.
+
+    Head and image, like tokens, are in 64 bits: times a stride they need not fit 32.
+    """
     program = tl.program_id(0)
-    return program % H, (program // H) % parts, (program // H // parts).to(tl.int64)
+    head, part, image = program % H, (program // H) % parts, program // H // parts
+    return head.to(tl.int64), part, image.to(tl.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,7 +189,7 @@ def state_kernel(
     first = part * tokens_per_part
     last = tl.minimum(first + tokens_per_part, n)
     for start in range(first, last, T):
-        tokens = start + tl.arange(0, T)
+        tokens = (start + tl.arange(0, T)).to(tl.int64)
         real = tokens < last
         if HAS_MASK:
             real = real & (tl.load(key_mask + image * n + tokens, mask=real, other=0) != 0)
@@ -227,7 +237,7 @@ def output_kernel(
     first = part * tokens_per_part
     last = tl.minimum(first + tokens_per_part, N)
     for start in range(first, last, T):
-        tokens = start + tl.arange(0, T)
+        tokens = (start + tl.arange(0, T)).to(tl.int64)
         inside = (tokens < last)[:, None] & (channels < D)[None, :]
         u = tl.load(q + tokens[:, None] * q_token + channels[None, :], mask=inside, other=0.0).to(tl.float32)
         u *= inverse_scale[None, :]
@@ -270,7 +280,7 @@ def query_backward_kernel(
     first = part * tokens_per_part
     last = tl.minimum(first + tokens_per_part, N)
     for start in range(first, last, T):
-        tokens = start + tl.arange(0, T)
+        tokens = (start + tl.arange(0, T)).to(tl.int64)
         inside = (tokens < last)[:, None] & (channels < D)[None, :]
         u = tl.load(q + tokens[:, None] * q_token + channels[None, :], mask=inside, other=0.0).to(tl.float32)
         upstream = tl.load(grad_out + tokens[:, None] * out_token + channels[None, :], mask=inside, other=0.0)
@@ -337,7 +347,7 @@ def key_backward_kernel(
     first = part * tokens_per_part
     last = tl.minimum(first + tokens_per_part, n)
     for start in range(first, last, T):
-        tokens = start + tl.arange(0, T)
+        tokens = (start + tl.arange(0, T)).to(tl.int64)
         inside = (tokens < last)[:, None] & (channels < D)[None, :]
         real = inside
         if HAS_MASK:
@@ -349,11 +359,13 @@ def key_backward_kernel(
         values = tl.load(v + tokens[:, None] * v_token + channels[None, :], mask=real, other=0.0)
         log, slope = _log_and_slope(u, p[None, :], PRECISION)
         positive, negative = _features(u, slope)
-        rows = tokens[:, None] * (H * D) + channels[None, :]
         if DP > 64 and PRECISION == "tf32":  # too large to stay in shared memory, twice, for all tiles
             grad_positive_sum, grad_negative_sum = _load_sums(grad_state, channels, D)
         grad_values = _dot(positive, grad_positive_sum, PRECISION) + _dot(negative, grad_negative_sum, PRECISION)
-        tl.store(grad_v + rows, grad_values.to(grad_v.dtype.element_ty), mask=inside)
+        tl.store(
+            grad_v + tokens[:, None] * (H * D) + channels[None, :],
+            grad_values.to(grad_v.dtype.element_ty), mask=inside,
+        )  # fmt: skip
         grad_positive = _dot(values, tl.trans(grad_positive_sum), PRECISION)
         grad_positive += _dot(first_column, tl.trans(positive_columns), PRECISION)
         grad_negative = _dot(values, tl.trans(grad_negative_sum), PRECISION)
@@ -361,5 +373,5 @@ def key_backward_kernel(
         grad = _grad_tokens(u, slope, grad_positive, grad_negative)
         log_moment += tl.sum(u * grad * log, axis=0)
         grad *= (p * inverse_scale)[None, :]
-        tl.store(grad_k + rows, grad.to(grad_k.dtype.element_ty), mask=inside)
+        tl.store(grad_k + tokens[:, None] * (H * D) + channels[None, :], grad.to(grad_k.dtype.element_ty), mask=inside)
     tl.store(log_moments + ((part * images + image) * H + head) * D + channels, log_moment, mask=channels < D)

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .derivatives import check_backward
 from .triton import (
     key_backward_kernel,
     output_kernel,
@@ -272,6 +273,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+    check_backward("triton", grad_out)
     *tensors, state = ctx.saved_tensors
     exponent, scale, position = tensors[3:6]
     grad_q, grad_k, grad_v, (moment, log_moment) = polarity_attention_backward(grad_out, *tensors, state, ctx.eps)
