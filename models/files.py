@@ -60,11 +60,6 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used: the message names the file and what is wrong with it."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of ours, a released one, one of another trainer, a bare state dict, or a .safetensors file, on
     the CPU.

@@ -25,7 +25,6 @@ from .adaptation import adapt_position_tables, released_names, require_fit
 from .classifier import Classifier, TrainableModel
 from .files import CheckpointError, load_checkpoint, num_classes_of, stored_config, verify_by_sidecar, weights_of
 from .kernels import KERNELS, kernel_of
-from .layers import Grid
 from .options import AttentionOptions, value_of
 
 RELEASED_WEIGHTS = "https://huggingface.co/ZachMeng/PolaFormer"
@@ -244,7 +243,8 @@ def create_variant(
         with torch.device("meta"):
             twin = cls(**{key: value for key, value in {**arguments, **source}.items() if key in accepted})
         state, _ = released_names(model, state)
-        grids = {table: grid for table, grid in twin.position_grids().items() if _fits(state, table, grid)}
+        lengths = {table: tensor.shape[-2] for table, tensor in state.items() if tensor.ndim > 1}
+        grids = {table: (h, w) for table, (h, w) in twin.position_grids().items() if lengths.get(table) == h * w}
         state, _ = adapt_position_tables(model, state, grids, name)
         require_fit(model, state, file or name, (f"{cfg.first_conv}.weight", "head.weight", "head.bias"))
         return state
@@ -261,10 +261,6 @@ def create_variant(
         )
     model.pretrained_cfg.pop("state_dict", None)
     return model.to(dtype=dtype)  # a Classifier, or timm's wrapper of one for features_only
-
-
-def _fits(state: dict[str, Tensor], table: str, grid: Grid) -> bool:
-    return table in state and state[table].shape[-2] == grid[0] * grid[1]
 
 
 def _constructor_defaults(cls: type[Classifier]) -> dict[str, Any]:

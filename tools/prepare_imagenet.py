@@ -404,7 +404,7 @@ def _prepare_split(
         for unit, result in zip(units, parallel(run_unit, units, workers), strict=True):
             for name in ("images", "resized", "bytes_in", "bytes"):
                 setattr(total, name, getattr(total, name) + getattr(result, name))
-            total.unreadable += [(path, reason) for path, reason in result.unreadable]
+            total.unreadable += result.unreadable
             if options.format == "shards":
                 shards.append((unit.archive.name, result.images, unit.archive.stat().st_size))
             bar.update(len(unit.entries))
