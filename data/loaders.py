@@ -242,13 +242,8 @@ def _build_train(config: CfgNode, modality: Modality, source: Source | ShardSpli
     else:
         dataset = TrainDataset(source, transform, seed=config.SEED, max_unreadable=max_unreadable)
         sampler = TrainSampler(size, rank=rank, world_size=world_size, seed=config.SEED, samples=samples)
-    loader = DataLoader(
-        dataset,
-        batch_size=plan.per_process,
-        sampler=sampler,
-        drop_last=True,
-        **_loader_options(config, persistent=True),
-    )
+    options = _loader_options(config, persistent=True)
+    loader = DataLoader(dataset, batch_size=plan.per_process, sampler=sampler, drop_last=True, **options)
     return Batches(loader, max_unreadable, modality=modality)
 
 
@@ -306,9 +301,8 @@ def _require_same_classes(train: Source | ShardSplit, val: Source | ShardSplit) 
     """Raise DataError where the labels of the two splits do not mean the same."""
     names = enumerate(zip(train.classes or (), val.classes or (), strict=False))
     if differing := [f"{label} is {ours} and {theirs}" for label, (ours, theirs) in names if theirs not in ("", ours)]:
-        raise DataError(
-            "the labels of train_map.txt and val_map.txt disagree: class folders " + ", ".join(differing[:5])
-        )
+        folders = ", ".join(differing[:5])
+        raise DataError(f"the labels of train_map.txt and val_map.txt disagree: class folders {folders}")
     if val.num_classes > train.num_classes:
         raise DataError(
             f"the validation set has labels up to {val.num_classes - 1}, the training set only"
