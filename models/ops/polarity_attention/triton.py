@@ -307,9 +307,13 @@ def query_backward_kernel(
         grad_negative = _dot(grad_numerators, tl.trans(negative_read), PRECISION)
         grad_negative += _dot(pair, tl.trans(negative_columns), PRECISION)
         grad = _grad_tokens(u, slope, grad_positive, grad_negative)
-        log_moment += tl.sum(u * grad * log, axis=0)
-        grad *= (p * inverse_scale)[None, :]
-        tl.store(grad_q + tokens[:, None] * (H * D) + channels[None, :], grad.to(grad_q.dtype.element_ty), mask=inside)
+        if PRECISION != "ieee":  # float32 adds it after the store: each in the order that spills fewer registers
+            log_moment += tl.sum(u * grad * log, axis=0)
+        result = grad * (p * inverse_scale)[None, :]
+        offsets = tokens[:, None] * (H * D) + channels[None, :]
+        tl.store(grad_q + offsets, result.to(grad_q.dtype.element_ty), mask=inside)
+        if PRECISION == "ieee":
+            log_moment += tl.sum(u * grad * log, axis=0)
     weight = tl.load(inverse_count + image)
     grad_positive_sum, grad_negative_sum = _exchange(grad_positive_read, grad_negative_read, channels, D)
     _store_state(
