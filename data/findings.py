@@ -1,6 +1,5 @@
 """What an examination of a data set finds, and the tasks that it divides the images into."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,10 +66,9 @@ class Task(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A split: its class names (None where a zip stores none), images per label, and what examines them."""
+    """A split: its class names (None where a zip stores none), and what examines its images."""
 
     classes: tuple[str, ...] | None
-    counts: Counter[int]
     tasks: list[Task]
 
 

@@ -120,4 +120,4 @@ def check_folder(root: Path, split: str, report: Report) -> Layout | None:
             f"{folder}: {len(listing.left_out):,} hidden or system files and folders are left out, such as"
             f" {listing.left_out[0]}"
         )
-    return Layout(tuple(classes), Counter(label for _, label in samples), chunks(split, None, samples))
+    return Layout(tuple(classes), chunks(split, None, samples))

@@ -428,5 +428,5 @@ def check_shards(root: Path, split: str, index: Index, report: Report) -> Layout
         report.warn(f"{len(unlisted)} {split} shards are not in {INDEX_FILE} and are not used", unlisted)
     if twice := [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]:
         report.error(f"{INDEX_FILE} lists {len(twice)} {split} shards more than once", twice)
-    tasks = [Task(split, root / s.name, images=s.images) for s in shards if (root / s.name).is_file()]
-    return Layout(index.classes, Counter(), tasks)
+    present = (shard for shard in shards if (root / shard.name).is_file())
+    return Layout(index.classes, [Task(split, root / shard.name, images=shard.images) for shard in present])

@@ -174,17 +174,16 @@ def check_zip(root: Path, split: str, report: Report) -> Layout | None:
     if not samples:
         report.error(f"{map_path} names no image of {path.name}")
         return None
-    counts = Counter(samples.values())
     folders = folders_by_label(samples.items())
     mixed = [f"label {label}: {', '.join(sorted(names)[:5])}" for label, names in folders.items() if len(names) > 1]
     if mixed:
         report.warn(f"{map_path}: {len(mixed)} labels have images of several folders, so classes have no names", mixed)
-    if gaps := [str(label) for label in range(max(counts)) if label not in counts]:
+    if gaps := [str(label) for label in range(max(folders)) if label not in folders]:
         # a class that only one split lacks is found where splits are compared
         (report.error if split == "train" else report.warn)(f"{map_path}: {len(gaps)} labels have no image", gaps)
     # tasks are of str, which holds any bytes in this form
     named = [(os.fsdecode(name), label) for name, label in samples.items()]
-    return Layout(None if gaps else class_names(folders), counts, chunks(split, path, named))
+    return Layout(None if gaps else class_names(folders), chunks(split, path, named))
 
 
 def _check_map(

@@ -9,7 +9,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
@@ -66,18 +66,6 @@ class ZipError(ValueError):
     """A zip file, or a member of one, that is not what the format says, or that is encrypted."""
 
 
-class Member(NamedTuple):
-    """One file in a zip: its name in UTF-8, where its header starts, its size compressed and not, its checksum, its
-    method."""
-
-    name: bytes
-    offset: int
-    size: int
-    original: int
-    crc: int
-    method: int
-
-
 class ZipIndex:
     """The files of a zip: 21 bytes and the name of each.
 
@@ -95,7 +83,7 @@ class ZipIndex:
         rows = bytearray()
 
         def names(file: BinaryIO) -> Iterator[bytes]:
-            for name, *numbers in zip_members(file):
+            for name, numbers in zip_members(file):
                 rows.extend(struct.pack("<Q3IB", *map(min, numbers, _MOST)))
                 yield name
 
@@ -152,8 +140,11 @@ def as_text(name: bytes) -> str:
     return printable(name.decode("utf-8", "surrogateescape"))
 
 
-def zip_members(file: BinaryIO) -> Iterator[Member]:
-    """The files of an open zip in the order of its directory, which is read piece by piece. Raises ZipError."""
+def zip_members(file: BinaryIO) -> Iterator[tuple[bytes, tuple[int, int, int, int, int]]]:
+    """The files of an open zip in the order of its directory, which is read piece by piece. Raises ZipError.
+
+    Of each its name in UTF-8; and where its header starts, its sizes compressed and not, its checksum, its method.
+    """
     position, end, shift = _find_directory(file)
     file.seek(position)
     while position < end:
@@ -173,7 +164,7 @@ def zip_members(file: BinaryIO) -> Iterator[Member]:
             raise ZipError(f"{as_text(name)} has compression method {method}, expected 0 (stored) or 8 (deflated)")
         if _TOO_WIDE in (original_size, size, offset):
             original_size, size, offset = _wide_values(extra, (original_size, size, offset))
-        yield Member(name, offset + shift, size, original_size, crc, method)
+        yield name, (offset + shift, size, original_size, crc, method)
 
 
 def _find_directory(file: BinaryIO) -> tuple[int, int, int]:
