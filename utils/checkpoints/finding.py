@@ -58,7 +58,7 @@ def newest_checkpoint(folder: Path, read: Callable[[Path], Position]) -> Found:
         if usable(path) is not None:
             candidates.append((named, path))
             break
-    for path in best_files(folder):
+    for path in reversed(best_files(folder)):  # of one position, the file written last knows what the others hold
         if (held := usable(path)) is not None:
             candidates.append((held, path))
     if skipped and not candidates:
