@@ -66,7 +66,7 @@ def init(single_process_gpu: int = 0, timeout: float = 1800.0) -> torch.device:
     tasks = _environment("SLURM_STEP_NUM_TASKS", _environment("SLURM_NTASKS", 1))
     if not launched and tasks > 1 and "SLURM_PROCID" in os.environ:
         raise LaunchError(
-            f"Slurm gives this job {tasks} tasks, and this program would train alone in each (this is task"
+            f"Slurm gives this job {tasks} tasks and this program would train alone in each (this is task"
             f" {os.environ['SLURM_PROCID']}): start one task a node, of pretrain.sh, as slurm/train.sbatch does; a"
             " single process with srun --ntasks 1"
         )
