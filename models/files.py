@@ -46,7 +46,7 @@ WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
 # would be called, because it was made to do harm.
 HARMFUL = ["os", "posix", "nt", "sys", "subprocess", "builtins", "importlib", "runpy", "shutil", "socket", "ctypes"]
 HARMFUL += ["pickle", "_pickle", "marshal", "code", "pty", "operator", "functools", "webbrowser", "multiprocessing"]
-OWN = ("torch.", "collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.set", "builtins.complex")
+OWN = ("collections.OrderedDict", "collections.Counter", "_codecs.encode", "builtins.set", "builtins.complex")
 HARMLESS = ("builtins.frozenset", "builtins.slice", "builtins.object", "builtins.list")
 PLAIN_MAPPINGS = ("yacs.config.CfgNode", "collections.defaultdict", "easydict.EasyDict", "addict.addict.Dict")
 
@@ -288,7 +288,7 @@ def _foreign_globals(path: Path) -> list[str]:
                     found.update(_globals(file))
     except Exception:  # a damaged archive fails in any way
         pass
-    return sorted(name for name in found if not name.startswith(OWN))
+    return sorted(name for name in found if name not in OWN and not name.startswith("torch."))
 
 
 def _globals(file: IO[bytes]) -> Iterator[str]:

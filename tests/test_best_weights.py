@@ -85,8 +85,8 @@ def evaluation(log) -> str:
     return re.findall("evaluate it with: (.*)", log.text)[-1]
 
 
-def test_a_best_that_was_never_written_is_not_claimed(tiny, monkeypatch, log):
-    scripted(monkeypatch, [101, 140])
+def refuse_a_second_best(monkeypatch):
+    """The disk has no room to replace the best file; returns what writes checkpoints."""
     real = writing.save_checkpoint
 
     def refusing(state, path):
@@ -95,6 +95,12 @@ def test_a_best_that_was_never_written_is_not_claimed(tiny, monkeypatch, log):
         real(state, path)
 
     monkeypatch.setattr(writing, "save_checkpoint", refusing)
+    return real
+
+
+def test_a_best_that_was_never_written_is_not_claimed(tiny, monkeypatch, log):
+    scripted(monkeypatch, [101, 140])
+    real = refuse_a_second_best(monkeypatch)
     with pytest.raises(OSError, match=r"No space left on device: '.*max_acc\.pth'"):
         run(tiny, f"TRAIN.EPOCHS 2 {QUICK}")
     assert claimed(folder_of(tiny), "ckpt_epoch_2.pth")[1] == percent(101)
@@ -106,14 +112,7 @@ def test_a_best_that_was_never_written_is_not_claimed(tiny, monkeypatch, log):
 
 
 def test_told_to_stop_a_best_file_that_is_refused_does_not_keep_the_run_from_saving(tiny, monkeypatch, log):
-    real = writing.save_checkpoint
-
-    def refusing(state, path):
-        if path.name == "max_acc.pth" and path.exists():
-            raise OSError(28, "No space left on device", str(path))
-        real(state, path)
-
-    monkeypatch.setattr(writing, "save_checkpoint", refusing)
+    refuse_a_second_best(monkeypatch)
     stop = {2: lambda: os.kill(os.getpid(), signal.SIGTERM)}
     scripted(monkeypatch, [101, 140], at_epoch=lambda count: stop.get(count, lambda: None)())
     with pytest.raises(Preempted, match="saved after 2 epochs and 1 of 11 steps"):

@@ -224,6 +224,11 @@ class _Allocates:
         return bytearray, (8 * 2**30,)
 
 
+class _Sets:
+    def __reduce__(self):
+        return setattr, (1, "name", 1)  # begins like `set`, which is plain
+
+
 def _inflated(path: Path) -> None:
     torch.save({"model": {"weight": torch.zeros(3)}}, path)
     with zipfile.ZipFile(path) as archive:
@@ -252,6 +257,7 @@ REFUSED = {
         lambda path: torch.save({"model": {}, "x": _Allocates()}, path, _use_new_zipfile_serialization=False),
         "asks for builtins.bytearray",
     ),
+    "setattr": (lambda path: torch.save({"model": {}, "x": _Sets()}, path), "asks for builtins.setattr"),
     "inflation": (_inflated, "would unpack to"),
     "legacy storage": (_legacy_storage_of_a_terabyte, "damaged"),
     "object": (lambda path: torch.save(argparse.Namespace(a=1), path), "holds a"),
