@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train and evaluate Long Range Arena: tasks × attentions × seeds, then write the table.
+# Train and evaluate Long Range Arena: tasks × attentions × forms × seeds, then write the table.
 #
 #   DATA=/data/lra bash experiments/lra/run.sh --amp         everything that is prepared there, as the protocol says
 #   DATA=/data/lra TASKS=listops STEPS=1000 SEEDS=0 bash experiments/lra/run.sh --opts TRAIN.WARMUP_STEPS 20
@@ -13,7 +13,10 @@
 #
 #   TASKS    which tasks                                  listops text retrieval pathfinder image
 #   ALPHAS   polarity attention: ranges of its exponent   3 5 7
-#   OTHERS   what it is compared with, in plain form      softmax relu elu
+#   OTHERS   what it is compared with                     softmax relu elu
+#   FORMS    of every attention: gated (gate and scale),  gated plain
+#            open (the same, its gate's bias begins at 1),
+#            plain (neither)
 #   KERNELS  polarity: widths of its depthwise branch     0           (0: without; "0 5" runs both)
 #   SEEDS                                                 0 1 2
 #   PRESET   skyformer or clean                           skyformer
@@ -35,6 +38,7 @@ fi
 TASKS="${TASKS:-listops text retrieval pathfinder image}"
 ALPHAS="${ALPHAS-3 5 7}"
 OTHERS="${OTHERS-softmax relu elu}"
+FORMS="${FORMS:-gated plain}"
 KERNELS="${KERNELS:-0}"
 SEEDS="${SEEDS:-0 1 2}"
 PRESET="${PRESET:-skyformer}"
@@ -52,6 +56,12 @@ for task in $TASKS; do
   case "$task" in
     listops | text | retrieval | pathfinder | image) ;;
     *) echo "TASKS names '$task', expected some of listops, text, retrieval, pathfinder, image" >&2; exit 2 ;;
+  esac
+done
+for form in $FORMS; do
+  case "$form" in
+    gated | open | plain) ;;
+    *) echo "FORMS names '$form', expected some of gated, open, plain" >&2; exit 2 ;;
   esac
 done
 launch=("$PYTHON")
@@ -95,15 +105,20 @@ for task in $TASKS; do
     continue
   fi
   for seed in $SEEDS; do
-    for alpha in $ALPHAS; do
-      for kernel in $KERNELS; do
-        [[ "$kernel" == 0 ]] && name="polarity-$alpha" || name="polarity-$alpha-conv$kernel"
-        run "$task" "$name-seed$seed" SEED "$seed" MODEL.LA.ALPHA "$alpha" MODEL.LRA.KERNEL_SIZE "$kernel"
+    for form in $FORMS; do
+      around=(MODEL.LA.GATE True MODEL.LRA.LEARN_SCALE True)
+      [[ "$form" != plain ]] || around=(MODEL.LA.GATE False MODEL.LRA.LEARN_SCALE False)
+      [[ "$form" != open ]] || around+=(MODEL.LA.GATE_BIAS 1.0)
+      for alpha in $ALPHAS; do
+        for kernel in $KERNELS; do
+          [[ "$kernel" == 0 ]] && name="polarity-$alpha" || name="polarity-$alpha-conv$kernel"
+          run "$task" "$name-$form-seed$seed" SEED "$seed" MODEL.LA.ALPHA "$alpha" MODEL.LRA.KERNEL_SIZE "$kernel" \
+            "${around[@]}"
+        done
       done
-    done
-    for kind in $OTHERS; do
-      run "$task" "$kind-seed$seed" SEED "$seed" MODEL.LA.ATTENTION "$kind" \
-        MODEL.LA.GATE False MODEL.LRA.LEARN_SCALE False
+      for kind in $OTHERS; do
+        run "$task" "$kind-$form-seed$seed" SEED "$seed" MODEL.LA.ATTENTION "$kind" "${around[@]}"
+      done
     done
   done
 done

@@ -39,6 +39,7 @@ NAMED = (
     "MODEL.LA.ATTENTION",
     "MODEL.LA.ALPHA",
     "MODEL.LA.GATE",
+    "MODEL.LA.GATE_BIAS",
     "MODEL.LRA.LEARN_SCALE",
     "MODEL.LRA.KERNEL_SIZE",
     "AMP",
@@ -71,13 +72,16 @@ class FinishedRun:
 
 
 def attention_of(config: CfgNode) -> str:
-    """What a table calls the attention of a run: polarity attention is gated and scaled by itself, others are plain."""
+    """What a table calls the attention of a run, with what stands around the kernel; plain is without gate and scale."""
     kind = value_of(config, "MODEL.LA.ATTENTION")
-    usual = kind == "polarity"
-    words = [f"polarity, α = {value_of(config, 'MODEL.LA.ALPHA'):g}" if usual else kind]
-    for word, key in (("gate", "MODEL.LA.GATE"), ("scale", "MODEL.LRA.LEARN_SCALE")):
-        if value_of(config, key) != usual:
-            words.append(f"{'no' if usual else 'with'} {word}")
+    words = [f"polarity, α = {value_of(config, 'MODEL.LA.ALPHA'):g}" if kind == "polarity" else kind]
+    gate, bias = value_of(config, "MODEL.LA.GATE"), value_of(config, "MODEL.LA.GATE_BIAS")
+    if gate:
+        words.append("gate" if bias is None else f"gate from {bias:g}")
+    if value_of(config, "MODEL.LRA.LEARN_SCALE"):
+        words.append("scale")
+    if len(words) == 1:
+        words.append("plain")
     if kernel := value_of(config, "MODEL.LRA.KERNEL_SIZE"):
         words.append(f"depthwise {kernel}")
     return ", ".join(words)
