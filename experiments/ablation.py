@@ -56,15 +56,21 @@ class Variant:
     options: tuple[str, ...]
 
 
-VARIANTS = {
-    "softmax": Variant("softmax", ("MODEL.LA.ATTENTION", "softmax")),
-    "relu": Variant("linear, relu(x)", ("MODEL.LA.ATTENTION", "relu")),
-    "elu": Variant("linear, 1 + elu(x)", ("MODEL.LA.ATTENTION", "elu")),
-    "focused": Variant("linear, focused power 3 of relu(x)", ("MODEL.LA.ATTENTION", "focused")),
-    "polarity": Variant("polarity", ()),
-    "polarity_fixed_exponent": Variant("polarity, exponent fixed at 3", ("MODEL.LA.LEARN_EXPONENT", "False")),
-    "polarity_no_gate": Variant("polarity, without gate", ("MODEL.LA.GATE", "False")),
+KINDS = {
+    "softmax": "softmax",
+    "relu": "linear, relu(x)",
+    "elu": "linear, 1 + elu(x)",
+    "focused": "linear, focused power 3 of relu(x)",
+    "polarity": "polarity",
 }
+UNGATED = "_no_gate"
+VARIANTS = {}
+for _kind, _title in KINDS.items():
+    _options = () if _kind == BASELINE else ("MODEL.LA.ATTENTION", _kind)
+    VARIANTS[_kind] = Variant(_title, _options)
+    VARIANTS[_kind + UNGATED] = Variant(f"{_title}, without gate", (*_options, "MODEL.LA.GATE", "False"))
+VARIANTS["polarity_open_gate"] = Variant("polarity, gate's bias from 1", ("MODEL.LA.GATE_BIAS", "1.0"))
+VARIANTS["polarity_fixed_exponent"] = Variant("polarity, exponent fixed at 3", ("MODEL.LA.LEARN_EXPONENT", "False"))
 NAMED = tuple(VARIANTS)  # those of docs/ablation.md; a kernel that is not among them is compared by its own name
 VARIANTS |= {name: Variant(name, ("MODEL.LA.ATTENTION", name)) for name in KERNELS if name not in NAMED}
 
@@ -253,6 +259,20 @@ def findings(results: Mapping[str, dict[int, float]]) -> dict[str, list[str]]:
     return {group: titles for group, titles in groups.items() if titles}
 
 
+def gate_table(results: Mapping[str, Mapping[str, Mapping[int, float]]]) -> str:
+    """Markdown: what leaving out the gate changes for each kind, seed by seed; empty without such pairs."""
+    rows = []
+    for kind, title in KINDS.items():
+        cells = []
+        for variants in results.values():
+            gated, plain = (variants.get(name, {}) for name in (kind, kind + UNGATED))
+            paired = [plain[seed] - top1 for seed, top1 in gated.items() if seed in plain]
+            cells.append(spread(paired) if paired else "")
+        if any(cells):
+            rows.append((title, *cells))
+    return markdown(("attention", *(DATASETS[each] for each in results)), rows) if rows else ""
+
+
 def draw(results: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -> None:
     """One panel a data set: every seed a dot, the mean a bar with the standard deviation over seeds."""
     from matplotlib.figure import Figure  # slow to import
@@ -294,6 +314,7 @@ def write_page(runs: Sequence[TrainingRun], docs: Path, jobs: int) -> Path:
             (DATASETS[dataset], result_table(runs, variants, dataset), findings(variants))
             for dataset, variants in results.items()
         ],
+        gates=gate_table(results),
         finished=len(finished),
         planned=len(runs),
         longest=max((entry["wall_s"] for entry in times), default=0.0),

@@ -65,7 +65,11 @@ def test_the_fresh_weights_of_a_seed_are_the_same_for_every_kind(tmp_path):
         torch.manual_seed(5)
         states[run.variant] = build_model(run.config, 10).state_dict()
     reference = states.pop("polarity")
-    del states["polarity_no_gate"]
+    bias = states.pop("polarity_open_gate")["layers.0.blocks.0.attn.qkvg.bias"]
+    assert bias.tolist() == [0.0] * 96 + [1.0] * 32 and not reference["layers.0.blocks.0.attn.qkvg.bias"].any()
+    ungated = {kind: states.pop(kind + ablation.UNGATED) for kind in ablation.KINDS}
+    for state in ungated.values():  # of one size, and the same beside `power`
+        assert all(torch.equal(value, ungated["polarity"][name]) for name, value in state.items())
     for state in states.values():
         assert state.keys() == {name for name in reference if not name.endswith("power")}
         assert all(torch.equal(value, reference[name]) for name, value in state.items())
@@ -93,6 +97,12 @@ def test_the_page_holds_means_deviations_and_paired_differences_of_the_last_epoc
             assert (cpu, wall) == ("10", "20")
             config = next(run.config for run in runs if (run.dataset, run.variant) == (dataset, name))
             assert parameters == f"{sum(p.numel() for p in build_model(config, 10).parameters()):,}"
+    gates = rows_of(
+        page, "Without the gate\n\nTop-1 without the gate minus top-1 with it, in percent, the same kind and seed:"
+    )
+    assert list(gates) == list(ablation.KINDS.values())
+    paired = [final["digits", "elu_no_gate", seed] - final["digits", "elu", seed] for seed in range(3)]
+    assert gates["linear, 1 + elu(x)"][0] == f"{statistics.mean(paired):.2f} ± {statistics.stdev(paired):.2f}"
     assert "Only" not in page and "exceeded" not in page and "shared the machine" not in page
 
 

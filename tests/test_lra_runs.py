@@ -56,7 +56,7 @@ def test_official_files_are_prepared_trained_on_and_evaluated(tmp_path, task, mo
     found = runs.read_run(folder)
     expected = len(open_cache(tmp_path / "data").splits["test"].labels)
     assert (found.task, found.preset, found.steps, found.seed) == (task, "skyformer", 4, 0)
-    assert found.attention == "polarity, α = 4" and 0 <= found.accuracy <= 100
+    assert found.attention == "polarity, α = 4, gate, scale" and 0 <= found.accuracy <= 100
     assert (found.accuracy * expected / 100) == pytest.approx(round(found.accuracy * expected / 100))
     assert "MODEL.LRA.DIM 8" in found.changed and not any("SEED" in key for key in found.changed)
     assert bool(found.reference) == (task == "listops")
@@ -65,11 +65,12 @@ def test_official_files_are_prepared_trained_on_and_evaluated(tmp_path, task, mo
 def test_what_makes_another_model_or_protocol_makes_another_row():
     plain = [*PLAIN, "MODEL.LA.ATTENTION", "softmax"]
     names = {
-        "polarity, α = 4": [],
-        "polarity, α = 3, depthwise 5": ["MODEL.LA.ALPHA", "3.0", "MODEL.LRA.KERNEL_SIZE", "5"],
-        "polarity, α = 4, no gate, no scale": PLAIN,
-        "softmax": plain,
-        "softmax, with gate": [*plain, "MODEL.LA.GATE", "True"],
+        "polarity, α = 4, gate, scale": [],
+        "polarity, α = 4, gate from 1, scale": ["MODEL.LA.GATE_BIAS", "1.0"],
+        "polarity, α = 3, gate, scale, depthwise 5": ["MODEL.LA.ALPHA", "3.0", "MODEL.LRA.KERNEL_SIZE", "5"],
+        "polarity, α = 4, plain": PLAIN,
+        "softmax, plain": plain,
+        "softmax, gate": [*plain, "MODEL.LA.GATE", "True"],
     }
     for name, options in names.items():
         assert runs.attention_of(load_config(lra("listops"), options)) == name
@@ -193,6 +194,7 @@ class Sweep:
             "TASKS": "listops text",
             "ALPHAS": "3",
             "OTHERS": "relu",
+            "FORMS": "gated",
             "SEEDS": "0",
             "STEPS": "20",
             "OMP_NUM_THREADS": "1",
@@ -221,22 +223,30 @@ def test_run_sh_trains_continues_and_writes_the_page(tmp_path):
     assert code == 0, output + errors
     assert "text: " in errors and "holds no prepared data" in errors
     page = sweep.page()
-    assert "| ListOps | polarity, α = 3 |" in page and "| ListOps | relu |" in page and "20 of 50,000" in page
+    assert (
+        "| ListOps | polarity, α = 3, gate, scale |" in page
+        and "| ListOps | relu, gate, scale |" in page
+        and "20 of 50,000" in page
+    )
     code, output, _ = sweep.finish(sweep.start())
     assert code == 0 and output.count(": finished") == 2 and "epoch" not in output and sweep.page() == page
     # EVAL_STEPS does not divide it: three runs that fail, and the page all the same
     code, output, errors = sweep.finish(sweep.start(STEPS="15", ALPHAS="3 5"))
     assert code == 1 and errors.count("== failed: listops ") == 3
     assert "2 runs in" in output and sweep.page() == page
-    code, _, errors = sweep.finish(sweep.start(TASKS="listop"))
-    assert code == 2 and "TASKS names 'listop', expected some of listops" in errors
+    code, output, errors = sweep.finish(sweep.start(ALPHAS="", FORMS="open plain"))
+    assert code == 0, output + errors
+    assert "| ListOps | relu, gate from 1, scale |" in sweep.page() and "| ListOps | relu, plain |" in sweep.page()
+    for name, wrong, right in (("TASKS", "listop", "listops, "), ("FORMS", "bare", "gated, open, plain")):
+        code, _, errors = sweep.finish(sweep.start(**{name: wrong}))
+        assert code == 2 and f"{name} names '{wrong}', expected some of {right}" in errors
 
 
 @pytest.mark.slow
 def test_run_sh_told_to_stop_evaluates_nothing_and_continues(tmp_path):
     sweep = Sweep(tmp_path)
     changed = {"STEPS": "300", "OTHERS": "", "TASKS": "listops"}
-    folder = tmp_path / "out" / "lra_listops" / "polarity-3-seed0-steps300"
+    folder = tmp_path / "out" / "lra_listops" / "polarity-3-gated-seed0-steps300"
     job = sweep.start(**changed)
     deadline = time.monotonic() + PATIENCE
     while not (folder / "max_acc.pth").exists():

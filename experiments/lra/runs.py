@@ -72,7 +72,7 @@ class FinishedRun:
 
 
 def attention_of(config: CfgNode) -> str:
-    """What a table calls the attention of a run, with what stands around the kernel; plain is without gate and scale."""
+    """What a table calls the attention of a run, and what stands around it; plain: neither gate nor scale."""
     kind = value_of(config, "MODEL.LA.ATTENTION")
     words = [f"polarity, α = {value_of(config, 'MODEL.LA.ALPHA'):g}" if kind == "polarity" else kind]
     gate, bias = value_of(config, "MODEL.LA.GATE"), value_of(config, "MODEL.LA.GATE_BIAS")
