@@ -171,7 +171,7 @@ KEYS: dict[str, Key] = {
     ),
     "MODEL.LABEL_SMOOTHING": Key(0.1, real(0, 1, open_high=True), "label smoothing, with and without mixup"),
     "MODEL.SWIN.PATCH_SIZE": Key(4, integer(1), "pixels per side of a patch (Pola-Swin)"),
-    "MODEL.SWIN.IN_CHANS": Key(3, integer(1), "input channels (Pola-Swin and Pola-PVT); the image loaders deliver 3"),
+    "MODEL.SWIN.IN_CHANS": Key(3, integer(1), "input channels of every body; the image loaders deliver 3"),
     "MODEL.SWIN.EMBED_DIM": Key(96, integer(1), "channels of the first stage (Pola-Swin)"),
     "MODEL.SWIN.DEPTHS": Key([2, 2, 6, 2], sequence(integer(1)), "blocks per stage (Pola-Swin)"),
     "MODEL.SWIN.NUM_HEADS": Key([3, 6, 12, 24], sequence(integer(1)), "heads per stage (Pola-Swin)"),
@@ -213,6 +213,19 @@ KEYS: dict[str, Key] = {
         " Pola-PVT, PyTorch's in others",
     ),
     "MODEL.LA.BACKEND": Key("auto", text(), "implementation of the polarity attention op"),
+    "MODEL.PPP.EMBED_DIMS": Key([32, 64, 128, 384], sequence(integer(1)), "channels per stage (PolaFormer++)"),
+    "MODEL.PPP.DEPTHS": Key([2, 2, 2, 2], sequence(integer(1)), "blocks per stage (PolaFormer++)"),
+    "MODEL.PPP.NUM_HEADS": Key([1, 2, 4, 12], sequence(integer(1)), "heads per stage (PolaFormer++)"),
+    "MODEL.PPP.MLP_RATIOS": Key(
+        [3.5, 3.5, 3.5, 3.5], sequence(real(0.01)), "hidden width of the feed-forward over its input's, per stage"
+    ),
+    "MODEL.PPP.PROJECTION": Key(2048, integer(1), "channels before the head (PolaFormer++)"),
+    "MODEL.PPP.LAYER_INIT_VALUES": Key(
+        [1.0, 1.0, 1.0, 1.0], sequence(real(0)), "what the learned scales of both branches begin with, per stage"
+    ),
+    "MODEL.PPP.STAGE_TYPES": Key(
+        "LLSS", text(), "a letter per stage: L polarity linear attention, S softmax attention (PolaFormer++)"
+    ),
     "MODEL.LRA.LENGTH": Key(2048, integer(1), "tokens of a document, padding included (MODEL.TYPE lra)"),
     "MODEL.LRA.VOCABULARY": Key(32, integer(2), "rows of the token table; ids from 1, 0 is padding"),
     "MODEL.LRA.DOCUMENTS": Key(1, integer(1), "documents of a sample: 1, or 2 that are compared"),

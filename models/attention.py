@@ -14,12 +14,14 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .kernels import Kernel, kernel_of
-from .layers import Grid, resize_table
+from .layers import DepthwiseConv2d, Grid, depthwise_convolution, resize_table, turns
 from .options import AttentionOptions
 from .softmax_attention import reduce_tokens, reduced_grid
+
+torch.fx.wrap("depthwise_convolution")  # each an operation, in the names of this file too
+torch.fx.wrap("turns")
 
 
 class KernelAttention(Kernel):
@@ -109,21 +111,6 @@ class PolaLinearAttention(KernelAttention):
         kernel = self.dwc.weight.flatten(1).repeat(self.num_heads, 1).unflatten(1, (1, *self.dwc.kernel_size))
         assert self.dwc.bias is not None
         return depthwise_convolution(v, grid, kernel, self.dwc.bias.repeat(self.num_heads))
-
-
-@torch.fx.wrap
-def depthwise_convolution(v: Tensor, grid: Grid, kernel: Tensor, bias: Tensor) -> Tensor:
-    """Convolve each channel of v (B, n, C), as a map of N = H·W tokens, with its (1, K, K) of `kernel`: (B, N, C)."""
-    H, W = grid
-    if v.shape[1] != H * W:  # reduced keys: back to N tokens, linearly along the token axis
-        v = F.interpolate(v.transpose(1, 2), size=H * W, mode="linear", align_corners=False).transpose(1, 2)
-    image = v.unflatten(1, (H, W)).permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
-    with torch.autocast("cpu", enabled=False):  # its depthwise weight gradient takes twice as long in bfloat16
-        if v.device.type == "cpu":
-            image = image.to(torch.promote_types(v.dtype, torch.float32))
-        kernel, bias = kernel.to(image.dtype), bias.to(image.dtype)  # of a model in half precision on a CPU
-        out = F.conv2d(image, kernel, bias, padding=kernel.shape[-1] // 2, groups=v.shape[-1])
-    return out.permute(0, 2, 3, 1).flatten(1, 2).to(v.dtype)
 
 
 def _head_convolution(dim: int, num_heads: int, kernel_size: int) -> nn.Conv2d:
@@ -218,3 +205,22 @@ class PolaSequenceAttention(KernelAttention):
             real = v.masked_fill(~key_mask[:, :, None], 0.0)
             out = out + self.dwc(real.transpose(1, 2)).transpose(1, 2)
         return self.proj(out * g[0] if g else out)
+
+
+class PolaMapAttention(KernelAttention):
+    """Linear attention over a whole map whose features are turned by their tokens' rows and columns (PolaFormer++).
+
+    The local branch is a depthwise convolution over the values with a kernel of its own for each channel.
+    """
+
+    def __init__(self, dim: int, num_heads: int, options: AttentionOptions = AttentionOptions("polarity_pp")) -> None:
+        super().__init__(dim, num_heads, options)
+        self.qkvg = nn.Linear(dim, 4 * dim)
+        self.lepe = DepthwiseConv2d(dim, options.kernel_size)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """x (B, H·W, C) with its grid (H, W)."""
+        q, k, v, g = self.qkvg(x).chunk(4, dim=-1)
+        out = self.mix(q, k, v, rotary=turns(q, grid, 2 * self.head_dim))
+        return self.proj((out + self.lepe(v, grid)) * g)

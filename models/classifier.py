@@ -1,6 +1,6 @@
 """What every model of this framework is: stages that give a pyramid of feature maps, pooling, and a linear head.
 
-`Classifier` is timm's model interface, written once for Pola-Swin and Pola-PVT. docs/models.md shows it in use.
+`Classifier` is timm's model interface, written once for all bodies. docs/models.md shows it in use.
 
 Letters: B batch, C channels, H×W token grid, N = H·W tokens.
 """
@@ -114,7 +114,7 @@ class TrainableModel(nn.Module, ABC):
 
 
 class Classifier(TrainableModel):
-    """Base of Pola-Swin and Pola-PVT: timm's interface.
+    """Base of all bodies that read images: timm's interface.
 
     Subclasses call `_begin` first and `_finish` last in their constructor and define the abstract methods.
     """
@@ -131,7 +131,7 @@ class Classifier(TrainableModel):
     head_hidden_size: int
     global_pool: str
     feature_info: list[dict[str, Any]]
-    head: nn.Linear | nn.Identity
+    head: nn.Module
 
     # -- construction
 
@@ -143,19 +143,36 @@ class Classifier(TrainableModel):
         self.dynamic_img_size = dynamic_img_size
 
     def _finish(
-        self, channels: Sequence[int], modules: Sequence[str], num_classes: int, global_pool: str, drop_rate: float
+        self,
+        channels: Sequence[int],
+        modules: Sequence[str],
+        first: int,
+        num_classes: int,
+        global_pool: str,
+        drop_rate: float,
     ) -> None:
-        """Describe the stages (channels and module name of each), initialise all weights, and build the head."""
-        first = self.unit // 2 ** (len(channels) - 1)
+        """Describe the stages (channels and module name of each, pixels of a token of the first), initialise all
+        weights, and build the head."""
         self.feature_info = [
             {"num_chs": dim, "reduction": first * 2**i, "module": module}
             for i, (dim, module) in enumerate(zip(channels, modules, strict=True))
         ]
-        self.num_features = self.head_hidden_size = channels[-1]
-        self.apply(init_weights)
+        self._set_widths(channels[-1])
+        self.apply(self._initialise)
         self.apply(open_gate)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
+
+    def _initialise(self, module: nn.Module) -> None:
+        """Initial values of one module."""
+        init_weights(module)
+
+    def _set_widths(self, channels: int) -> None:
+        """Note the channels of the last stage, and of what the head reads."""
+        self.num_features = self.head_hidden_size = channels
+
+    def _new_head(self, num_classes: int, **like: Any) -> nn.Module:
+        return nn.Linear(self.num_features, num_classes, **like)
 
     def _fitting(self, img_size: int | Sequence[int]) -> Grid:
         """An image size as a pair. Raises ValueError unless the stages divide it."""
@@ -270,11 +287,15 @@ class Classifier(TrainableModel):
         self._remove_after(last, norm=prune_norm or shortened)
         if shortened:
             del self.feature_info[last + 1 :]
-            self.unit = self.feature_info[last]["reduction"]
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.unit = min(self.unit, self.feature_info[last]["reduction"])
         if prune_head or shortened:
-            self.reset_classifier(0, "")
+            self._remove_head()
+            self._set_widths(self.feature_info[last]["num_chs"])
         return keep
+
+    def _remove_head(self) -> None:
+        """Leave nothing behind the last stage."""
+        self.reset_classifier(0, "")
 
     @abstractmethod
     def _remove_after(self, last: int, *, norm: bool) -> None:
@@ -299,8 +320,8 @@ class Classifier(TrainableModel):
             self.head = nn.Identity()
             return
         like = next(self.parameters())
-        self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-        init_weights(self.head)
+        self.head = self._new_head(num_classes, device=like.device, dtype=like.dtype)
+        self._initialise(self.head)
 
     def _resize_tables(self, before: dict[str, Grid]) -> None:
         """Replace the position tables whose grid differs from `before` by resized ones."""

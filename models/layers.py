@@ -1,4 +1,4 @@
-"""Building blocks shared by Pola-Swin and Pola-PVT.
+"""Building blocks that bodies share.
 
 Letters: B batch, C channels, H×W token grid, N = H·W tokens.
 """
@@ -12,7 +12,7 @@ from timm.layers import drop_path
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Grid = tuple[int, int]  # (height, width) in tokens or pixels
+from .ops.rotary import Grid, Rotary, frequencies, rotary_table, rotate
 
 # torch.fx takes each as one operation: `rearrange` asks for the type of its input, `drop_path` changes values in place
 torch.fx.wrap("rearrange")
@@ -38,6 +38,34 @@ class Deriving(nn.Module):
         return self
 
 
+class RotaryAngles(nn.Module):
+    """θ of rotary positions as the released files hold it, each number twice; the forward pass does not read it.
+
+    It is made again whenever the module is moved, converted or loaded, so that a cast that rounds it, an average, or a
+    start without values leave nothing behind.
+    """
+
+    angle: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("angle", torch.empty(channels // 2))
+        self._derive()
+
+    def _derive(self) -> None:
+        self.angle = frequencies(self.channels).repeat_interleave(2).to(self.angle)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "RotaryAngles":
+        super()._apply(fn, recurse)
+        self._derive()
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._derive()
+
+
 class Mlp(nn.Module):
     """Two linear layers with GELU between them."""
 
@@ -57,6 +85,54 @@ class DropPath(TimmDropPath):
 
     def forward(self, x: Tensor) -> Tensor:
         return drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
+
+
+@torch.fx.wrap
+def depthwise_convolution(v: Tensor, grid: Grid, kernel: Tensor, bias: Tensor) -> Tensor:
+    """Convolve each channel of v (B, n, C), as a map of N = H·W tokens, with its (1, K, K) of `kernel`: (B, N, C)."""
+    H, W = grid
+    if v.shape[1] != H * W:  # reduced keys: back to N tokens, linearly along the token axis
+        v = F.interpolate(v.transpose(1, 2), size=H * W, mode="linear", align_corners=False).transpose(1, 2)
+    image = v.unflatten(1, (H, W)).permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
+    with torch.autocast("cpu", enabled=False):  # its depthwise weight gradient takes twice as long in bfloat16
+        if v.device.type == "cpu":
+            image = image.to(torch.promote_types(v.dtype, torch.float32))
+        kernel, bias = kernel.to(image.dtype), bias.to(image.dtype)  # of a model in half precision on a CPU
+        out = F.conv2d(image, kernel, bias, padding=kernel.shape[-1] // 2, groups=v.shape[-1])
+    return out.permute(0, 2, 3, 1).flatten(1, 2).to(v.dtype)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution of tokens (B, H·W, C) of a grid (H, W), to as many."""
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]  # a token map needs its grid
+        assert self.bias is not None
+        return depthwise_convolution(x, grid, self.weight, self.bias)
+
+
+class Pointwise(nn.Conv2d):
+    """A 1×1 convolution, on tokens or pooled features (…, C)."""
+
+    def __init__(self, in_channels: int, out_channels: int, **keywords: Any) -> None:
+        super().__init__(in_channels, out_channels, 1, **keywords)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+@torch.fx.wrap
+def turns(like: Tensor, grid: Grid, channels: int) -> Rotary:
+    """The turns of a map's tokens, in float32, or float64 for float64."""
+    return rotary_table(grid, channels, torch.promote_types(like.dtype, torch.float32), like.device)
+
+
+@torch.fx.wrap
+def turned(x: Tensor, rotary: Rotary) -> Tensor:
+    """x (…, N, d) turned in the dtype of the turns, in its own dtype."""
+    return rotate(x.to(rotary.cos.dtype), rotary).to(x.dtype)
 
 
 class PatchEmbed(nn.Module):

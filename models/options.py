@@ -41,6 +41,13 @@ DEFAULTS: dict[str, Any] = {
     "MODEL.LA.GATE": True,
     "MODEL.LA.GATE_BIAS": None,
     "MODEL.LA.BACKEND": "auto",
+    "MODEL.PPP.EMBED_DIMS": [32, 64, 128, 384],
+    "MODEL.PPP.DEPTHS": [2, 2, 2, 2],
+    "MODEL.PPP.NUM_HEADS": [1, 2, 4, 12],
+    "MODEL.PPP.MLP_RATIOS": [3.5, 3.5, 3.5, 3.5],
+    "MODEL.PPP.PROJECTION": 2048,
+    "MODEL.PPP.LAYER_INIT_VALUES": [1.0, 1.0, 1.0, 1.0],
+    "MODEL.PPP.STAGE_TYPES": "LLSS",
     "MODEL.LRA.LENGTH": 2048,
     "MODEL.LRA.VOCABULARY": 32,
     "MODEL.LRA.DOCUMENTS": 1,
@@ -149,24 +156,29 @@ def attention_keywords(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value_of(config, f"MODEL.LA.{key}") for name, key in keys.items()}
 
 
-def parse_attention_types(attn_type: str, num_stages: int) -> tuple[str, int]:
+def parse_attention_types(
+    attn_type: str, num_stages: int, given: str = "MODEL.LA.ATTN_TYPE", accepted: str = "LSM"
+) -> tuple[str, int]:
     """Split ``LLSS`` or ``MLSS4`` into its letters and the number of polarity blocks of an M stage (else 0).
 
-    Raises ValueError for a wrong letter or length, an M without number, or a number without M.
+    Raises ValueError, with the name of the key, for a letter that is not accepted or a wrong number of them, an M
+    without number, or a number without M.
     """
     if not isinstance(attn_type, str):
-        raise ValueError(f"MODEL.LA.ATTN_TYPE (attn_type) is {attn_type!r}, expected letters such as LLSS")
+        raise ValueError(f"{given} is {attn_type!r}, expected letters such as LLSS")
     letters = attn_type.rstrip("0123456789")
     number = attn_type[len(letters) :]
-    expected = f"expected one of L, S, M per stage ({num_stages}), and after an M a number of blocks, as in MLSS4"
+    expected = f"expected one of {', '.join(accepted)} per stage ({num_stages})"
+    if "M" in accepted:
+        expected += ", and after an M a number of blocks, as in MLSS4"
     if len(letters) != num_stages:
-        raise ValueError(f"MODEL.LA.ATTN_TYPE {attn_type!r} has {len(letters)} letters, {expected}")
-    if strange := set(letters) - set("LSM"):
-        raise ValueError(f"MODEL.LA.ATTN_TYPE {attn_type!r} has the letter {sorted(strange)[0]}, {expected}")
+        raise ValueError(f"{given} {attn_type!r} has {len(letters)} letters, {expected}")
+    if strange := set(letters) - set(accepted):
+        raise ValueError(f"{given} {attn_type!r} has the letter {sorted(strange)[0]}, {expected}")
     if "M" in letters and not number:
-        raise ValueError(f"MODEL.LA.ATTN_TYPE {attn_type!r} has an M stage without a number, {expected}")
+        raise ValueError(f"{given} {attn_type!r} has an M stage without a number, {expected}")
     if number and "M" not in letters:
-        raise ValueError(f"MODEL.LA.ATTN_TYPE {attn_type!r} has a number but no M stage that uses it, {expected}")
+        raise ValueError(f"{given} {attn_type!r} has a number but no M stage that uses it, {expected}")
     return letters, int(number or 0)
 
 

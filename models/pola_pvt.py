@@ -172,7 +172,7 @@ class PolaPVT(Classifier):
             setattr(self, f"pos_drop{i + 1}", nn.Dropout(proj_drop_rate))
             setattr(self, f"block{i + 1}", nn.ModuleList(blocks))
         modules = [f"block{i + 1}.{depth - 1}" for i, depth in enumerate(depths)]
-        self._finish(embed_dims, modules, num_classes, global_pool, drop_rate)
+        self._finish(embed_dims, modules, 4, num_classes, global_pool, drop_rate)
 
     @classmethod
     def config_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:

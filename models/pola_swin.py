@@ -326,7 +326,7 @@ class PolaSwin(Classifier):
         self.layers = nn.ModuleList(stages)
         self.norm: nn.Module = nn.LayerNorm(dims[-1], eps=1e-5)
         modules = [f"layers.{i}.blocks.{depth - 1}" for i, depth in enumerate(depths)]
-        self._finish(dims, modules, num_classes, global_pool, drop_rate)
+        self._finish(dims, modules, patch_size, num_classes, global_pool, drop_rate)
 
     @classmethod
     def config_arguments(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,14 @@ reduction ratio.
 from typing import Protocol
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import Deriving, Grid, resize_table
+from .layers import DepthwiseConv2d, Deriving, Grid, resize_table, turned, turns
+
+torch.fx.wrap("turned")  # each an operation, in the names of this file too
+torch.fx.wrap("turns")
 
 
 class WindowAttention(Deriving):
@@ -108,6 +112,25 @@ class SpatialReductionAttention(nn.Module):
         k, v = self.kv(reduce_tokens(self, x, grid)).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class RotaryAttention(nn.Module):
+    """Softmax attention over a whole map, queries and keys turned by row and column (PolaFormer++)."""
+
+    def __init__(self, dim: int, num_heads: int, kernel_size: int = 5) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.qkvo = nn.Linear(dim, 4 * dim)
+        self.lepe = DepthwiseConv2d(dim, kernel_size)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """x (B, H·W, C) with its grid (H, W)."""
+        q, k, v, o = self.qkvo(x).chunk(4, dim=-1)
+        rotary = turns(q, grid, self.head_dim)
+        q, k, values = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(turned(q, rotary), turned(k, rotary), values)
+        return self.proj((out.transpose(1, 2).flatten(2) + self.lepe(v, grid)) * o)
 
 
 def reduced_grid(grid: Grid, ratio: int) -> Grid:

@@ -85,8 +85,8 @@ RELEASED_OPTIONS = [
 
 def fill_with_recipe(model: nn.Module) -> nn.Module:
     """Give every parameter the value the recipe derives from its name."""
-    values = recipe.fill(model.state_dict())
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in values.items()})
+    own = model.state_dict()  # counters and rotary angles stay as the model has them
+    model.load_state_dict(own | {name: torch.from_numpy(value) for name, value in recipe.fill(own).items()})
     return model
 
 

@@ -24,6 +24,7 @@ from attention_accuracy import (
 from conftest import DEVICE
 
 from models.ops import polarity_attention as package
+from models.ops.linear_attention import eager as core
 from models.ops.polarity_attention import eager, polarity_attention, triton_op
 from models.ops.polarity_attention import triton as kernels
 
@@ -223,7 +224,7 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     cotangent = torch.randn(5, 63, 2, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     whole = run("eager", inputs, mask, cotangent)
     for elements in (2 * 63 * 48, 20 * 48):  # two images, twenty tokens
-        monkeypatch.setattr(eager, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(core, "BLOCK_ELEMENTS", elements)
         for value, expected in zip(run("eager", inputs, mask, cotangent), whole, strict=True):
             assert torch.allclose(value, expected, rtol=1e-12, atol=1e-13)
 
@@ -269,24 +270,24 @@ def _one_key_off(function):
 
 def _plant_in_eager(error, monkeypatch):
     if error == "a wrong sign of the negative features":
-        features = eager._Tokens.features
+        features = eager.PolarityFeatures.key_features
 
-        def wrong(self, u, slope):
-            positive, negative = features(self, u, slope).chunk(2, dim=-1)
+        def wrong(self, tokens):
+            positive, negative = features(self, tokens).chunk(2, dim=-1)
             return torch.cat([positive, -negative], dim=-1)
 
-        monkeypatch.setattr(eager._Tokens, "features", wrong)
+        monkeypatch.setattr(eager.PolarityFeatures, "key_features", wrong)
     elif error == "a wrong sign of a gradient":
-        backward = eager._Tokens.backward
-        monkeypatch.setattr(eager._Tokens, "backward", lambda self, u, *rest: -backward(self, u, *rest))
-    elif error == "no swap of the halves":
-        monkeypatch.setattr(eager, "_readout", lambda state: torch.cat([state, state[..., -1:, :]], dim=-2))
-    elif error == BACKWARD_SWAP:
+        backward = eager.PolarityFeatures.key_backward
+        monkeypatch.setattr(eager.PolarityFeatures, "key_backward", lambda self, *rest: -backward(self, *rest))
+    elif error in ("no swap of the halves", BACKWARD_SWAP):
+        name = "_readout" if error != BACKWARD_SWAP else "_readout_backward"
+        read = getattr(core, name)
 
-        def wrong(grad):
-            return torch.cat([grad[..., :16, :], grad[..., 16:17, :] + grad[..., 17:, :]], dim=-2)
+        def wrong(t, streams, *rest):
+            return read(t, [stream._replace(exchanged=False) for stream in streams], *rest)
 
-        monkeypatch.setattr(eager, "_readout_backward", wrong)
+        monkeypatch.setattr(core, name, wrong)
     else:
         monkeypatch.setattr(package, "polarity_attention_eager", _one_key_off(eager.polarity_attention_eager))
 

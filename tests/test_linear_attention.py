@@ -18,14 +18,14 @@ from models.attention import PolaReductionAttention, PolaWindowAttention
 from models.attention_maps import record
 from models.diagnostics import inspect_step
 from models.kernels import kernel_of
-from models.ops.linear_attention import linear_attention
+from models.ops.linear_attention import linear_attention_eager, linear_attention_reference
 from models.options import AttentionOptions
 
 KINDS = ("softmax", "relu", "elu", "focused")
 
 
 def kernel_attention(kind, q, k, v, *, scale=None, position=None, key_mask=None):
-    """A kernel by itself on (B, N, h, d), with this scale in place of a learned one."""
+    """A kernel by itself on (B, N, h, d), with this scale in place of a learned one; gradients reach the scale."""
     h, d = q.shape[2:]
     kernel = kernel_of(kind)(h * d, h, AttentionOptions(attention=kind, learn_scale=False))
     kernel.divisor = lambda: None if scale is None else scale.flatten()
@@ -148,17 +148,18 @@ def test_focusing_keeps_the_norm_and_sharpens_the_direction():
 @pytest.mark.parametrize("kind", ["linear", ""])
 def test_an_unknown_kind_is_answered_with_the_valid_ones(kind):
     with pytest.raises(
-        ValueError, match=f"'{kind}' is unknown, expected one of .*relu, elu, focused, polarity, softmax"
+        ValueError, match=f"'{kind}' is unknown, expected one of .*relu, elu, focused, polarity, polarity_pp, softmax"
     ):
         kernel_of(kind)
 
 
 def test_the_normaliser_s_epsilon_is_added_to_a_mean_over_keys():
     q, k, v, _, _ = _inputs()
-    features = q.relu(), k.relu(), v
-    weights = torch.einsum("bihf,bjhf->bhij", *features[:2])
+    weights = torch.einsum("bihf,bjhf->bhij", q.relu(), k.relu())
     expected = torch.einsum("bhij,bjhd->bihd", weights / (weights.sum(-1, keepdim=True) + 0.1 * k.shape[1]), v)
-    assert torch.allclose(linear_attention(*features, eps=0.1), expected, rtol=1e-12)
+    assert torch.allclose(linear_attention_reference([q.relu()], k.relu(), v, eps=0.1), expected, rtol=1e-12)
+    eager = linear_attention_eager(q, k, v, kernel_of("relu").feature_map, (None,), eps=0.1)
+    assert torch.allclose(eager, expected, rtol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

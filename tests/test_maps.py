@@ -117,7 +117,7 @@ def _through_rows(layer: LayerRecord, module: nn.Module) -> Tensor:
 
 def _streams(layer: LayerRecord) -> tuple[str, ...]:
     """Those that between them are applied to every value channel once."""
-    return ("same", "opposite") if layer.kind == "polarity" else (layer.kind,)
+    return layer.kernel.streams or (layer.kind,)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -23,6 +23,7 @@ from models.loading import create_model
 
 SIZE = 96  # pixels; the smallest at which windows, merging and shifts all occur
 CONFIGS = {
+    **{f"pola_pp_b{i}": f"pola_pp_b{i}" for i in range(6)},
     "pola_swin_tiny": "pola_swin_t",
     "pola_swin_small": "pola_swin_s",
     "pola_swin_base": "pola_swin_b",
@@ -34,12 +35,19 @@ CONFIGS = {
 }
 every_model = pytest.mark.parametrize("name", list_models())
 both_families = pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny"])
+every_family = pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny", "pola_pp_b0"])
 
 
 # Small enough for tests of behaviour that does not depend on width or depth.
 SMALL = {
     "pola_swin_tiny": {"embed_dim": 12, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 4)},
     "pola_pvt_tiny": {"embed_dims": (8, 16, 20, 24), "num_heads": (1, 2, 2, 2), "depths": (1, 2, 1, 2)},
+    "pola_pp_b0": {
+        "embed_dims": (8, 16, 24, 32),
+        "num_heads": (1, 2, 2, 2),
+        "depths": (1, 2, 1, 2),
+        "projection": 40,
+    },
 }
 
 
@@ -63,7 +71,7 @@ def model(request):
 
 
 def test_timm_lists_the_variants():
-    assert list_models() == list(CONFIGS)
+    assert sorted(list_models()) == sorted(CONFIGS)
     assert set(list_models()) <= set(timm.list_models("pola_*"))
 
 
@@ -92,18 +100,22 @@ def test_weights_of_one_construction_load_into_the_other(name):
         assert torch.equal(registered(images()), configured(images()))
 
 
-@both_families
+@every_family
 def test_head_can_be_replaced(name):
     model, x = small(name), images(batch=2)
     with torch.no_grad():
-        assert model.get_classifier().out_features == model.num_classes == model(x).shape[1] == 7
+        assert len(model.get_classifier().weight) == model.num_classes == model(x).shape[1] == 7
         model.reset_classifier(3)
         assert model(x).shape == (2, 3)
         pooled = model.forward_head(model.forward_features(x), pre_logits=True)
         model.reset_classifier(0)
         assert torch.equal(model(x), pooled)
         assert pooled.shape == (2, model.head_hidden_size)
-        tokens = model.forward_features(x)
+        model.reset_classifier(0, "")
+        tokens = model(x)
+        assert tokens.shape[2] == model.head_hidden_size
+        if name != "pola_pp_b0":  # which projects its tokens before they are pooled
+            assert torch.equal(tokens, model.forward_features(x))
         for pool, expected in {
             "max": tokens.amax(dim=1),
             "avgmax": (tokens.mean(dim=1) + tokens.amax(dim=1)) / 2,
@@ -142,9 +154,9 @@ def test_forward_and_backward_reach_every_parameter(model):
 def test_default_configuration_describes_the_model(model):
     cfg, state = model.default_cfg, model.state_dict()
     assert state[f"{cfg['first_conv']}.weight"].ndim == 4
-    assert state[f"{cfg['classifier']}.weight"].shape == (cfg["num_classes"], model.num_features)
+    assert state[f"{cfg['classifier']}.weight"].shape[:2] == (cfg["num_classes"], model.head_hidden_size)
     assert cfg["pool_size"] == tuple(side // model.feature_info[-1]["reduction"] for side in cfg["input_size"][1:])
-    assert cfg["fixed_input_size"] and cfg["input_size"][0] == model.in_chans
+    assert cfg["fixed_input_size"] == bool(model.position_grids()) and cfg["input_size"][0] == model.in_chans
     data = timm.data.resolve_model_data_config(model)
     assert data["interpolation"] == "bicubic" and data["crop_mode"] == "squash"
 
@@ -170,6 +182,9 @@ def test_traced_graph_computes_what_the_model_computes(model):
     traced = torch.fx.symbolic_trace(model)
     with torch.no_grad():
         assert torch.equal(traced(images()), model(images()))
+        if not model.position_grids():  # nothing is of a size
+            assert torch.equal(traced(images(64, 80)), model(images(64, 80)))
+            return
         with pytest.raises(ValueError, match="built for 96×96 pixels and received 64×96"):
             traced(images(64, SIZE))
 
@@ -181,7 +196,7 @@ def test_layers_of_the_group_matcher_follow_the_computation(model):
     assert layers.keys() == parameters.keys()
     order = [layers[name] for name in _in_order_of_computation(model)]
     assert order == sorted(order)
-    blocks = len([m for m in model.modules() if type(m).__name__ in ("PolaSwinBlock", "PolaPVTBlock")])
+    blocks = len([m for m in model.modules() if type(m).__name__ in ("PolaSwinBlock", "PolaPVTBlock", "PolaPPBlock")])
     assert max(order) == blocks + 1  # stem, blocks, head
     assert {name for name, layer in layers.items() if layer == max(order)} == {"head.weight", "head.bias"}
     coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
@@ -224,7 +239,7 @@ def _in_order_of_computation(model: torch.nn.Module) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@both_families
+@every_family
 def test_features_only_gives_a_pyramid(name):
     backbone = create(name, features_only=True, out_indices=(1, 3)).eval()
     with torch.no_grad():
@@ -239,7 +254,7 @@ def test_features_only_gives_a_pyramid(name):
     )
 
 
-@both_families
+@every_family
 def test_pyramid_holds_what_the_classifier_computes(name):
     classifier = small(name)
     backbone = create(name, **SMALL[name], features_only=True, out_indices=(0, 2)).eval()
@@ -249,7 +264,7 @@ def test_pyramid_holds_what_the_classifier_computes(name):
         assert all(torch.equal(a, b) for a, b in zip(backbone(images()), expected, strict=True))
 
 
-@both_families
+@every_family
 @pytest.mark.parametrize("kind", ["fx", "hook"])
 def test_feature_info_names_the_module_that_ends_a_stage(name, kind):
     classifier = small(name)
@@ -260,7 +275,7 @@ def test_feature_info_names_the_module_that_ends_a_stage(name, kind):
         assert all(torch.equal(a, b) for a, b in zip(backbone(images()), expected, strict=True))
 
 
-@both_families
+@every_family
 def test_formats_and_choices_of_intermediates(name):
     model, x = small(name), images(64, 160)
     model.set_input_size((64, 160))
@@ -273,7 +288,7 @@ def test_formats_and_choices_of_intermediates(name):
         chosen = model.forward_intermediates(x, [-1, 0], intermediates_only=True)
         assert torch.equal(chosen[0], maps[0]) and torch.equal(chosen[1], maps[3])
         seen = []
-        handle = (model.layers[2] if name == "pola_swin_tiny" else model.block3).register_forward_hook(seen.append)
+        handle = (model.block3 if name == "pola_pvt_tiny" else model.layers[2]).register_forward_hook(seen.append)
         tokens, (first, second) = model.forward_intermediates(x, [0, 1], stop_early=True, output_fmt="NLC")
         handle.remove()
     assert torch.equal(tokens, second) and torch.equal(first, maps[0].flatten(2).mT) and not seen
@@ -285,7 +300,7 @@ def test_formats_and_choices_of_intermediates(name):
         model.forward_intermediates(x, 5)
 
 
-@both_families
+@every_family
 def test_pruning_leaves_what_the_intermediates_need(name):
     whole = small(name)
     with torch.no_grad():
@@ -298,7 +313,7 @@ def test_pruning_leaves_what_the_intermediates_need(name):
             assert torch.equal(tokens, maps[-1].flatten(2).mT)
             assert model.num_features == model.head_hidden_size == maps[-1].shape[1] and len(model.feature_info) == 3
             assert torch.equal(model(images()), tokens)  # no head, no pooling
-            used = {key for key in whole.state_dict() if not key.startswith(("head", "norm"))}
+            used = {key for key in whole.state_dict() if not key.startswith(("head", "norm", "proj"))}
             fourth = ("layers.3", "layers.2.downsample", "patch_embed4", "pos_embed4", "block4")
             assert model.state_dict().keys() == {key for key in used if not key.startswith(fourth)}
             model.reset_classifier(5, "avg")
@@ -310,12 +325,16 @@ def test_pruning_leaves_what_the_intermediates_need(name):
         assert torch.equal(model(images()), whole.forward_features(images()))
 
 
-@both_families
+@every_family
 @pytest.mark.parametrize("make", [create_feature_extractor, feature_extraction.create_feature_extractor])
 @pytest.mark.parametrize("shape", [(SIZE, SIZE), (64, 160)])
 def test_feature_extractors_by_torch_fx(name, make, shape):
-    options = {"window_size": 5} if name == "pola_swin_tiny" else {"attn_type": "LSLL", "sr_ratios": (2, 1, 1, 1)}
-    model = small(name, img_size=shape, **options)
+    options = {
+        "pola_swin_tiny": {"window_size": 5},
+        "pola_pvt_tiny": {"attn_type": "LSLL", "sr_ratios": (2, 1, 1, 1)},
+        "pola_pp_b0": {"stage_types": "LSLS"},
+    }
+    model = small(name, img_size=shape, **options[name])
     stage = model.feature_info[1]["module"]
     traced = make(model, {stage: "stage", "head": "logits"})
     x = images(*shape)
@@ -325,9 +344,10 @@ def test_feature_extractors_by_torch_fx(name, make, shape):
         assert torch.equal(found["logits"], model(x))
 
 
-@both_families
+@every_family
 def test_traced_training_graph_keeps_dropout_and_stochastic_depth(name):
-    model = create(name, **SMALL[name], drop_path_rate=0.5, drop_rate=0.2, proj_drop_rate=0.1).train()
+    inside = {} if name == "pola_pp_b0" else {"proj_drop_rate": 0.1}
+    model = create(name, **SMALL[name], drop_path_rate=0.5, drop_rate=0.2, **inside).train()
     traced = feature_extraction.create_feature_extractor(model, train_return_nodes=["head"], eval_return_nodes=["head"])
     outputs = []
     for each in (model, traced.train()):

@@ -7,7 +7,7 @@ models/attention.py inherit from the kernel they are built with, so that its par
 Letters: B batch, N queries, n keys, C channels, h heads, d = C/h channels per head, f features.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,11 +15,17 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.linear_attention import linear_attention
+from ..ops.linear_attention import (
+    FeatureMap,
+    implementation_of,
+    linear_attention_eager,
+    linear_attention_reference,
+)
+from ..ops.rotary import Rotary
 from ..options import AttentionOptions
 
 # it asks for the dtypes of its input: torch.fx takes it as one operation
-torch.fx.wrap("linear_attention")
+torch.fx.wrap("linear_attention_reference")
 
 KERNELS: dict[str, type["Kernel"]] = {}
 K = TypeVar("K", bound=type["Kernel"])
@@ -60,10 +66,33 @@ def shifted_and_scaled(
     return q.unflatten(-1, (num_heads, -1)), k.unflatten(-1, (num_heads, -1))
 
 
+@torch.fx.wrap
+def through_feature_map(
+    kernel: str,
+    num_heads: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    learned: Sequence[Tensor | None],
+    position: Tensor | None,
+    key_mask: Tensor | None,
+    rotary: Rotary | None,
+) -> Tensor:
+    """As `LinearKernel.mix`, by the feature map of the kernel of that name: one operation for torch.fx."""
+    feature_map = kernel_of(kernel).feature_map
+    assert feature_map is not None
+    q, k, v = (t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))
+    if position is not None:
+        position = position.unflatten(-1, (num_heads, -1))
+    out = linear_attention_eager(q, k, v, feature_map, learned, position=position, key_mask=key_mask, rotary=rotary)
+    return out.flatten(-2)
+
+
 class Kernel(nn.Module):
     """Attention between projected queries and keys, (B, N, C) and (B, n, C) to (B, N, C).
 
-    Parameter: `scale` (1, 1, C), softplus of which divides q and k; subclasses add theirs in `add_parameters`.
+    Parameter: `scale` (1, 1, C), softplus of which divides q and k, unless the options or the kernel leave it out;
+    subclasses add theirs in `add_parameters`.
     """
 
     name: ClassVar[str]
@@ -71,6 +100,10 @@ class Kernel(nn.Module):
     function_keys: ClassVar[tuple[str, ...]] = ()
     # The matrices that it applies to the values, by name; empty: one, called like the kernel.
     streams: ClassVar[tuple[str, ...]] = ()
+    # Whether queries and keys may be divided by a learned scale.
+    scaled: ClassVar[bool] = True
+    # φ with its pull-back, so that nothing of the size of the features is kept for the backward pass; None: autograd.
+    feature_map: ClassVar[type[FeatureMap] | None] = None
 
     def __init__(self, dim: int, num_heads: int, options: AttentionOptions) -> None:
         super().__init__()
@@ -79,7 +112,7 @@ class Kernel(nn.Module):
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.options = options
         self.add_parameters(options)
-        self.scale = nn.Parameter(torch.zeros(1, 1, dim)) if options.learn_scale else None
+        self.scale = nn.Parameter(torch.zeros(1, 1, dim)) if options.learn_scale and self.scaled else None
 
     def add_parameters(self, options: AttentionOptions) -> None:
         """Create what the kernel learns beside the scale, under the names that it has in a file."""
@@ -92,11 +125,19 @@ class Kernel(nn.Module):
     # -- computing
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, *, position: Tensor | None = None, key_mask: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        position: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
         """The values v (B, n, C) that q (B, N, C) finds by k (B, n, C): (B, N, C).
 
-        `position` (n, C) is added to k; `key_mask` (B, n) is True for a real key, and the others contribute nothing.
+        `position` (n, C) is added to k; `key_mask` (B, n) is True for a real key, and the others contribute nothing;
+        `rotary` turns the features of a linear kernel by their tokens' positions.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how queries find values")
 
@@ -142,12 +183,40 @@ class LinearKernel(Kernel):
         """The query features of each stream; the features of keys are the same for all of them."""
         return {self.name: self.features(u)}
 
+    def learned(self) -> tuple[Tensor | None, ...]:
+        """What `feature_map` learns: its arguments, the divisor (h, d) unless a kernel says otherwise."""
+        divisor = self.divisor()
+        return (None if divisor is None else divisor.unflatten(-1, (self.num_heads, -1)),)
+
+    @classmethod
+    def announce(cls, options: AttentionOptions, device: torch.device) -> str:
+        implementation_of(options.backend)
+        return super().announce(options, device)
+
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, *, position: Tensor | None = None, key_mask: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        position: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
-        """As `Kernel.mix`, by autograd, in O(N·f·d); for a kernel whose queries have one stream."""
+        """As `Kernel.mix`, in O(N·f·d). `rotary` turns the features that meet the values, not those that normalise."""
+        learned = self.learned()
+        if self.feature_map and implementation_of(self.options.backend, q, k, position, *learned) == "eager":
+            return through_feature_map(self.name, self.num_heads, q, k, v, learned, position, key_mask, rotary)
         if key_mask is not None:  # whatever stands there, so that not even NaN comes out of it
             k = k.masked_fill(~key_mask[:, :, None], 0.0)
         queries, keys = self.prepare(q, k, position)
-        values = v.unflatten(-1, (self.num_heads, -1))
-        return linear_attention(self.features(queries), self.features(keys), values, key_mask).flatten(-2)
+        streams = self.query_features(queries)
+        out = linear_attention_reference(
+            list(streams.values()),
+            self.features(keys),
+            v.unflatten(-1, (self.num_heads, -1)),
+            key_mask,
+            channels=[self.channels(stream, self.head_dim) for stream in streams],
+            rotary=rotary,
+        )
+        return out.flatten(-2)

@@ -11,6 +11,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..ops.polarity_attention import choose_backend, polarity_attention
+from ..ops.rotary import Rotary
 from ..options import AttentionOptions
 from .base import LinearKernel, register_kernel
 
@@ -42,8 +43,17 @@ class PolarityKernel(LinearKernel):
         return 1 + alpha * torch.sigmoid(self.power[0, :, 0])
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, *, position: Tensor | None = None, key_mask: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        position: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
+        if rotary is not None:  # the op has no turns
+            return super().mix(q, k, v, position=position, key_mask=key_mask, rotary=rotary)
         heads = (self.num_heads, -1)
         divisor = self.divisor()
         out = polarity_attention(

@@ -3,6 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.rotary import Rotary
 from .base import Kernel, register_kernel
 
 
@@ -11,8 +12,17 @@ class SoftmaxKernel(Kernel):
     """PyTorch's scaled dot-product attention on what the linear kernels see, in the dtype of v."""
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, *, position: Tensor | None = None, key_mask: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        position: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
+        if rotary is not None:
+            raise ValueError("softmax attention has no features that could be turned: see RotaryAttention")
         mask = None
         if key_mask is not None:
             padding = ~key_mask[:, :, None]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .derivatives import beyond_plain, refusal
+from ..linear_attention.derivatives import beyond_plain, refusal
 from .eager import polarity_attention_eager
 from .reference import polarity_attention_reference
 

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .derivatives import check_backward
+from ..linear_attention.derivatives import check_backward
 from .triton import (
     key_backward_kernel,
     output_kernel,
