@@ -40,6 +40,8 @@ from tools.lra.texts import LISTOPS_SIZES, read_listops, read_retrieval, read_te
 from tools.prepared_folder import SETTINGS, STATE, owned, require_same_settings
 from utils.parallel import WorkerLost
 
+FORMER = {"borders": pathfinder.BORDERS[0]}  # of folders from before there was the option
+
 
 @dataclass(frozen=True)
 class Job:
@@ -75,7 +77,7 @@ def prepare(out: Path, job: Job) -> Manifest:
         raise DataError(f"{out} holds other files; name a new folder as --out")
     with owned(state):
         if job.generated or (state / SETTINGS).exists():
-            require_same_settings(state, settings)
+            require_same_settings(state, settings, former=FORMER)
         if (out / MANIFEST).exists():
             try:
                 cache = open_cache(out)
@@ -86,7 +88,7 @@ def prepare(out: Path, job: Job) -> Manifest:
                 print(f"made anew: {error}", file=sys.stderr)
                 (out / MANIFEST).unlink()
         manifest = write_arrays(state, job.content(state), job.seed)
-        require_same_settings(state, settings)
+        require_same_settings(state, settings, former=FORMER)
         publish(out, state, manifest)
         for path in state.iterdir():
             if path.is_dir():
@@ -122,7 +124,7 @@ def _listops_job(options: argparse.Namespace) -> Job:
 def _pathfinder_job(options: argparse.Namespace) -> Job:
     seed = options.seed or 0
     if options.source is not None:
-        _refuse_with_source(options, "images", "target_contrast")
+        _refuse_with_source(options, "images", "target_contrast", "borders")
         parameters = pathfinder.Parameters(**_given(options, "contour_length"))
         folder = pathfinder.FOLDERS[parameters.contour_length]
 
@@ -130,7 +132,7 @@ def _pathfinder_job(options: argparse.Namespace) -> Job:
             return read_pathfinder(source, folder, parameters.contour_length, seed, options.workers)
 
         return _converted("pathfinder", options, read, seed=seed, contour_length=parameters.contour_length)
-    parameters = pathfinder.Parameters(**_given(options, "contour_length", "target_contrast"))
+    parameters = pathfinder.Parameters(**_given(options, "contour_length", "target_contrast", "borders"))
     folder = pathfinder.FOLDERS[parameters.contour_length]
     images = options.images or 200_000
     settings = {"seed": seed, "images": images, **asdict(parameters)}
@@ -139,7 +141,8 @@ def _pathfinder_job(options: argparse.Namespace) -> Job:
         root = generate_pathfinder(options.out, parameters, images, seed, options.workers)
         made = read_pathfinder(root, folder, parameters.contour_length, seed, options.workers)
         contrast = f", target contrast {parameters.target_contrast:g}" if parameters.target_contrast != 0.75 else ""
-        made.title += f" (regenerated{contrast}, {images:,} images, seed {seed})"
+        borders = f", borders {parameters.borders}" if parameters.borders != pathfinder.BORDERS[0] else ""
+        made.title += f" (regenerated{contrast}{borders}, {images:,} images, seed {seed})"
         return made
 
     return _generated("pathfinder", pathfinder.VERSION, settings, content)
@@ -234,6 +237,8 @@ def _parser() -> argparse.ArgumentParser:
     option("--contour-length", metavar="N", type=int, choices=lengths, help=what)
     what = "brightness of the targets, of the distractors' (default 0.75, as in Long Range Arena; 1: alike)"
     option("--target-contrast", metavar="SHARE", type=number(0, 1, open_low=True), help=what)
+    what = "of the search for places: clipped (default), or unclipped, which leaves the few distractors of the original"
+    option("--borders", choices=pathfinder.BORDERS, help=f"{what} program as it runs (docs/lra_data.md)")
 
     source, job = "aclImdb_v1.tar.gz or aclImdb", _conversion("text", read_text)
     add("text", job, "sentiment of IMDb reviews, by bytes", source=source, seed="of the order of train")

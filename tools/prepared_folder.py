@@ -27,15 +27,21 @@ def owned(state: Path) -> Iterator[None]:
         ) from None
 
 
-def require_same_settings(state: Path, settings: Mapping[str, Any], words: Mapping[str, str] | None = None) -> None:
+def require_same_settings(
+    state: Path,
+    settings: Mapping[str, Any],
+    words: Mapping[str, str] | None = None,
+    former: Mapping[str, Any] | None = None,
+) -> None:
     """Note what this output is made from; raises DataError where it was begun with something else.
 
-    `settings` are named after the options of the command line; `words` say what a changed one is called instead.
+    `settings` are named after the options of the command line; `words` say what a changed one is called instead;
+    `former` is what settings were before there was an option for them.
     """
     path, words = state / SETTINGS, words or {}
     if path.exists():
         try:
-            stored = dict(json.loads(path.read_text(encoding="utf-8")))
+            stored = {**(former or {}), **json.loads(path.read_text(encoding="utf-8"))}
         except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{path} is damaged ({error}); name another output folder, or delete this one") from error
         changed = [

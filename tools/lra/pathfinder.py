@@ -29,6 +29,7 @@ OVERLAP = 1  # shared pixels of two paddles' surroundings that are no collision
 PADDLE_TRIES, DISTRACTOR_TRIES = 3, 5
 DISTRACTOR_PADDLES = 20  # of all distractors together; how many distractors that makes depends on their length
 FEWEST_FREE = SIZE * SIZE // 100  # starting places below which no further distractor is tried
+BORDERS = ("clipped", "unclipped")  # of the search for starting places: see `searchable`
 FOLDERS = {14: "curv_contour_length_14", 9: "curv_contour_length_9", 6: "curv_baseline"}  # by contour length
 
 # A bitmap has OUTSIDE pixels around the image, all of them occupied, so that no shape wraps into another row.
@@ -221,10 +222,12 @@ class Parameters:
 
     `contour_length` counts the paddles of a target; distractors have a third of them. `target_contrast` is the
     brightness of the targets' paddles, of the distractors' as 1: with Long Range Arena's 0.75 distractors are brighter.
+    `borders` is one of BORDERS.
     """
 
     contour_length: int = 14
     target_contrast: float = 0.75
+    borders: str = "clipped"
 
     @property
     def distractor_length(self) -> int:
@@ -234,12 +237,13 @@ class Parameters:
 @dataclass(frozen=True)
 class Drawing:
     """An image, uint8 (32, 32); 1 where the marks are on one contour, else 0; the contours' ink, bool (2, 32, 32); the
-    pixels (row, column) of the two marks."""
+    pixels (row, column) of the two marks; how many distractors there are."""
 
     image: np.ndarray
     label: int
     targets: np.ndarray
     marks: tuple[tuple[int, int], tuple[int, int]]
+    distractors: int
 
 
 INK = 0.2  # brightness from which a pixel counts as a contour's
@@ -251,11 +255,11 @@ def draw(parameters: Parameters, seed: int, number: int) -> Drawing:
     generator = random.Random(f"pathfinder {seed} {number}")
     while True:
         try:
-            targets, occupied = _targets(parameters.contour_length, generator)
+            targets, occupied = _targets(parameters, generator)
             break
         except Collision:
             continue
-    distractors = _distractors(parameters.distractor_length, occupied, generator)
+    distractors = _distractors(parameters, occupied, generator)
     label, first = int(generator.random() < 0.5), int(generator.random() < 0.5)
     start, end = targets[first], targets[first if label else 1 - first]
     marks = (start.tip, end.head)
@@ -273,7 +277,8 @@ def draw(parameters: Parameters, seed: int, number: int) -> Drawing:
     image = canvas[OUTSIDE:-OUTSIDE, OUTSIDE:-OUTSIDE]
     low, high = image.min(), image.max()
     stretched = np.rint((image - low) * (255 / (high - low))).astype(np.uint8)
-    return Drawing(stretched, label, ink[:, OUTSIDE:-OUTSIDE, OUTSIDE:-OUTSIDE] > INK, marks)
+    shown = ink[:, OUTSIDE:-OUTSIDE, OUTSIDE:-OUTSIDE] > INK
+    return Drawing(stretched, label, shown, marks, len(distractors))
 
 
 def _add(canvas: np.ndarray, shape: Shape, place: tuple[int, int], contrast: float) -> None:
@@ -293,6 +298,17 @@ def _direction(generator: random.Random) -> tuple[float, float]:
     return math.sin(angle), math.cos(angle)
 
 
+def searchable(direction: tuple[float, float]) -> bool:
+    """Whether the original program, as it runs, finds places to start in this direction.
+
+    Its search dilates the occupancy by a first paddle. Where that covers nothing but pixels outside the image the
+    dilation gives the lowest float, and the search then returns no place at all. It takes a paddle beside the pixel it
+    is for: here it begins one to the right and below, and has to reach back over the pixel of the lower right corner.
+    """
+    down, right = direction
+    return down + right < 0 and abs(down - right) <= MARGIN + THICKNESS / 2  # from the pixel to the paddle's axis
+
+
 def _starts(occupied: int, direction: tuple[float, float]) -> np.ndarray:
     """Places, in a bitmap, of the tips from which a first paddle in this direction touches nothing."""
     touching = 0
@@ -302,29 +318,35 @@ def _starts(occupied: int, direction: tuple[float, float]) -> np.ndarray:
     return np.flatnonzero(np.unpackbits(packed, bitorder="little"))
 
 
-def _targets(length: int, generator: random.Random) -> tuple[list[Snake], int]:
+def _targets(parameters: Parameters, generator: random.Random) -> tuple[list[Snake], int]:
     """Two snakes that begin near each other in the middle, and the occupancy with both; raises Collision."""
     border = 2 * SEED_DISTANCE
     row, column = (border + int(generator.random() * (SIZE - 2 * border)) for _ in range(2))
     first = Snake((row, column), _direction(generator))
+    if parameters.borders == "unclipped" and not searchable(first.direction):
+        raise Collision
     angle = generator.random() * 2 * math.pi
     tip = first.tip[0] + SEED_DISTANCE * math.sin(angle), first.tip[1] + SEED_DISTANCE * math.cos(angle)
     second = Snake((round(tip[0]), round(tip[1])), _direction(generator))
     if (second.last & (EMPTY | first.last)).bit_count() > OVERLAP:
         raise Collision
     occupied = EMPTY
-    for _ in range(length - 1):
+    for _ in range(parameters.contour_length - 1):
         occupied = first.grow(occupied, second.last, generator)
         occupied = second.grow(occupied, first.last, generator)
     return [first, second], occupied | first.last | second.last
 
 
-def _distractors(length: int, occupied: int, generator: random.Random) -> list[Snake]:
-    """As many short snakes as find room, at most what 20 paddles make."""
+def _distractors(parameters: Parameters, occupied: int, generator: random.Random) -> list[Snake]:
+    """As many short snakes as find room, at most what 20 paddles make; unclipped borders end it at the first that fails
+    in all its tries, as in the original program."""
     found: list[Snake] = []
+    length, unclipped = parameters.distractor_length, parameters.borders == "unclipped"
     for _ in range(DISTRACTOR_PADDLES // length):
         for _ in range(DISTRACTOR_TRIES):
             direction = _direction(generator)
+            if unclipped and not searchable(direction):
+                continue
             places = _starts(occupied, direction)
             if len(places) < FEWEST_FREE:
                 return found
@@ -338,4 +360,7 @@ def _distractors(length: int, occupied: int, generator: random.Random) -> list[S
             found.append(snake)
             occupied = taken | snake.last
             break
+        else:
+            if unclipped:
+                break
     return found
