@@ -291,6 +291,9 @@ KEYS: dict[str, Key] = {
         "a loss or gradient that is not finite: stop and write a report, or skip that step and count it",
     ),
     "TRAIN.MAX_SKIPPED": Key(10, integer(0), "steps that NON_FINITE skip may skip in a run before it stops"),
+    "TRAIN.SYNC_BN": Key(
+        False, boolean(), "BatchNorm over the batches of all GPUs (PolaFormer++); on a CPU it is left out, and said"
+    ),
     "TRAIN.FIND_UNUSED_PARAMS": Key(False, boolean(), "DDP's find_unused_parameters (--find-unused-params)"),
     "TRAIN.LR_SCHEDULER.NAME": Key(
         "cosine",

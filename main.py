@@ -260,6 +260,7 @@ def validate_epoch(
     """
     amp_dtype = autocast_dtype(config.AMP_DTYPE, training.device) if config.TEST.AMP else None
     averaged = training.ema.module if training.ema else None
+    training.share_statistics()
     results = {}
     for kind, model in (("val", training.bare_model), ("ema", averaged)):
         if model is None:

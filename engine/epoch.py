@@ -82,6 +82,7 @@ def _optimizer_step(
 ) -> Tensor:
     """Accumulate gradients, clip, update the weights and their average; returns the total gradient norm."""
     optimizer, scaler = training.optimizer, training.scaler
+    guard.begin_step()
     for micro in range(training.plan.accumulation):
         training.beat(step, "waiting for data")
         waiting = time.perf_counter()

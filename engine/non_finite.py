@@ -34,11 +34,20 @@ class FiniteGuard:
 
     Where the first bad step ends the run (no `max_skipped`), `alive` turns into NaN then and multiplies the loss from
     there on, so that no later step of any rank updates anything either.
+
+    Running statistics, which the forward pass has updated by then, are put back to those before the step.
     """
 
     def __init__(self, training: Training) -> None:
         self.training = training
+        self.statistics = training.running_statistics()
+        self.before = [each.clone() for each in self.statistics]
         self._begin()
+
+    def begin_step(self) -> None:
+        """Note the running statistics before the first forward pass of a step."""
+        if self.statistics:
+            torch._foreach_copy_(self.before, self.statistics)
 
     def _begin(self) -> None:
         """Nothing bad seen since the host looked."""
@@ -72,6 +81,8 @@ class FiniteGuard:
         if scaler is None:
             # read by fused optimizers only, which is what build_optimizer builds
             self.training.optimizer.found_inf = suppressed.float()  # type: ignore[attr-defined]
+        for now, before in zip(self.statistics, self.before, strict=True):
+            now.copy_(torch.where(suppressed, before, now))
         self._this_loss_bad = torch.zeros_like(self._this_loss_bad)
 
     def look(self, bad_ranks: bool) -> None:

@@ -62,6 +62,7 @@ def checkpoint_state(
 
     `validated`: top-1 of these very weights, in percent, by their kind (model, ema).
     """
+    training.share_statistics()
     return {
         "model": training.bare_model.state_dict(),
         "optimizer": training.optimizer.state_dict(),

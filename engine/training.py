@@ -9,6 +9,7 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from yacs.config import CfgNode
@@ -51,6 +52,20 @@ class Training:
     skipped: int = 0
     beat: Callable[[int, str], None] = lambda step, phase: None  # nobody watches
     profiler: torch.profiler.profile | None = None
+
+    def running_statistics(self) -> list[Tensor]:
+        """What BatchNorm layers gather over batches, each rank over its own: mean, variance and count of each."""
+        return _statistics_of(self.bare_model)
+
+    def share_statistics(self) -> None:
+        """Give every rank rank 0's running statistics, the model's and the average's: what is saved and evaluated."""
+        distributed.broadcast_tensors(
+            [*self.running_statistics(), *(_statistics_of(self.ema.module) if self.ema else [])]
+        )
+
+
+def _statistics_of(model: nn.Module) -> list[Tensor]:
+    return [each for module in model.modules() if isinstance(module, _BatchNorm) for each in module.buffers()]
 
 
 class Interval:
@@ -170,7 +185,12 @@ def place(model: TrainableModel, device: torch.device) -> TrainableModel:
 
 
 def wrap(config: CfgNode, training: Training) -> None:
-    """Compile and distribute the model that the loop calls; `bare_model` stays what it is."""
+    """Compile and distribute the model that the loop calls; `bare_model` stays what it is, and so do its parameters."""
+    if config.TRAIN.SYNC_BN and training.running_statistics():
+        if training.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(training.bare_model)
+        else:
+            get_logger().info("TRAIN.SYNC_BN is left out: PyTorch's SyncBatchNorm trains on GPUs alone")
     if config.COMPILE:
         training.bare_model.compile()  # in place: the module and its names stay what is saved
     if distributed.world_size() > 1:
@@ -178,7 +198,7 @@ def wrap(config: CfgNode, training: Training) -> None:
         training.model = DistributedDataParallel(
             training.bare_model,
             device_ids=[training.device.index] if training.device.type == "cuda" else None,
-            broadcast_buffers=False,  # masks and indices: every rank derives the same
+            broadcast_buffers=False,  # derived ones are the same everywhere, and running statistics are shared on their own
             find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS,
         )
         training.model._set_ddp_runtime_logging_sample_rate(config.PRINT_FREQ)  # steps between two timed ones

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -149,6 +150,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
+    """Rank 0's values into these tensors of every process."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def gather_objects(value: object) -> list:
