@@ -96,6 +96,9 @@ class PolarityPlusKernel(LinearKernel):
     def learned(self) -> tuple[Tensor | None, ...]:
         return torch.sigmoid(self.s1[0, :, 0]), torch.sigmoid(self.s2[0, :, 0])
 
+    def spikiness(self) -> Mapping[str, Tensor]:
+        return {stream: rate for stream, rate in zip(self.streams, self.learned(), strict=True) if rate is not None}
+
     def features(self, u: Tensor) -> Tensor:
         return torch.expm1(_by_sign(u))
 
