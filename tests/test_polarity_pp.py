@@ -250,6 +250,7 @@ def test_nothing_of_the_size_of_the_features_is_saved(kind):
     assert 3 * size <= sum(saved.values()) < 3.2 * size  # q, k and v
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_it_compiles(dynamic):
     module = kernel(2, 8, "auto", torch.float32)
