@@ -593,7 +593,9 @@ def test_a_model_in_half_precision_computes_and_trains_on_a_cpu(name, dtype):
     assert all(parameter.grad.isfinite().all() for parameter in halved.parameters())
 
 
-@pytest.mark.parametrize("begin", ["to_empty", "device argument", "weights assigned", "buffers lost"])
+@pytest.mark.parametrize(
+    "begin", ["to_empty", "device argument", "weights assigned", "nothing after that", "buffers lost"]
+)
 @pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny"])
 def test_buffers_that_no_file_holds_are_right_after_any_beginning(name, begin):
     size = {"img_size": 96, "num_classes": 4}  # maps that windows do not divide: masks for padding and shift
@@ -607,9 +609,15 @@ def test_buffers_that_no_file_holds_are_right_after_any_beginning(name, begin):
         assert {parameter.device.type for parameter in other.parameters()} == {"meta"}
         assert other(images.to("meta")).shape == (1, 4)
         other = other.to_empty(device="cpu")
-    elif begin == "weights assigned":  # as accelerate does, which leaves buffers on the meta device
-        other = timm.create_model(name, device="meta", **size)
+    elif begin in ("weights assigned", "nothing after that"):
+        with torch.device("meta"):
+            other = timm.create_model(name, **size)
         other.load_state_dict(model.state_dict(), assign=True)
+        if begin == "nothing after that":
+            assert torch.equal(other.eval()(images), model(images))
+        for module in other.modules():  # as accelerate leaves them
+            for key, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(key, buffer.to("meta"), persistent=False)
         other = other.to("cpu")
     else:  # as transformers leaves them, which then calls what timm's modules have too
         other = timm.create_model(name, **size)
