@@ -19,6 +19,7 @@ from torchvision.models import feature_extraction
 from config import load_config
 from models import build_model, list_models
 from models.files import CheckpointError, load_checkpoint
+from models.kernels import KERNELS
 from models.loading import create_model
 
 SIZE = 96  # pixels; the smallest at which windows, merging and shifts all occur
@@ -578,6 +579,19 @@ def test_released_file_loads_by_timm_and_by_torch_hub(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Other dtypes, devices and beginnings
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", KERNELS)
+@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny"])
+def test_every_module_with_parameters_is_called(name, attention):
+    """What offloads, prunes or gathers a module's parameters does it by hooks on its call."""
+    model = timm.create_model(name, img_size=64, num_classes=4, attention=attention)
+    owners = {path for path, module in model.named_modules() if [*module.parameters(recurse=False)]}
+    called = set()
+    for path, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
+    model(torch.randn(1, 3, 64, 64))
+    assert owners and owners <= called
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
