@@ -359,6 +359,57 @@ def quantised_by_torchao(name: str) -> None:
     same(model(IMAGES), expected, 0.05 * expected.abs().max().item())
 
 
+@client("peft 0.21, LoRA on projections and MLPs, merged afterwards", "peft==0.21.2")
+def adapted(name: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["qkvg", "qkv", "qg", "q", "kv", "fc1", "fc2"]
+    model, expected = small(name), small(name)(IMAGES)
+    adapted = get_peft_model(model, LoraConfig(target_modules=targets, modules_to_save=["head"]))
+    same(adapted(IMAGES), expected)
+    optimizer = torch.optim.SGD([parameter for parameter in adapted.parameters() if parameter.requires_grad], 0.01)
+    for _ in range(2):
+        adapted(IMAGES).square().sum().backward()
+        optimizer.step()
+    learned = adapted(IMAGES)
+    assert (learned - expected).abs().max() > 1e-3
+    same(adapted.merge_and_unload()(IMAGES), learned)
+
+
+@client(
+    "pytorch_lightning 2.6 and torchmetrics 1.9, training and a checkpoint",
+    "pytorch_lightning==2.6.6",
+    "torchmetrics==1.9.0",
+    "lightning_utilities==0.15.3",
+)
+def trained_by_lightning(name: str) -> None:
+    import pytorch_lightning
+    import torchmetrics
+
+    class Task(pytorch_lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.accuracy = small(name), torchmetrics.Accuracy("multiclass", num_classes=5)
+
+        def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+            logits = self.model(batch[0])
+            self.log("accuracy", self.accuracy(logits, batch[1]))
+            return nn.functional.cross_entropy(logits, batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), 1e-3)
+
+    task = Task()
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = pytorch_lightning.Trainer(max_steps=2, accelerator="cpu", default_root_dir=folder, **quiet)
+        trainer.fit(task, torch.utils.data.DataLoader([(image, 0) for image in IMAGES], batch_size=1))
+        trainer.save_checkpoint(f"{folder}/task.ckpt")
+        again = Task.load_from_checkpoint(f"{folder}/task.ckpt", weights_only=False)
+    same(again.eval().model(IMAGES), task.eval().model(IMAGES), 0)
+    assert (task.model(IMAGES) - small(name)(IMAGES)).abs().max() > 1e-4
+
+
 @client("opacus 1.6, `GradSampleModule`", "opacus==1.6.0", "opt_einsum==3.4.0")
 def private(name: str) -> None:
     from opacus import GradSampleModule
