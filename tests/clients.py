@@ -94,6 +94,21 @@ def compiled(name: str) -> None:
             torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
 
 
+@client("`torch.export`, also called with gradients; `torch.onnx.export(dynamo=True)`")
+def exported(name: str) -> None:
+    import onnxruntime
+
+    model, batch = small(name), ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(model, (IMAGES,), dynamic_shapes=batch).module()
+    same(program(IMAGES[:1]), model(IMAGES[:1]))
+    program(IMAGES).square().sum().backward()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.onnx.export(model, (IMAGES,), f"{folder}/m.onnx", dynamo=True, dynamic_shapes=batch, verbose=False)
+        session = onnxruntime.InferenceSession(f"{folder}/m.onnx", providers=["CPUExecutionProvider"])
+        (logits,) = session.run(None, {session.get_inputs()[0].name: IMAGES[:1].numpy()})
+    same(torch.from_numpy(logits), model(IMAGES[:1]))
+
+
 @client("double backward (`create_graph=True`, `torch.autograd.functional.hvp`, timm's AdaHessian)")
 def double_backward(name: str) -> None:
     def twice(model: nn.Module) -> Tensor:

@@ -18,9 +18,6 @@ ELSEWHERE = {
     "`torch.jit.trace`; `torch.onnx.export(dynamo=False)` and onnxruntime 1.32": (
         "test_export.test_torchscript_graphs_follow_their_input_at_any_batch"
     ),
-    "`torch.export`, also called with gradients; `torch.onnx.export(dynamo=True)`": (
-        "test_export.test_an_exported_program_has_the_gradients_of_the_model"
-    ),
     "`model.half()`, `.bfloat16()`, on a CPU too; `create_model(dtype=…)`": (
         "test_timm.test_a_model_in_half_precision_computes_and_trains_on_a_cpu"
     ),

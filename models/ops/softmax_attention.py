@@ -1,11 +1,10 @@
-"""Softmax attention: PyTorch's operation, with every derivative of torch.func and forward-mode AD."""
+"""Softmax attention: PyTorch's operation, or its formula where that cannot follow."""
 
-from contextlib import nullcontext
-
+import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import is_exporting
 from .polarity_attention.derivatives import beyond_plain
 
 
@@ -14,7 +13,12 @@ def softmax_attention(
 ) -> Tensor:
     """As `scaled_dot_product_attention`, whose fused kernels are differentiable once, by a plain backward pass.
 
-    Where other derivatives are asked for it is computed by its formula, as polarity attention is.
+    By its formula where torch.func or forward-mode AD asks for other derivatives, and in an exported program, which
+    would fix the layout of the result of the kernel that this machine chose.
     """
-    with nullcontext() if beyond_plain(q, k, v, mask) is None else sdpa_kernel(SDPBackend.MATH):
+    if not is_exporting() and beyond_plain(q, k, v, mask) is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v
