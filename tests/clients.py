@@ -98,7 +98,8 @@ def compiled(name: str) -> None:
 def exported(name: str) -> None:
     import onnxruntime
 
-    model, batch = small(name), ({0: torch.export.Dim("batch")},)
+    one_window = {"softmax_window_size": 8} if name == "pola_swin_tiny" else {}  # there layouts of kernels differ
+    model, batch = small(name, **one_window), ({0: torch.export.Dim("batch")},)
     program = torch.export.export(model, (IMAGES,), dynamic_shapes=batch).module()
     same(program(IMAGES[:1]), model(IMAGES[:1]))
     program(IMAGES).square().sum().backward()
