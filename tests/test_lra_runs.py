@@ -162,6 +162,13 @@ def test_the_table_averages_seeds_and_never_mixes_what_differs(tmp_path, capsys)
     assert (tmp_path / "lra.md").read_text().count("No run yet.") == 2
 
 
+def test_the_page_has_the_text_that_it_is_written_from():
+    """docs/lra.md is written from page.md: a paragraph that was changed in one of them alone would be lost."""
+    written = (ROOT / "docs" / "lra.md").read_text(encoding="utf-8")
+    for paragraph in (ROOT / "experiments" / "lra" / "page.md").read_text(encoding="utf-8").split("\n\n"):
+        assert paragraph.startswith("<!--") or paragraph.strip() in written, paragraph[:80]
+
+
 @pytest.mark.parametrize("steps", [300, pytest.param(600, marks=pytest.mark.slow)])
 def test_short_listops_are_learned(tmp_path, steps):
     """The smoke test: 600 steps, and 300 on a schedule of their own, reach twice a constant per root operator."""
