@@ -100,12 +100,12 @@ class PolarityPlusKernel(LinearKernel):
         return {stream: rate for stream, rate in zip(self.streams, self.learned(), strict=True) if rate is not None}
 
     def features(self, u: Tensor) -> Tensor:
-        return torch.expm1(_by_sign(u))
+        return _growth(_by_sign(u))
 
     def query_features(self, u: Tensor) -> Mapping[str, Tensor]:
         rates = (rate.to(u.dtype) for rate in self.learned() if rate is not None)
         return {
-            stream: torch.expm1(_by_sign(-u if stream == "opposite" else u) * rate)
+            stream: _growth(_by_sign(-u if stream == "opposite" else u) * rate)
             for stream, rate in zip(self.streams, rates, strict=True)
         }
 
@@ -118,3 +118,8 @@ class PolarityPlusKernel(LinearKernel):
 def _by_sign(u: Tensor) -> Tensor:
     """[u₊, u₋]; those of −u are [u₋, u₊]."""
     return torch.cat([F.relu(u), F.relu(-u)], dim=-1)
+
+
+def _growth(x: Tensor) -> Tensor:
+    """exp(x) − 1 with the digits of small x; in a TorchScript trace by operations that ONNX has."""
+    return torch.tanh(x / 2) * (x.exp() + 1) if torch.jit.is_tracing() else torch.expm1(x)
