@@ -70,6 +70,7 @@ def test_what_makes_another_model_or_protocol_makes_another_row():
         "polarity, α = 3, gate, scale, depthwise 5": ["MODEL.LA.ALPHA", "3.0", "MODEL.LRA.KERNEL_SIZE", "5"],
         "polarity, α = 4, plain": PLAIN,
         "softmax, plain": plain,
+        "polarity_pp, gate": ["MODEL.LA.ATTENTION", "polarity_pp"],  # it has no scale
         "softmax, gate": [*plain, "MODEL.LA.GATE", "True"],
     }
     for name, options in names.items():

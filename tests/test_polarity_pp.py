@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.attention import PolaMapAttention, PolaReductionAttention, PolaSequenceAttention, PolaWindowAttention
 from models.kernels import kernel_of
 from models.kernels.polarity_pp import ExponentialFeatures
 from models.ops import rotary
@@ -275,6 +276,30 @@ def test_without_elements_the_output_is_empty_or_zero():
         out = module(q, k, v)
         assert out.shape == (B, N, 8) and not out.any()
         assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize(
+    ("layout", "arguments", "call"),
+    [
+        (PolaWindowAttention, ((3, 3),), lambda module, x: module(x)),
+        (PolaReductionAttention, ((3, 3),), lambda module, x: module(x, (3, 3))),
+        (PolaSequenceAttention, (), lambda module, x: module(x, torch.ones(2, 9, dtype=torch.bool))),
+        (PolaMapAttention, (), lambda module, x: module(x, (3, 3))),
+    ],
+)
+def test_every_layout_takes_the_kernel_and_changes_nothing_else(layout, arguments, call):
+    """The layout's own parameters, in their order, without `power` and `scale`; two rates in their place."""
+    own, polarity = (
+        layout(8, 2, *arguments, AttentionOptions(kind, kernel_size=3)) for kind in ("polarity_pp", "polarity")
+    )
+    names = [name for name in polarity.state_dict() if name not in ("power", "scale")]
+    if layout is PolaMapAttention:
+        assert list(own.state_dict())[2:] == names
+    assert [name for name in own.state_dict() if name not in ("s1", "s2")] == names
+    assert own.s1.shape == own.s2.shape == (1, 2, 1, 8) and not own.s1.any()
+    x = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0))
+    call(own, x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in own.parameters())
 
 
 def test_copies_and_pickles_keep_the_function():
