@@ -481,7 +481,7 @@ def _rotary_record(
     if isinstance(module, PolaMapAttention):
         rotary = turns(q, grid, 2 * module.head_dim)
     else:  # softmax attention turns what it compares
-        own = turns(q, grid, module.head_dim)
+        own = turns(x, grid, q.shape[-1])
         q, k = turned(q, own), turned(k, own)
     return LayerRecord(
         name=name,

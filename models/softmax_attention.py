@@ -121,7 +121,7 @@ class RotaryAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, kernel_size: int = 5) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.num_heads = num_heads
         self.qkvo = nn.Linear(dim, 4 * dim)
         self.lepe = DepthwiseConv2d(dim, kernel_size)
         self.proj = nn.Linear(dim, dim)
@@ -129,10 +129,15 @@ class RotaryAttention(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """x (B, H·W, C) with its grid (H, W)."""
         q, k, v, o = self.qkvo(x).chunk(4, dim=-1)
-        rotary = turns(q, grid, self.head_dim)
-        q, k, values = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        out = softmax_attention(turned(q, rotary), turned(k, rotary), values)
-        return self.proj((out.transpose(1, 2).flatten(2) + self.lepe(v, grid)) * o)
+        out = rotary_softmax(q, k, v, self.num_heads, grid)
+        return self.proj((out + self.lepe(v, grid)) * o)
+
+
+def rotary_softmax(q: Tensor, k: Tensor, v: Tensor, num_heads: int, grid: Grid) -> Tensor:
+    """Softmax attention between tokens (B, H·W, C) of a map, queries and keys turned by row and column: (B, H·W, C)."""
+    rotary = turns(q, grid, q.shape[-1] // num_heads)
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return softmax_attention(turned(q, rotary), turned(k, rotary), v).transpose(1, 2).flatten(2)
 
 
 def reduced_grid(grid: Grid, ratio: int) -> Grid:
