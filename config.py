@@ -268,6 +268,9 @@ KEYS: dict[str, Key] = {
     ),
     "TRAIN.WARMUP_LR": Key(5e-7, real(0), "learning rate at the start of the warm-up, scaled likewise"),
     "TRAIN.MIN_LR": Key(5e-6, real(0), "lowest learning rate after the warm-up, scaled likewise"),
+    "TRAIN.SCALE_WARMUP_MIN_LR": Key(
+        True, boolean(), "scale WARMUP_LR and MIN_LR as BASE_LR is; False: take these two as given"
+    ),
     "TRAIN.CLIP_GRAD": Key(5.0, optional(real(0)), "largest total gradient norm; null or 0: no clipping"),
     "TRAIN.CLIP_VALUE": Key(
         None, optional(real(0)), "largest magnitude of a gradient's element, after CLIP_GRAD; null: no limit"
@@ -302,6 +305,12 @@ KEYS: dict[str, Key] = {
         "learning rate after the warm-up; onecycle: torch's OneCycleLR in straight lines, which ignores"
         " WARMUP_LR and MIN_LR and cycles AdamW's first decay rate with the learning rate",
     ),
+    "TRAIN.LR_SCHEDULER.PER_EPOCH": Key(
+        False,
+        boolean(),
+        "cosine: one rate for an epoch, the schedule's at the epoch before, as in DeiT's script (epochs 0 and 1 are"
+        " at WARMUP_LR), in place of one for each step",
+    ),
     "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": Key(
         False,
         boolean(),
@@ -318,6 +327,9 @@ KEYS: dict[str, Key] = {
     "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, real(0, 1, open_high=True), "SGD's momentum"),
     "EMA.ENABLE": Key(False, boolean(), "keep an exponential moving average of the weights and evaluate it too"),
     "EMA.DECAY": Key(0.9999, real(0, 1, open_high=True), "share of the old average kept at each step"),
+    "EMA.DECAY_PER_512": Key(
+        False, boolean(), "DECAY is for 512 images a step: the real one is DECAY^(global batch / 512)"
+    ),
     "EMA.WARMUP": Key(
         False,
         boolean(),
@@ -329,6 +341,12 @@ KEYS: dict[str, Key] = {
     ),
     "CHECKPOINT.EVERY_MINUTES": Key(0.0, real(0), "minutes between checkpoints, wherever the run is; 0: none"),
     # -- augmentation
+    "AUG.REPEATS": Key(
+        1,
+        integer(1),
+        "repeated augmentation: how often an image is drawn in a row, each time augmented anew and on another process;"
+        " an epoch keeps its length, and sees that part of the images",
+    ),
     "AUG.COLOR_JITTER": Key(0.4, real(0), "strength of colour jitter; without effect beside AUTO_AUGMENT, as in timm"),
     "AUG.AUTO_AUGMENT": Key(
         "rand-m9-mstd0.5-inc1",

@@ -43,6 +43,18 @@ class FlooredStepLRScheduler(StepLRScheduler):
         return rates if t < self.warmup_t else [max(rate, self.lr_min) for rate in rates]
 
 
+class EpochCosineLRScheduler(CosineLRScheduler):
+    """timm's cosine with one rate for an epoch: that of the schedule, counted in epochs, at the epoch before."""
+
+    def __init__(self, optimizer: Optimizer, *, steps_per_epoch: int, **arguments: float) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        super().__init__(optimizer, t_in_epochs=False, **arguments)  # type: ignore[arg-type]
+
+    def step_update(self, num_updates: int, metric: float | None = None) -> None:
+        """Set what iteration `num_updates` + 1 trains with."""
+        super().step_update(max(0, (num_updates + 1) // self.steps_per_epoch - 1), metric)
+
+
 class OneCycleScheduler(Scheduler):
     """torch's OneCycleLR in straight lines with its default ratios, for AdamW, as a function of the step.
 
@@ -91,12 +103,24 @@ def build_scheduler(
 
     Args:
         steps_per_epoch: optimizer steps, accumulation counted.
-        lr_scale: global batch / 512, applied to WARMUP_LR and MIN_LR here and to BASE_LR by the optimizer.
+        lr_scale: global batch / 512, applied to BASE_LR by the optimizer, and here to WARMUP_LR and MIN_LR unless
+            TRAIN.SCALE_WARMUP_MIN_LR says otherwise.
     """
     name = config.TRAIN.LR_SCHEDULER.NAME
     total, warmup = plan.epochs * steps_per_epoch, plan.warmup_steps(steps_per_epoch)
-    warmup_lr, min_lr = config.TRAIN.WARMUP_LR * lr_scale, config.TRAIN.MIN_LR * lr_scale
+    scale = lr_scale if config.TRAIN.SCALE_WARMUP_MIN_LR else 1.0
+    warmup_lr, min_lr = config.TRAIN.WARMUP_LR * scale, config.TRAIN.MIN_LR * scale
     prefix = config.TRAIN.LR_SCHEDULER.WARMUP_PREFIX
+    if name == "cosine" and config.TRAIN.LR_SCHEDULER.PER_EPOCH:
+        return EpochCosineLRScheduler(
+            optimizer,
+            steps_per_epoch=steps_per_epoch,
+            t_initial=plan.epochs - (warmup // steps_per_epoch if prefix else 0),
+            lr_min=min_lr,
+            warmup_t=warmup // steps_per_epoch,
+            warmup_lr_init=warmup_lr,
+            warmup_prefix=prefix,
+        )
     if name == "cosine":
         return CosineLRScheduler(
             optimizer,

@@ -100,6 +100,12 @@ def _lengths(groups: list[list[str]]) -> list[int]:
     return [len(group) for group in groups]
 
 
+def _undecayed_first(groups: list[dict[str, Any]]) -> bool:
+    """Whether of two groups the first does not decay and the second does, as DeiT's script orders them."""
+    decays = [bool(group.get("weight_decay")) for group in groups]
+    return decays == [False, True]
+
+
 def load_optimizer_state(optimizer: Optimizer, model: TrainableModel, stored: Any, source: str) -> None:
     """Restore moments and step counts from an optimizer state dict; hyperparameters stay those of the configuration.
 
@@ -118,10 +124,12 @@ def load_optimizer_state(optimizer: Optimizer, model: TrainableModel, stored: An
     names = [name for group in (plain if own == _lengths(plain) else layered) for name in group]
     unused: list[str | None] = [None] * len(model.unused_released_parameters)
     stored_names: list[str | None]
-    if groups == _lengths(plain):
+    if groups == _lengths(plain) and not _undecayed_first(stored["param_groups"]):
         stored_names = [*decay, *no_decay]
     elif groups == _lengths(layered):
         stored_names = [name for group in layered for name in group]
+    elif groups == _lengths(plain[::-1]):
+        stored_names = [*no_decay, *decay]
     elif groups == [len(decay), len(no_decay) + len(unused)]:
         head = no_decay.index("head.bias")
         stored_names = [*decay, *no_decay[:head], *unused, *no_decay[head:]]

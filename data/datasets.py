@@ -35,7 +35,7 @@ class EvalDataset(Dataset[Sample]):
 
 
 class TrainDataset(Dataset[Sample]):
-    """Augmented images. A sample's randomness is a function of (seed, epoch, index) alone, whichever worker draws it.
+    """Augmented images. A sample's randomness is a function of seed and draw alone, whichever worker draws it.
 
     An unreadable image is replaced by the next readable one and reported in `Sample.unreadable`; more than
     `max_unreadable` in a row raise.
@@ -99,7 +99,9 @@ class SampleRandomness:
 
     def start(self, draw: Draw) -> None:
         """Seed for `draw`."""
-        words = np.random.SeedSequence((self.seed, draw.epoch, draw.position)).generate_state(3)
+        words = np.random.SeedSequence(
+            (self.seed, draw.epoch, draw.position, *([draw.repeat] if draw.repeat else []))
+        ).generate_state(3)
         random.seed(int(words[0]))
         np.random.seed(int(words[1]))
         torch.default_generator.manual_seed(int(words[2]))

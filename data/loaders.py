@@ -229,6 +229,8 @@ def _build_train(config: CfgNode, modality: Modality, source: Source | ShardSpli
     if isinstance(source, ShardSplit):
         if samples is not None:
             raise DataError("TRAIN.STEPS needs images that can be read in any order; shards are streamed: set EPOCHS")
+        if config.AUG.REPEATS > 1:
+            raise DataError("AUG.REPEATS needs images that can be read in any order; shards are streamed: set it to 1")
         dataset = ShardTrainDataset(
             source,
             transform,
@@ -241,7 +243,14 @@ def _build_train(config: CfgNode, modality: Modality, source: Source | ShardSpli
         )
     else:
         dataset = TrainDataset(source, transform, seed=config.SEED, max_unreadable=max_unreadable)
-        sampler = TrainSampler(size, rank=rank, world_size=world_size, seed=config.SEED, samples=samples)
+        sampler = TrainSampler(
+            size,
+            rank=rank,
+            world_size=world_size,
+            seed=config.SEED,
+            samples=samples,
+            repeats=config.AUG.REPEATS,
+        )
     options = _loader_options(config, persistent=True)
     loader = DataLoader(dataset, batch_size=plan.per_process, sampler=sampler, drop_last=True, **options)
     return Batches(loader, max_unreadable, modality=modality)

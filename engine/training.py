@@ -135,7 +135,8 @@ def build_training(
             "the recipe has %d images a step (TRAIN.GLOBAL_BATCH), this run %d: %s",
             plan.recipe_batch,
             plan.global_batch,
-            f"all its learning rates are {ratio:.4g} times the recipe's"
+            f"{'all its learning rates are' if config.TRAIN.SCALE_WARMUP_MIN_LR else 'BASE_LR is'} {ratio:.4g} times the"
+            " recipe's"
             if plan.scales_lr
             else "its learning rates stay those of the configuration (TRAIN.SCALE_LR False)",
         )
@@ -161,6 +162,8 @@ def build_training(
 
 def _build_average(config: CfgNode, plan: Plan, model: TrainableModel, steps_per_epoch: int) -> ModelEmaV3:
     decay, steps = config.EMA.DECAY, plan.last_epoch * steps_per_epoch
+    if config.EMA.DECAY_PER_512:
+        decay **= plan.global_batch / 512
     if not config.EMA.WARMUP and (span := 1 / (1 - decay)) > steps:
         get_logger().warning(
             "EMA.DECAY %g averages over about %.0f steps, and the run has %d: the average stays near the first weights;"

@@ -76,7 +76,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     content = _load_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path, verified)
     if not isinstance(content, dict):
         raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}, expected a dictionary with `model`")
-    content = _with_weights(_without_placeholders(content, path), path)
+    content = _with_weights(_without_placeholders(_counting_epochs(content, path), path), path)
     _require_classes(content, path)
     return content
 
@@ -121,6 +121,16 @@ def _with_weights(content: dict[str, Any], path: Path) -> dict[str, Any]:
         keys = ", ".join(str(key)[:60] for key in list(content)[:20])
         raise CheckpointError(f"checkpoint {path} holds no `model` of named tensors; its keys: {keys or 'none'}")
     return found | {name: value for name, value in content.items() if name not in {*found, *taken}}
+
+
+def _counting_epochs(content: dict[Any, Any], path: Path) -> dict[Any, Any]:
+    """`content` with the number of finished epochs, where it is DeiT's kind of file: beside `args`, and without a
+    configuration, `epoch` is the index of the last one."""
+    epoch = content.get("epoch")
+    if "args" not in content or "config" in content or type(epoch) is not int:
+        return content
+    LOGGER.info("%s: epoch %d is taken for the index of the last finished one, as beside `args`", path, epoch)
+    return content | {"epoch": epoch + 1}
 
 
 def _is_state(value: Any) -> bool:

@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from torchvision import transforms
 
 from config import image_size, load_config, make_plan
-from data.datasets import TrainDataset
+from data.datasets import SampleRandomness, TrainDataset
 from data.loaders import DataError, Loaders, build_loaders
 from data.samplers import Draw, EvalSampler, TrainSampler
 from data.sources.base import UnreadableImage
@@ -452,6 +452,38 @@ def test_augmentation_keys_in_every_combination(values, size):
 def test_evaluation_shards_neither_drop_nor_duplicate(size, world):
     shards = [list(EvalSampler(size, rank=rank, world_size=world)) for rank in range(world)]
     assert sorted(itertools.chain(*shards)) == list(range(size))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_repeated_augmentation_deals_an_image_s_repeats_to_the_ranks(world_size):
+    """The same draws, all ranks together, for every number of processes, from every start; as many as without."""
+    size, repeats = 24, 3
+
+    def draws(rank: int, epoch: int, start: int = 0, world: int = world_size) -> list[Draw]:
+        sampler = TrainSampler(size, rank=rank, world_size=world, seed=5, repeats=repeats)
+        sampler.set_epoch(epoch, start)
+        assert len(sampler) == size // world
+        return list(sampler)
+
+    for epoch in (0, 1):
+        dealt = [draw for one in zip(*(draws(rank, epoch) for rank in range(world_size)), strict=True) for draw in one]
+        assert dealt == draws(0, epoch, world=1)
+        assert [draw.repeat for draw in dealt] == [0, 1, 2] * 8
+        images = [draw.position for draw in dealt]
+        assert images[::3] == images[1::3] == images[2::3] and len(set(images)) == 8
+        assert draws(world_size - 1, epoch, 2) == draws(world_size - 1, epoch)[2:]
+    assert draws(0, 0) != draws(0, 1) and {draw.epoch for draw in draws(0, 1)} == {1}
+    plain = TrainSampler(size, rank=0, world_size=1, seed=5)
+    assert [draw.position for draw in plain][:8] == [draw.position for draw in draws(0, 0, world=1)][::3]
+
+
+def test_repeats_of_an_image_are_augmented_differently_and_reproducibly():
+    states = []
+    for repeat in (0, 1, 2, 1):
+        with SampleRandomness(3) as randomness:
+            randomness.start(Draw(2, 7, repeat))
+            states.append(torch.rand(3).tolist())
+    assert states[1] == states[3] and states[0] != states[1] != states[2] != states[0]
 
 
 def test_training_shards_are_disjoint_equal_and_a_function_of_seed_and_epoch():

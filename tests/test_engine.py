@@ -446,3 +446,9 @@ def test_tensorboard_receives_the_scalars(tmp_path):
     writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("val/top1")] == [(5, 12.5)]
+
+
+def test_the_average_s_decay_may_be_given_for_512_images_a_step(start):
+    for options, decay in (("", 0.9), ("EMA.DECAY_PER_512 True", 0.9 ** (32 / 512))):
+        _, training, _ = start(f"EMA.ENABLE True EMA.DECAY 0.9 DATA.BATCH_SIZE 32 {options}")
+        assert training.ema.decay == pytest.approx(decay)

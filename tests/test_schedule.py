@@ -4,6 +4,7 @@ pytest tests/test_schedule.py
 """
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -117,6 +118,20 @@ def test_the_curve_may_begin_after_the_warm_up(name):
     assert prefixed[27] > 0.99 * peak and plain[26] < 0.8 * peak
     assert prefixed[50] < (0.02 if name == "cosine" else 0.11) * peak
     assert all(a >= b for a, b in itertools.pairwise(prefixed[26:]))
+
+
+def test_one_rate_for_an_epoch_is_the_schedule_s_at_the_epoch_before():
+    """Warm-up rate and minimum not scaled; epochs 0 and 1 at the warm-up rate; the cosine counted with the warm-up."""
+    options = {"LR_SCHEDULER__PER_EPOCH": True, "SCALE_WARMUP_MIN_LR": False, "WARMUP_EPOCHS": 3}
+    rates = _rates(59, **options, BASE_LR=1e-3, WARMUP_LR=1e-6, MIN_LR=1e-5)
+
+    def scheduled(epoch: int) -> float:
+        if epoch < 3:
+            return 1e-6 + epoch * (2e-3 - 1e-6) / 3
+        return 1e-5 if epoch >= 10 else 1e-5 + 0.5 * (2e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 10))
+
+    assert rates == pytest.approx([scheduled(max(0, step // 5 - 1)) for step in range(60)], rel=1e-12)
+    assert rates[0] == rates[9] == 1e-6 < rates[10] == rates[14]
 
 
 def test_a_batch_that_leaves_the_recipe_says_what_that_makes_of_the_rates(tiny, log, tmp_path):
