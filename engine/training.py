@@ -131,12 +131,12 @@ def build_training(
     )
     if plan.recipe_batch not in (None, plan.global_batch):
         ratio = plan.global_batch / plan.recipe_batch if plan.scales_lr else 1.0
+        scaled = "all its learning rates are" if config.TRAIN.SCALE_WARMUP_MIN_LR else "its BASE_LR is"
         get_logger().warning(
             "the recipe has %d images a step (TRAIN.GLOBAL_BATCH), this run %d: %s",
             plan.recipe_batch,
             plan.global_batch,
-            f"{'all its learning rates are' if config.TRAIN.SCALE_WARMUP_MIN_LR else 'BASE_LR is'} {ratio:.4g} times the"
-            " recipe's"
+            f"{scaled} {ratio:.4g} times the recipe's"
             if plan.scales_lr
             else "its learning rates stay those of the configuration (TRAIN.SCALE_LR False)",
         )

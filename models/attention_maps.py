@@ -22,12 +22,15 @@ from .attention import PolaLinearAttention, PolaMapAttention, PolaReductionAtten
 from .classifier import Classifier
 from .kernels import Kernel, LinearKernel, kernel_of
 from .layers import Grid, turned, turns, window_partition
+from .nalaformer import NalaMapAttention, NalaSoftmaxAttention, for_both_halves
 from .ops.rotary import Rotary, rotate
 from .options import AttentionOptions
 from .pola_swin import PolaSwinBlock, Tiling
 from .softmax_attention import RotaryAttention, SpatialReductionAttention, WindowAttention, reduce_tokens
 
-Attention = PolaLinearAttention | PolaMapAttention | WindowAttention | SpatialReductionAttention | RotaryAttention
+# Whole maps with rotary positions: linear and softmax attention.
+Turning = PolaMapAttention | NalaMapAttention | RotaryAttention | NalaSoftmaxAttention
+Attention = PolaLinearAttention | WindowAttention | SpatialReductionAttention | Turning
 COMBINED = "combined"  # the mean of a kernel's streams over the value channels that read them
 COMPARISONS = ("softmax", "relu")  # over the queries and keys of a layer of another kind
 EPS = 1e-6  # of the normalisers, as in models/ops
@@ -312,7 +315,8 @@ def kernel_in(attention: Attention) -> Kernel:
     """The kernel of a module of `attention_layers`; an S block has that of softmax, which learns nothing."""
     if isinstance(attention, Kernel):
         return attention
-    dim, heads = attention.proj.in_features, attention.num_heads
+    projection = attention.out_proj if isinstance(attention, NalaSoftmaxAttention) else attention.proj
+    dim, heads = projection.in_features, attention.num_heads
     return kernel_of("softmax")(dim, heads, AttentionOptions(attention="softmax", learn_scale=False))
 
 
@@ -471,15 +475,15 @@ def _reduction_softmax_record(
     )
 
 
-def _rotary_record(
-    model: nn.Module, name: str, module: PolaMapAttention | RotaryAttention, x: Tensor, grid: Grid
-) -> LayerRecord:
-    projection = module.qkvg if isinstance(module, PolaMapAttention) else module.qkvo
+def _rotary_record(model: nn.Module, name: str, module: Turning, x: Tensor, grid: Grid) -> LayerRecord:
+    projection = module.qkvo if isinstance(module, RotaryAttention) else module.qkvg
     q, k, v, g = projection(x).detach().to(torch.promote_types(x.dtype, torch.float32)).chunk(4, dim=-1)
     heads, rotary = module.num_heads, None
     q, k = _split(q, 1, heads), _split(k, 1, heads)
     if isinstance(module, PolaMapAttention):
-        rotary = turns(q, grid, 2 * module.head_dim)
+        rotary = turns(x, grid, 2 * module.head_dim)
+    elif isinstance(module, NalaMapAttention):
+        rotary = for_both_halves(turns(x, grid, module.head_dim))
     else:  # softmax attention turns what it compares
         own = turns(x, grid, q.shape[-1])
         q, k = turned(q, own), turned(k, own)
@@ -503,7 +507,7 @@ def _rotary_record(
 RECORDERS: dict[Any, Any] = {
     WindowAttention: _window_softmax_record,
     SpatialReductionAttention: _reduction_softmax_record,
-    (PolaMapAttention, RotaryAttention): _rotary_record,
+    Turning: _rotary_record,
 }
 
 

@@ -15,6 +15,7 @@ from data.transforms import Normalise
 from models.attention import PolaLinearAttention
 from models.attention_maps import LayerRecord, MapError, attention_layers, record
 from models.kernels import KERNELS
+from models.nalaformer import NaLaFormer
 from models.pola_pp import PolaPP
 from models.pola_pvt import PolaPVT
 from models.pola_swin import PolaSwin
@@ -59,6 +60,7 @@ MODELS = {
         img_size=(64, 32), depths=(1, 1, 1, 1), attn_type="LLSS", window_size=5, attention="focused", **SWIN
     ),
     "pp, linear and softmax": lambda: PolaPP(img_size=(32, 64), depths=(1, 1, 1, 1), **PP),
+    "nala, linear and softmax": lambda: NaLaFormer(img_size=(32, 64), depths=(1, 1, 1, 1), **PP),
     "pvt, softmax": lambda: PolaPVT(img_size=(64, 32), depths=(1, 1, 1, 1), attn_type="SSSS", **PVT),
 }
 
@@ -118,9 +120,12 @@ def _through_rows(layer: LayerRecord, module: nn.Module) -> Tensor:
             )
             mixed[..., channel] = (own @ values[..., channel, None])[..., 0] + bias
     mixed = mixed.transpose(1, 2).flatten(2)
+    g = None
     if layer.g is not None:
-        mixed = mixed * _unwindowed(layer.g.transpose(2, 3).flatten(3), layer.query_places, len(queries))
-    return module.proj(mixed)
+        g = _unwindowed(layer.g.transpose(2, 3).flatten(3), layer.query_places, len(queries))
+    if hasattr(module, "out_proj"):  # NaLaFormer's surroundings
+        return module.out_proj(module.ln(mixed) * F.silu(g))
+    return module.proj(mixed if g is None else mixed * g)
 
 
 def _streams(layer: LayerRecord) -> tuple[str, ...]:
