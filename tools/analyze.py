@@ -1,4 +1,4 @@
-"""What attention layers do, in numbers: entropy, rank, exponents, spikiness and gates, as a CSV and figures.
+"""What attention layers do, in numbers: entropy, rank, exponents, norms and gates, as a CSV and figures.
 
 example: python tools/analyze.py --checkpoint max_acc.pth           on the two photographs that ship with scikit-learn
          python tools/analyze.py images/ --checkpoint max_acc.pth --metrics entropy,rank --layers layers.0.blocks.0
@@ -28,11 +28,19 @@ from models.attention_maps import LayerRecord, MapError, attention_layers, choos
 from tools.checkpoints import add_checkpoint_arguments, find_images, open_checkpoint, read_image
 from tools.command_line import answer, file_path, number, program, some_of, whole
 
-METRICS = ("entropy", "rank", "exponent", "spikiness", "signs", "gate")
+METRICS = ("entropy", "rank", "exponent", "spikiness", "signs", "norm", "gate")
 LEARNED = ("exponent", "spikiness")  # of the model, whatever the images
 WITH_DEPTHWISE = "combined+depthwise"
 QUANTILES = {"minimum": 0.0, "quartile 1": 0.25, "median": 0.5, "quartile 3": 0.75, "maximum": 1.0}
 PAIRED, TOKEN_MEANS = "paired channels", "token means"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of the last image, by layer, what figures show token by token."""
+
+    gates: dict[str, tuple[Tensor, Tensor]]  # as `gate_halves` gives them
+    norms: dict[str, tuple[Tensor, Tensor, Tensor]]  # as `query_norms`
 
 
 @dataclass(frozen=True)
@@ -54,12 +62,10 @@ class Measurement:
 
 
 def row_entropy(rows: Tensor) -> Tensor:
-    """Mean over rows of −Σ a ln a in nats, of the magnitudes of (…, Q, keys) normalised to sum 1; rows of zeros do not
-    count."""
+    """−Σ a ln a in nats of each row's magnitudes, of (…, Q, keys) normalised to sum 1; NaN for a row of zeros."""
     rows = rows.abs()
     total = rows.sum(dim=-1, keepdim=True)
-    entropy = torch.special.entr(rows / total).sum(dim=-1)
-    return entropy.masked_fill(total[..., 0] == 0, math.nan).nanmean(dim=-1)
+    return torch.special.entr(rows / total).sum(dim=-1).masked_fill(total[..., 0] == 0, math.nan)
 
 
 def numerical_rank(rows: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -95,7 +101,7 @@ def _entropy(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[
     limit = math.log(layer.k.shape[3])
     for stream in layer.streams:
         for head in range(layer.num_heads):
-            value = row_entropy(layer.rows(queries, head=head, stream=stream)[0, 0])
+            value = row_entropy(layer.rows(queries, head=head, stream=stream)[0, 0]).nanmean()  # of rows of weight
             yield Measurement(layer.name, layer.kind, head, "entropy", stream, value.item(), limit)
 
 
@@ -122,6 +128,33 @@ def _signs(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[Me
                 yield Measurement(layer.name, layer.kind, head, metric, stream, value.item(), 1.0)
 
 
+def query_norms(layer: LayerRecord, queries: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Norm and exponent of queries, and entropy of their rows over the largest possible, (h, Q) each of one image; None
+    for kernels whose exponent is no query's own."""
+    window, position = (layer.query_places >= 0).nonzero(as_tuple=True)
+    q = layer.q.new_empty(layer.grid[0] * layer.grid[1], *layer.q.shape[2::2])  # (N, h, d)
+    q[layer.query_places[window, position]] = layer.q[0, window, :, position]
+    if (exponents := layer.kernel.query_exponents(q)) is None or layer.k.shape[3] == 1:
+        return None
+    entropy = row_entropy(layer.rows(queries)[0]) / math.log(layer.k.shape[3])
+    return q.norm(dim=-1)[queries].T, exponents[queries].T, entropy
+
+
+def _norm(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[Measurement]:
+    """Of NaLaFormer: what a query's norm makes of its exponent, and whether larger norms give spikier rows."""
+    if (found := query_norms(layer, queries)) is None:
+        return
+    norms, exponents, entropy = found
+    for head in range(layer.num_heads):
+        values = {
+            "norm": (norms[head].mean(), math.inf),
+            "exponent": (exponents[head].mean(), 4.5),
+            "correlation of norm and entropy": (correlation(norms[head], entropy[head].nan_to_num(1.0)), 1.0),
+        }
+        for name, (value, limit) in values.items():
+            yield Measurement(layer.name, layer.kind, head, "norm", name, value.item(), limit)
+
+
 def _gate(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[Measurement]:
     if layer.g is None or layer.v.shape[-1] < 2:
         return
@@ -139,6 +172,7 @@ OF_IMAGES: dict[str, Callable[[LayerRecord, Tensor, float], Iterator[Measurement
     "entropy": _entropy,
     "rank": _rank,
     "signs": _signs,
+    "norm": _norm,
     "gate": _gate,
 }
 
@@ -180,7 +214,7 @@ def analyze(
     *,
     queries: int = 512,
     tolerance: float = 1e-3,
-) -> tuple[list[Measurement], dict[str, tuple[Tensor, Tensor]]]:
+) -> tuple[list[Measurement], Seen]:
     """Measure the layers on images, uint8 (3, H, W), one at a time.
 
     Args:
@@ -188,11 +222,11 @@ def analyze(
         tolerance: singular values below this share of the largest do not count towards the rank.
 
     Returns:
-        The measurements, averaged over the images, and for `gate` the halves of every layer's gate in the last image.
+        The measurements, averaged over the images, and what was seen in the last one.
     """
     normalise = Normalise(torch.device("cpu"))
     collected: dict[tuple[Any, ...], list[Measurement]] = {}
-    gates: dict[str, tuple[Tensor, Tensor]] = {}
+    seen = Seen({}, {})
     of_images = [OF_IMAGES[metric] for metric in metrics if metric in OF_IMAGES]
     for pixels in images if of_images else ():
         for layer in record(model, normalise(pixels[None]), layers).layers.values():
@@ -203,11 +237,13 @@ def analyze(
                     key = (found.layer, found.head, found.metric, found.map)
                     collected.setdefault(key, []).append(found)
             if "gate" in metrics and layer.g is not None and layer.v.shape[-1] > 1:
-                gates[layer.name] = gate_halves(layer)
+                seen.gates[layer.name] = gate_halves(layer)
+            if "norm" in metrics and (norms := query_norms(layer, chosen)) is not None:
+                seen.norms[layer.name] = norms
     averaged = [replace(each[0], value=math.fsum(m.value for m in each) / len(each)) for each in collected.values()]
     for metric in LEARNED:
         averaged += learned_measurements(model, layers, metric) if metric in metrics else []
-    return averaged, gates
+    return averaged, seen
 
 
 def write_csv(path: Path, measurements: Iterable[Measurement]) -> None:
@@ -258,11 +294,10 @@ VIOLINS = {
 }
 
 
-def draw_figures(
-    folder: Path, model: nn.Module, measurements: Sequence[Measurement], gates: dict[str, tuple[Tensor, Tensor]]
-) -> list[Path]:
+def draw_figures(folder: Path, model: nn.Module, measurements: Sequence[Measurement], seen: Seen) -> list[Path]:
     """A figure for each metric, entropy.png to gate.png, for which there are measurements."""
-    from matplotlib.figure import Figure  # slow to import
+    from matplotlib import colormaps  # slow to import
+    from matplotlib.figure import Figure
 
     by_metric: dict[str, list[Measurement]] = {}
     for measurement in measurements:
@@ -301,6 +336,16 @@ def draw_figures(
             (axes,) = canvas(metric)
             _violins(axes, values, start)
             axes.set(title=title, ylabel=label)
+    if "norm" in by_metric:
+        left, right = canvas("norm", 2)
+        for place, (layer, (norms, exponents, entropy)) in enumerate(seen.norms.items()):
+            colour = colormaps["plasma"](0.85 * place / max(1, len(seen.norms) - 1))
+            for axes, heights in ((left, exponents), (right, entropy)):
+                axes.scatter(norms.flatten(), heights.flatten(), s=5, color=colour, alpha=0.5, linewidths=0)
+            left.plot([], [], "o", color=colour, label=layer)
+        left.set(title="A query's norm makes its exponent", xlabel="norm of a query", ylabel="exponent")
+        right.set(title="Entropy of its row", xlabel="norm of a query", ylabel="entropy / ln(keys); 1 is uniform")
+        left.legend(fontsize=8, framealpha=0.85)
     if gate := by_metric.get("gate"):
         left, right = canvas("gate", 2)
         _dots(left, gate, lambda m: m.value)
@@ -308,7 +353,7 @@ def draw_figures(
         left.set(title="Correlation of the gate's halves", ylabel="Pearson's r", ylim=(-1.05, 1.05))
         paired = [m for m in gate if m.map == PAIRED]
         shown = max(paired, key=lambda m: abs(m.value))
-        same, opposite = (half[shown.head].flatten().numpy() for half in gates[shown.layer])
+        same, opposite = (half[shown.head].flatten().numpy() for half in seen.gates[shown.layer])
         right.hexbin(same, opposite, gridsize=45, bins="log", cmap="magma_r", mincnt=1, linewidths=0.1)
         right.set(
             title=f"{shown.layer}, head {shown.head}: the strongest, r = {shown.value:+.2f}".replace("-", "−"),
@@ -412,7 +457,7 @@ def run(arguments: argparse.Namespace) -> None:
         from sklearn.datasets import load_sample_images  # slow to import
 
         images = [transform(Image.fromarray(image)) for image in load_sample_images().images]
-    measurements, gates = analyze(
+    measurements, seen = analyze(
         loaded.model, images, layers, arguments.metrics, queries=arguments.queries, tolerance=arguments.tolerance
     )
     if not measurements:
@@ -423,7 +468,7 @@ def run(arguments: argparse.Namespace) -> None:
     table = arguments.output / "analysis.csv"
     write_csv(table, measurements)
     print(f"{len(measurements)} measurements of {len(layers)} layers on {len(images)} images: {table}")
-    for path in draw_figures(arguments.output, loaded.model, measurements, gates):
+    for path in draw_figures(arguments.output, loaded.model, measurements, seen):
         print(path)
 
 

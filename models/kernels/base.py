@@ -159,6 +159,10 @@ class Kernel(nn.Module):
         """The exponent of each head and channel (h, d), of kernels that have one."""
         return None
 
+    def query_exponents(self, u: Tensor) -> Tensor | None:
+        """The exponent of each prepared query (…, h, d) by itself, (…, h), of kernels that make one of its norm."""
+        return None
+
     def spikiness(self) -> Mapping[str, Tensor]:
         """What each stream multiplies inside of its features' exponents, 0 to 1, (h, f), of kernels that learn it."""
         return {}

@@ -150,6 +150,9 @@ class NormAwareKernel(LinearKernel):
     def learned(self) -> tuple[Tensor | None, ...]:
         return ()
 
+    def query_exponents(self, u: Tensor) -> Tensor:
+        return exponent_of(direction_of(u).norm[..., 0])
+
     def features(self, u: Tensor) -> Tensor:
         return torch.cat([F.relu(u) ** SHARPNESS, F.relu(-u) ** SHARPNESS], dim=-1)
 
