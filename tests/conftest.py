@@ -26,6 +26,7 @@ torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "tests" / "fixtures" / "reference"
+PPP = ROOT / "tests" / "fixtures" / "ppp"  # PolaFormer++
 sys.path.insert(0, str(REFERENCE))  # recipe.py: the weights and inputs every fixture is built from
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -69,8 +70,8 @@ def config_file(name: str) -> str:
     return str(ROOT / "configs" / f"{name}.yaml")
 
 
-def read_json(name: str) -> dict:
-    return json.loads((REFERENCE / name).read_text())
+def read_json(name: str, folder: Path = REFERENCE) -> dict:
+    return json.loads((folder / name).read_text())
 
 
 RELEASED = REFERENCE / "checkpoint_official_tiny.pth"
