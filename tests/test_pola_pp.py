@@ -4,26 +4,39 @@ pytest tests/test_pola_pp.py
 """
 
 import copy
+import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import recipe
 import torch
-from conftest import PPP, config_file, fill_with_recipe, largest_deviation, read_json, recipe_input
+from conftest import (
+    PPP,
+    config_file,
+    fill_with_recipe,
+    folder_of,
+    largest_deviation,
+    read_json,
+    recipe_input,
+    run,
+    write_tiny,
+)
+from run_files import epoch_file
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from config import load_config, make_plan
+from config import config_from_tree, load_config, make_plan
 from models import build_model
 from models.attention import PolaMapAttention
-from models.files import load_checkpoint, weights_of
+from models.files import CheckpointError, load_checkpoint, weights_of
 from models.layers import RotaryAngles
-from models.loading import create_model, load_weights
+from models.loading import create_model, load, load_weights
 from models.ops.rotary import frequencies, rotary_table
 from models.options import AttentionOptions
 from models.pola_pp import PolaPP
-from optimizer import parameter_groups
+from optimizer import build_optimizer, load_optimizer_state, parameter_groups
 
 NAMES = [f"b{i}" for i in range(6)]
 every_variant = pytest.mark.parametrize("name", NAMES)
@@ -322,3 +335,118 @@ def test_the_recipe_of_b5_is_that_of_b4():
         assert b4[section] == b5[section]
     with open(config_file("pola_pp_b5")) as file:
         assert "does not train from scratch" in file.read()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Released files in runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+TINY_PPP = """
+DATA: {DATASET: digits, IMG_SIZE: 32, BATCH_SIZE: 64, NUM_WORKERS: 0, TRAIN_FRACTION: 0.5}
+MODEL:
+  TYPE: pola_pp
+  NAME: tiny
+  DROP_PATH_RATE: 0.1
+  LA: {ATTENTION: polarity_pp}
+  PPP:
+    EMBED_DIMS: [16, 16, 16, 32]
+    DEPTHS: [1, 2, 1, 1]
+    NUM_HEADS: [1, 2, 2, 2]
+    PROJECTION: 40
+    LAYER_INIT_VALUES: [1.0, 1.0, 1.0e-6, 1.0]
+TRAIN: {EPOCHS: 3, WARMUP_EPOCHS: 1, BASE_LR: 4.0e-3}
+EMA: {ENABLE: True, DECAY: 0.9}
+AUG: {AUTO_AUGMENT: none, COLOR_JITTER: 0.0}
+PRINT_FREQ: 5
+"""
+
+
+@pytest.fixture
+def tiny_ppp(tmp_path):
+    """A configuration of the checkpoint fixture's architecture."""
+    return write_tiny(tmp_path, TINY_PPP)
+
+
+def evaluate_file(tiny_ppp: Path, file: Path, options: str = "") -> dict[str, str]:
+    """Top-1 by the name of the result's file."""
+    run(tiny_ppp, f"EVAL_MODE True MODEL.RESUME {file} TAG {file.stem} {options}")
+    folder = tiny_ppp.parent / "out" / "tiny" / file.stem
+    return {path.stem: json.loads(path.read_text())["result"]["top1"] for path in folder.glob("eval_val*.json")}
+
+
+def test_a_released_file_is_evaluated_by_model_and_average(tiny_ppp, log):
+    both = evaluate_file(tiny_ppp, CHECKPOINT)
+    assert f"evaluated {CHECKPOINT} (sha256 " in log.text and f"evaluated EMA weights of {CHECKPOINT} (" in log.text
+    assert both.keys() == {"eval_val", "eval_val_ema"} and both["eval_val"] != both["eval_val_ema"]
+    for word, name in (("ema", "eval_val_ema"), ("model", "eval_val")):
+        named = tiny_ppp.parent / f"{word}.pth"
+        named.write_bytes(CHECKPOINT.read_bytes())
+        assert evaluate_file(tiny_ppp, named, f"MODEL.WEIGHTS {word}") == {name: both[name]}
+    weights = dict(load_checkpoint(CHECKPOINT)["model"])
+    for content in (weights, {"state_dict": weights}):
+        torch.save(content, tiny_ppp.parent / f"bare{len(content)}.pth")
+        assert evaluate_file(tiny_ppp, tiny_ppp.parent / f"bare{len(content)}.pth") == {"eval_val": both["eval_val"]}
+    for lacking in ("layers.0.RoPE.angle", "layers.3.RoPE_linear.angle", "norm.num_batches_tracked"):
+        torch.save({key: value for key, value in weights.items() if key != lacking}, tiny_ppp.parent / "bare.pth")
+        with pytest.raises(CheckpointError, match=rf"missing \(1\): {lacking}"):
+            evaluate_file(tiny_ppp, tiny_ppp.parent / "bare.pth")
+
+
+def test_a_run_continues_from_a_released_file(tiny_ppp, log):
+    run(tiny_ppp, f"MODEL.RESUME {CHECKPOINT}")
+    assert "2 epochs finished, best top-1 12.500 %, of the average 25.000 %" in log.text
+    assert "epoch 2 [" in log.text and "epoch 1 [" not in log.text
+    before, after = load_checkpoint(CHECKPOINT), load_checkpoint(epoch_file(folder_of(tiny_ppp), 3))
+    steps = after["step"] // 3
+    assert {entry["step"].item() for entry in after["optimizer"]["state"].values()} == {8 + steps}
+    for kind in ("model", "model_ema"):  # the counter of the average is the model's
+        assert after[kind]["norm.num_batches_tracked"] == 8 + steps
+        assert not torch.equal(after[kind]["norm.running_mean"], before[kind]["norm.running_mean"])
+    lr = 4e-3 / 8  # of a global batch of 64
+    (rate,) = {group["lr"] for group in after["optimizer"]["param_groups"]}
+    assert rate == pytest.approx(5e-6 / 8 + 0.5 * (lr - 5e-6 / 8) * (1 + np.cos(np.pi * (3 * steps - 1) / (3 * steps))))
+
+
+def test_moments_of_a_released_optimizer_reach_their_parameters():
+    """By position in the released groups, which follow the order of the file's parameters."""
+    model, stored = tiny_model(), load_checkpoint(CHECKPOINT)["optimizer"]
+    config = load_config(config_file("pola_pp_b0"))
+    optimizer = build_optimizer(config, model)
+    load_optimizer_state(optimizer, model, stored, "checkpoint_ppp_tiny.pth")
+    parameters = dict(model.named_parameters())
+    order = [name for group in parameter_groups(model) for name in group]
+    for position, name in enumerate(order):
+        entry = optimizer.state[parameters[name]]
+        assert torch.equal(entry["exp_avg"], stored["state"][position]["exp_avg"]), name
+    assert len(order) == len(optimizer.state) == 140
+
+
+@every_variant
+def test_official_types_mean_the_variants(name):
+    """In a configuration that names nothing else, and in one that changes something."""
+    official = {"MODEL": {"TYPE": f"pola{name}", "DROP_PATH_RATE": 0.2}}
+    complete, _ = config_from_tree(official, "released file")
+    entries = [(key, shape) for key, shape, *_ in read_json(f"state_dicts/{name}.json", PPP)["entries"]]
+    for config in (official, complete):
+        with torch.device("meta"):
+            model = build_model(config)
+        assert [(key, list(value.shape)) for key, value in model.state_dict().items()] == entries
+        assert model.layers[3].blocks[-1].drop_path.drop_prob == pytest.approx(0.2)
+    with torch.device("meta"):
+        changed = build_model({"MODEL": {**official["MODEL"], "PPP": {"PROJECTION": 64, "NUM_HEADS": [1, 1, 1, 1]}}})
+    assert changed.proj.out_channels == 64 and changed.layers[3].blocks[0].attn.num_heads == 1
+    assert len(changed.layers[2].blocks) == len(model.layers[2].blocks)
+
+
+def test_a_file_of_an_official_type_loads_without_another_word(tmp_path):
+    """Its configuration is the official one: keys without effect, and rates that are already scaled."""
+    weights = create_model("pola_pp_b0").state_dict()
+    stored = load_checkpoint(CHECKPOINT)["config"]
+    assert stored["MODEL"]["TYPE"] == "polab0" and "KA" in stored["MODEL"]["SWIN"]
+    torch.save({"model": weights, "config": stored, "epoch": 300}, tmp_path / "b0.pth")
+    model = load(tmp_path / "b0.pth")
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    by_timm = create_model("pola_pp_b0", checkpoint=tmp_path / "b0.pth")
+    assert all(torch.equal(value, weights[key]) for key, value in by_timm.state_dict().items())
+    with pytest.raises(CheckpointError, match="does not fit PolaPP of this configuration"):
+        load(CHECKPOINT)  # a smaller model than its configuration says
