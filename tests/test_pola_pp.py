@@ -438,6 +438,18 @@ def test_official_types_mean_the_variants(name):
     assert len(changed.layers[2].blocks) == len(model.layers[2].blocks)
 
 
+def test_its_attention_is_announced_and_what_other_kernels_read_has_no_effect(tiny_ppp, log):
+    """Whatever MODEL.LA.ATTENTION says by default."""
+    options = "MODEL.LA.ATTENTION polarity MODEL.LA.ALPHA 3 TRAIN.EPOCHS 1"
+    run(tiny_ppp, options)
+    assert "polarity_pp attention" in log.text
+    file = epoch_file(folder_of(tiny_ppp), 1)
+    assert evaluate_file(tiny_ppp, file).keys() == {"eval_val", "eval_val_ema"}
+    arguments = arguments_of(read_json("checkpoint_ppp_tiny.json", PPP))
+    registered = create_model("pola_pp_b0", checkpoint=file, img_size=32, **arguments)
+    assert torch.equal(registered.head.weight, load_checkpoint(file)["model"]["head.weight"])
+
+
 def test_a_file_of_an_official_type_loads_without_another_word(tmp_path):
     """Its configuration is the official one: keys without effect, and rates that are already scaled."""
     weights = create_model("pola_pp_b0").state_dict()
