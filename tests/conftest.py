@@ -124,6 +124,26 @@ AUG: {AUTO_AUGMENT: none, COLOR_JITTER: 0.0}
 PRINT_FREQ: 5
 """
 
+# PolaFormer++ of the checkpoint fixture's sizes: rotary positions, BatchNorm and an average.
+TINY_PPP = """
+DATA: {DATASET: digits, IMG_SIZE: 32, BATCH_SIZE: 64, NUM_WORKERS: 0, TRAIN_FRACTION: 0.5}
+MODEL:
+  TYPE: pola_pp
+  NAME: tiny
+  DROP_PATH_RATE: 0.1
+  LA: {ATTENTION: polarity_pp}
+  PPP:
+    EMBED_DIMS: [16, 16, 16, 32]
+    DEPTHS: [1, 2, 1, 1]
+    NUM_HEADS: [1, 2, 2, 2]
+    PROJECTION: 40
+    LAYER_INIT_VALUES: [1.0, 1.0, 1.0e-6, 1.0]
+TRAIN: {EPOCHS: 3, WARMUP_EPOCHS: 1, BASE_LR: 4.0e-3}
+EMA: {ENABLE: True, DECAY: 0.9}
+AUG: {AUTO_AUGMENT: none, COLOR_JITTER: 0.0}
+PRINT_FREQ: 5
+"""
+
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
@@ -132,6 +152,12 @@ def tiny(tmp_path: Path) -> Path:
     On half of the training images: 11 steps an epoch.
     """
     return write_tiny(tmp_path, TINY.replace("NUM_WORKERS: 0", "NUM_WORKERS: 0, TRAIN_FRACTION: 0.5"))
+
+
+@pytest.fixture
+def tiny_ppp(tmp_path: Path) -> Path:
+    """As `tiny`, of a small PolaFormer++."""
+    return write_tiny(tmp_path, TINY_PPP)
 
 
 def write_tiny(folder: Path, text: str = TINY) -> Path:

@@ -21,7 +21,6 @@ from conftest import (
     read_json,
     recipe_input,
     run,
-    write_tiny,
 )
 from run_files import epoch_file
 from timm.utils import ModelEmaV3
@@ -340,31 +339,6 @@ def test_the_recipe_of_b5_is_that_of_b4():
 # ---------------------------------------------------------------------------------------------------------------------
 # Released files in runs
 # ---------------------------------------------------------------------------------------------------------------------
-
-TINY_PPP = """
-DATA: {DATASET: digits, IMG_SIZE: 32, BATCH_SIZE: 64, NUM_WORKERS: 0, TRAIN_FRACTION: 0.5}
-MODEL:
-  TYPE: pola_pp
-  NAME: tiny
-  DROP_PATH_RATE: 0.1
-  LA: {ATTENTION: polarity_pp}
-  PPP:
-    EMBED_DIMS: [16, 16, 16, 32]
-    DEPTHS: [1, 2, 1, 1]
-    NUM_HEADS: [1, 2, 2, 2]
-    PROJECTION: 40
-    LAYER_INIT_VALUES: [1.0, 1.0, 1.0e-6, 1.0]
-TRAIN: {EPOCHS: 3, WARMUP_EPOCHS: 1, BASE_LR: 4.0e-3}
-EMA: {ENABLE: True, DECAY: 0.9}
-AUG: {AUTO_AUGMENT: none, COLOR_JITTER: 0.0}
-PRINT_FREQ: 5
-"""
-
-
-@pytest.fixture
-def tiny_ppp(tmp_path):
-    """A configuration of the checkpoint fixture's architecture."""
-    return write_tiny(tmp_path, TINY_PPP)
 
 
 def evaluate_file(tiny_ppp: Path, file: Path, options: str = "") -> dict[str, str]:
