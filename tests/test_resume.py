@@ -76,6 +76,9 @@ def assert_same_run(first: Path, second: Path, epoch: int) -> None:
     timings = {"data_time", "communication_time", "step_time", "images_per_s", "memory_mb"}
     values = [[{k: v for k, v in record.items() if k not in timings} for record in records] for records in logs]
     assert values[0] == values[1] and len(values[0]) > 3
+
+
+def assert_same_predictions(first: Path, second: Path) -> None:
     with np.load(first / "predictions.npz") as ours, np.load(second / "predictions.npz") as theirs:
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours.files)
 
@@ -156,6 +159,7 @@ def test_stopped_anywhere_any_number_of_times_equals_uninterrupted(tmp_path, tex
     assert not (folder_of(tiny).parent / "parts" / "PREEMPTED").exists()
     root = folder_of(tiny).parent
     assert_same_run(root / "whole", root / "parts", 2)
+    assert_same_predictions(root / "whole", root / "parts")
 
 
 def read_metrics_steps(folder: Path) -> range:
@@ -187,6 +191,7 @@ def test_two_processes_interrupted_and_resumed_equal_uninterrupted(tiny_ppp):
     resumed = run_main(*arguments, "--tag", "parts", processes=2)
     assert "1 epochs finished" in resumed.stdout
     assert_same_run(root / "whole", root / "parts", 2)
+    assert_same_predictions(root / "whole", root / "parts")
     assert len(load_checkpoint(epoch_file(root / "whole", 2))["rng"]) == 2
 
 
