@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    PPP,
     RELEASED,
     RELEASED_OPTIONS,
     config_file,
@@ -67,20 +68,31 @@ def test_every_launcher_evaluates_the_named_file_to_the_same_result(launch, rele
     require_same_files(next(tmp_path.glob("*/*")), released_result[4])
 
 
-def require_same_files(folder: Path, expected: Path) -> None:
+def require_same_files(folder: Path, expected: Path, name: str = "eval_val") -> None:
     """The results of one process and of several are the same, apart from the rounding of losses and probabilities."""
-    one, other = (json.loads((path / "eval_val.json").read_text()) for path in (expected, folder))
+    one, other = (json.loads((path / f"{name}.json").read_text()) for path in (expected, folder))
     assert one["subject"] == other["subject"] and other["result"].pop("loss") == pytest.approx(
         one["result"].pop("loss")
     )
     assert other["result"] == one["result"]
-    table = "eval_val_per_class.csv"
+    table = f"{name}_per_class.csv"
     assert (folder / table).read_bytes() == (expected / table).read_bytes()
-    with np.load(expected / "eval_val_predictions.npz") as ours, np.load(folder / "eval_val_predictions.npz") as theirs:
-        for name in ("index", "label", "top5", "file", "classes", "epoch", "checkpoint"):
-            assert np.array_equal(ours[name], theirs[name]), name
+    with np.load(expected / f"{name}_predictions.npz") as ours, np.load(folder / f"{name}_predictions.npz") as theirs:
+        for key in ("index", "label", "top5", "file", "classes", "epoch", "checkpoint"):
+            assert np.array_equal(ours[key], theirs[key]), key
         assert np.allclose(ours["probability"], theirs["probability"], atol=1e-5)
         assert ours["index"].tolist() == list(range(355))
+
+
+def test_a_model_with_batch_norm_is_evaluated_alike_by_any_number_of_processes(tiny_ppp):
+    """The released file's running statistics count, however few images a process sees at a time."""
+    file = PPP / "checkpoint_ppp_tiny.pth"
+    run(tiny_ppp, f"EVAL_MODE True MODEL.RESUME {file}")
+    for processes in (2, 3):
+        options = ["TAG", str(processes), "DATA.BATCH_SIZE", "7"]
+        run_main("--cfg", tiny_ppp, "--eval", "--resume", file, "--opts", *options, processes=processes)
+        for name in ("eval_val", "eval_val_ema"):
+            require_same_files(folder_of(tiny_ppp).parent / str(processes), folder_of(tiny_ppp), name)
 
 
 def test_evaluation_ignores_the_run_folder_and_adds_its_results_alone(tiny, log):
