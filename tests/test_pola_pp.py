@@ -27,6 +27,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from config import config_from_tree, load_config, make_plan
+from main import check
 from models import build_model
 from models.attention import PolaMapAttention
 from models.files import CheckpointError, load_checkpoint, weights_of
@@ -322,6 +323,7 @@ def test_recipe_of_the_configurations(name):
     assert config.EMA.ENABLE and config.EMA.DECAY == 0.99982 and not config.EMA.WARMUP
     assert (train.OPTIMIZER.NAME, train.OPTIMIZER.BETAS, train.OPTIMIZER.EPS) == ("adamw", (0.9, 0.999), 1e-8)
     assert train.LR_SCHEDULER.NAME == "cosine" and config.MODEL.LABEL_SMOOTHING == 0.1
+    check(load_config(config_file(f"pola_pp_{name}"), ["DATA.DATASET", "digits"]))  # what pretrain.sh asks first
     augmentation = {"AUTO_AUGMENT": "rand-m9-mstd0.5-inc1", "MIXUP": 0.8, "CUTMIX": 1.0, "REPROB": 0.25}
     assert augmentation.items() <= dict(config.AUG).items()
     assert config.AUG.REMODE == "pixel" and config.AUG.COLOR_JITTER == 0.4 and config.DATA.INTERPOLATION == "bicubic"

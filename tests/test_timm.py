@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.models import feature_extraction
 
 from config import load_config
+from engine.training import place
 from models import build_model, list_models
 from models.files import CheckpointError, load_checkpoint
 from models.loading import create_model
@@ -460,6 +461,15 @@ def test_checkpointed_blocks_give_the_same_gradients(name):
         model.forward_intermediates(images(64, SIZE), intermediates_only=True)[-1].square().sum().backward()
         gradients.append([p.grad for n, p in model.named_parameters() if not n.startswith(("head", "norm"))])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@every_family
+def test_gradients_are_laid_out_like_their_parameters(name):
+    """As DDP's buckets are, which warns of others and copies them in every step."""
+    model = place(create(name, **SMALL[name], num_classes=7).train(), torch.device("cpu"))
+    model(images()).square().sum().backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad.stride() == parameter.stride(), parameter_name
 
 
 def test_undecayed_parameters_are_named():
