@@ -97,12 +97,12 @@ class PolarityPlusKernel(LinearKernel):
         return torch.sigmoid(self.s1[0, :, 0]), torch.sigmoid(self.s2[0, :, 0])
 
     def features(self, u: Tensor) -> Tensor:
-        return torch.expm1(_by_sign(u))
+        return _growth(_by_sign(u))
 
     def query_features(self, u: Tensor) -> Mapping[str, Tensor]:
         rates = (rate.to(u.dtype) for rate in self.learned() if rate is not None)
         return {
-            stream: torch.expm1(_by_sign(-u if stream == "opposite" else u) * rate)
+            stream: _growth(_by_sign(-u if stream == "opposite" else u) * rate)
             for stream, rate in zip(self.streams, rates, strict=True)
         }
 
@@ -110,6 +110,11 @@ class PolarityPlusKernel(LinearKernel):
     def channels(cls, stream: str, head_dim: int) -> range:
         border = (head_dim + 1) // 2
         return {"same": range(border), "opposite": range(border, head_dim)}[stream]
+
+
+def _growth(u: Tensor) -> Tensor:
+    """exp(u) − 1, also for PyTorch's older ONNX exporter, which does not know expm1."""
+    return torch.exp(u) - 1 if torch.onnx.is_in_onnx_export() else torch.expm1(u)
 
 
 def _by_sign(u: Tensor) -> Tensor:
