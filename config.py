@@ -200,7 +200,8 @@ KEYS: dict[str, Key] = {
         "polarity",
         text(),
         "kernel of the L blocks, a file of models/kernels; all else in them stays the same: linear attention of both"
-        " polarities, of relu(x), of 1 + elu(x), of focused powers of relu(x), or softmax",
+        " polarities (by powers, or as PolaFormer++ by exponentials), of relu(x), of 1 + elu(x), of focused powers of"
+        " relu(x), or softmax; MODEL.TYPE pola_pp has polarity_pp",
     ),
     "MODEL.LA.LEARN_EXPONENT": Key(
         True, boolean(), "learn the exponent of polarity attention; False fixes it at 1 + ALPHA/2, its initial value"

@@ -57,9 +57,10 @@ ALLOWED: dict[str, tuple[float, float] | None] = {
     "ours with pillow against timm's recipe": (0, 0),
     "evaluation with DATA.DECODER simplejpeg": (0, 0),
     "decoding": (0, 0),
-    # rounding: 0.004 and 2 with Pillow 13; others may resize height and width in another order
-    "random resized crop": (0.1, 16),
-    "flip after it": (0.1, 16),
+    # rounding: 0.004 and 2 with Pillow 13; Pillow 11.3 resizes height and width of one image in six in another order,
+    # which then deviates by up to 0.26 (a crop that is one pixel off by 7)
+    "random resized crop": (0.3, 16),
+    "flip after it": (0.3, 16),
     "the whole recipe": (0.5, 255),  # solarising, posterising and equalising turn one level into many
     f"stored again at short side {SHORT_SIDE}": None,
 }

@@ -198,7 +198,7 @@ def wrap(config: CfgNode, training: Training) -> None:
         training.model = DistributedDataParallel(
             training.bare_model,
             device_ids=[training.device.index] if training.device.type == "cuda" else None,
-            broadcast_buffers=False,  # derived ones are the same everywhere; running statistics are shared on their own
+            broadcast_buffers=False,  # derived ones are equal, and running statistics are shared on their own
             find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS,
         )
         training.model._set_ddp_runtime_logging_sample_rate(config.PRINT_FREQ)  # steps between two timed ones

@@ -73,7 +73,7 @@ class PolaLinearAttention(KernelAttention):
     """
 
     proj: nn.Linear
-    dwc: nn.Conv2d
+    dwc: "HeadConvolution"
 
     def __init__(self, dim: int, num_heads: int, key_grid: Grid, options: AttentionOptions) -> None:
         if options.kernel_size < 1 or options.kernel_size % 2 == 0:
@@ -102,21 +102,27 @@ class PolaLinearAttention(KernelAttention):
         if key_mask is not None:
             v = v.masked_fill(~key_mask[:, :, None], 0.0)
         out = self.mix(q, k, v, position=self.position(key_grid or self.key_grid), key_mask=key_mask)
-        out = out + self.local_branch(v, grid)
+        out = out + self.dwc(v, grid)
         return self.proj(out if g is None else out * g)
 
-    def local_branch(self, v: Tensor, grid: Grid) -> Tensor:
-        """Depthwise convolution over v (B, n, C) as a map of N = H·W tokens; all heads share the kernel: (B, N, C)."""
+
+class HeadConvolution(nn.Conv2d):
+    """Depthwise convolution over values as a map, with a kernel (d, 1, K, K) that all heads share.
+
+    A module that is called, so that what hooks modules (offloading, pruning, ZeRO) finds its parameters in use.
+    """
+
+    def __init__(self, dim: int, num_heads: int, kernel_size: int) -> None:
+        d = dim // num_heads
+        super().__init__(d, d, kernel_size, padding=kernel_size // 2, groups=d)
+        self.num_heads = num_heads
+
+    def forward(self, v: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]  # tokens with their grid, not a map
+        """v (B, n, C) as a map of N = H·W tokens: (B, N, C)."""
         # repeated as a matrix: its gradient is then laid out like the parameter, as DDP's buckets want it
-        kernel = self.dwc.weight.flatten(1).repeat(self.num_heads, 1).unflatten(1, (1, *self.dwc.kernel_size))
-        assert self.dwc.bias is not None
-        return depthwise_convolution(v, grid, kernel, self.dwc.bias.repeat(self.num_heads))
-
-
-def _head_convolution(dim: int, num_heads: int, kernel_size: int) -> nn.Conv2d:
-    """The depthwise kernel of one head: d×1×K×K, shared by all heads."""
-    d = dim // num_heads
-    return nn.Conv2d(d, d, kernel_size, padding=kernel_size // 2, groups=d)
+        kernel = self.weight.flatten(1).repeat(self.num_heads, 1).unflatten(1, (1, *self.kernel_size))
+        assert self.bias is not None
+        return depthwise_convolution(v, grid, kernel, self.bias.repeat(self.num_heads))
 
 
 class PolaWindowAttention(PolaLinearAttention):
@@ -135,7 +141,7 @@ class PolaWindowAttention(PolaLinearAttention):
         super().__init__(dim, num_heads, window, options)
         self.qkvg = nn.Linear(dim, (4 if options.gate else 3) * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        self.dwc = _head_convolution(dim, num_heads, options.kernel_size)
+        self.dwc = HeadConvolution(dim, num_heads, options.kernel_size)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None, window: Grid | None = None) -> Tensor:
@@ -171,7 +177,7 @@ class PolaReductionAttention(PolaLinearAttention):
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
             self.norm = nn.LayerNorm(dim, eps=1e-5)
-        self.dwc = _head_convolution(dim, num_heads, options.kernel_size)
+        self.dwc = HeadConvolution(dim, num_heads, options.kernel_size)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:

@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import PolaLinearAttention, PolaReductionAttention, PolaWindowAttention
+from .attention import PolaLinearAttention, PolaMapAttention, PolaReductionAttention, PolaWindowAttention
 from .classifier import Classifier
 from .kernels import Kernel, LinearKernel, kernel_of
-from .layers import Grid, window_partition
+from .layers import Grid, turned, turns, window_partition
+from .ops.rotary import Rotary, rotate
 from .options import AttentionOptions
 from .pola_swin import PolaSwinBlock, Tiling
-from .softmax_attention import SpatialReductionAttention, WindowAttention, reduce_tokens
+from .softmax_attention import RotaryAttention, SpatialReductionAttention, WindowAttention, reduce_tokens
 
-Attention = PolaLinearAttention | WindowAttention | SpatialReductionAttention
+Attention = PolaLinearAttention | PolaMapAttention | WindowAttention | SpatialReductionAttention | RotaryAttention
 COMBINED = "combined"  # the mean of a kernel's streams over the value channels that read them
 COMPARISONS = ("softmax", "relu")  # over the queries and keys of a layer of another kind
 EPS = 1e-6  # of the normalisers, as in models/ops
@@ -56,10 +57,11 @@ class LayerRecord:
     g: Tensor | None  # (B, W, h, N, d), the gate
     query_places: Tensor  # (W, N): where each query of a window is in the map, -1 for padding
     key_places: Tensor  # (W, n)
-    convolution: Tensor | None = None  # (d, K, K) of the depthwise branch
+    convolution: Tensor | None = None  # (h, d, K, K) of the depthwise branch; (1, d, K, K): one for all heads
     window: Grid | None = None  # the grid which that convolution sees
     factor: float | None = None  # of softmax's scores; None: 1/√d
     bias: Tensor | None = None  # (W or 1, h, N, n) added to the scores
+    rotary: Rotary | None = None  # turns of the features where they meet the values; weights may then be negative
 
     @property
     def num_heads(self) -> int:
@@ -101,7 +103,7 @@ class LayerRecord:
             stream: one of `streams`. Those of a kernel (polarity has `same` and `opposite`) are each applied to their
                 own of a head's value channels; `combined` is their mean over these channels.
             depthwise: add what the depthwise branch applies to the values, averaged over the channels of the stream.
-                Its weights may be negative, and a row does not sum to 1 then.
+                Its weights may be negative, and a row does not sum to 1 then; nor does it where features are turned.
 
         Raises:
             MapError: a query, head or stream that the layer does not have, or a depthwise branch where there is none.
@@ -117,12 +119,14 @@ class LayerRecord:
             rows = self._window_rows(stream, window, positions, heads)[..., real]
             out[:, :, chosen[:, None], self.key_places[window, real]] = rows
         if depthwise:
-            out += self.depthwise_rows(index, self.channels(stream))
+            branch = self.depthwise_rows(index, self.channels(stream))
+            out += branch if len(branch) == 1 else branch[heads]
         return out
 
     @torch.no_grad()
     def received(self, *, head: int | None = None, stream: str | None = None) -> Tensor:
-        """The mean row over all queries, (B, h, keys): how much attention each key receives; sums to 1.
+        """The mean row over all queries, (B, h, keys): how much attention each key receives; it sums to 1, unless
+        features are turned.
 
         In linear time for linear attention: mean_i(a_i) = mean_i(left_i) · rightᵀ.
         """
@@ -143,8 +147,9 @@ class LayerRecord:
 
     @torch.no_grad()
     def depthwise_rows(self, queries: Sequence[int] | Tensor, channels: Iterable[int] | None = None) -> Tensor:
-        """Rows of the depthwise branch's matrix (the same for all images and heads), (Q, keys): the convolution's
-        weights where they fall, and with reduced keys through the linear interpolation back to the queries' map.
+        """Rows of the depthwise branch's matrix, the same for all images, (h, Q, keys), or (1, Q, keys) where heads
+        share it: the convolution's weights where they fall, and with reduced keys through the linear interpolation back
+        to the queries' map.
 
         The kernel differs from channel to channel of a head: the rows are the mean over `channels` (None: all).
         """
@@ -152,22 +157,24 @@ class LayerRecord:
             raise MapError(f"{self.name}: its {self.kind} attention has no depthwise branch")
         index = self._queries(queries)
         chosen_channels = slice(None) if channels is None else list(channels)
-        kernel = self.convolution[chosen_channels].mean(dim=0)
+        kernel = self.convolution[:, chosen_channels].mean(dim=1)  # (h or 1, K, K)
         H, W = self.window
-        n = self.k.shape[3]
-        reach = torch.arange(len(kernel), device=index.device) - len(kernel) // 2
-        out = kernel.new_zeros(len(index), self.key_grid[0] * self.key_grid[1])
+        n, size = self.k.shape[3], kernel.shape[-1]
+        reach = torch.arange(size, device=index.device) - size // 2
+        out = kernel.new_zeros(len(kernel), len(index), self.key_grid[0] * self.key_grid[1])
         for window, chosen, positions in self._by_window(index):
             y = (positions // W)[:, None, None] + reach[:, None]  # (Q, K, 1)
             x = (positions % W)[:, None, None] + reach  # (Q, 1, K)
-            weights = kernel * ((y >= 0) & (y < H) & (x >= 0) & (x < W))  # (Q, K, K), 0 outside of the window
+            inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
+            weights = kernel[:, None] * inside  # (h or 1, Q, K, K), 0 outside of the window
             neighbours = (y * W + x).clamp(0, H * W - 1)
             lower, upper, fraction = _interpolation(neighbours, H * W, n)
-            rows = kernel.new_zeros(len(positions), n)
-            rows.scatter_add_(1, lower.flatten(1), (weights * (1 - fraction)).to(rows.dtype).flatten(1))
-            rows.scatter_add_(1, upper.flatten(1), (weights * fraction).to(rows.dtype).flatten(1))
+            rows = kernel.new_zeros(len(kernel), len(positions), n)
+            for place, share in ((lower, 1 - fraction), (upper, fraction)):
+                added = (weights * share).to(rows.dtype).flatten(2)
+                rows.scatter_add_(2, place.flatten(1).expand(len(kernel), -1, -1), added)
             real = self.key_places[window] >= 0
-            out[chosen[:, None], self.key_places[window, real]] = rows[:, real]
+            out[:, chosen[:, None], self.key_places[window, real]] = rows[:, :, real]
         return out
 
     def channels(self, stream: str) -> range:
@@ -208,6 +215,9 @@ class LayerRecord:
         queries, keys = self._features if own else _features_of(self._kernel(stream), self.q, self.k, self.key_places)
         right = keys[:, window, heads]
         left = {name: self._normalised(q[:, window, heads, positions], right, window) for name, q in queries.items()}
+        if own and self.rotary is not None:
+            at = Rotary(*(table[positions] for table in self.rotary))
+            left, right = {name: rotate(side, at) for name, side in left.items()}, rotate(right, self.rotary)
         if stream in left:
             return left[stream], right
         shares = {name: len(self.channels(name)) / self.v.shape[-1] for name in left}
@@ -325,7 +335,8 @@ def record(model: nn.Module, images: Tensor, layers: Iterable[str] | None = None
     Raises:
         MapError: a layer that the model does not have, or images of a size for which its position tables are resized.
     """
-    if isinstance(model, Classifier) and (size := tuple(images.shape[-2:])) != model.img_size:
+    sized = isinstance(model, Classifier) and bool(model.position_grids())
+    if sized and (size := tuple(images.shape[-2:])) != model.img_size:
         raise MapError(
             f"maps are recorded at the size that a model is made for, {model.img_size}, and the images are {size}:"
             f" call model.set_input_size({size}) first"
@@ -354,8 +365,8 @@ def _watched(model: nn.Module, names: Sequence[str], records: dict[str, LayerRec
         watched.append(module)
 
     def note(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        make = _window_softmax_record if isinstance(module, WindowAttention) else _reduction_softmax_record
-        records[name] = make(model, name, module, *inputs)  # type: ignore[arg-type]
+        make = next(make for kind, make in RECORDERS.items() if isinstance(module, kind))
+        records[name] = make(model, name, module, *inputs)
 
     try:
         for name in names:
@@ -406,7 +417,7 @@ def _kernel_record(
         g=None if g is None else _split(g.detach().to(dtype), windows, h),
         query_places=places,
         key_places=key_places,
-        convolution=module.dwc.weight[:, 0].to(dtype),
+        convolution=module.dwc.weight[None, :, 0].to(dtype),
         window=grid,
     )
 
@@ -458,6 +469,42 @@ def _reduction_softmax_record(
         query_places=_whole_map(grid, x.device),
         key_places=_whole_map(keys, x.device),
     )
+
+
+def _rotary_record(
+    model: nn.Module, name: str, module: PolaMapAttention | RotaryAttention, x: Tensor, grid: Grid
+) -> LayerRecord:
+    projection = module.qkvg if isinstance(module, PolaMapAttention) else module.qkvo
+    q, k, v, g = projection(x).detach().to(torch.promote_types(x.dtype, torch.float32)).chunk(4, dim=-1)
+    heads, rotary = module.num_heads, None
+    q, k = _split(q, 1, heads), _split(k, 1, heads)
+    if isinstance(module, PolaMapAttention):
+        rotary = turns(q, grid, 2 * module.head_dim)
+    else:  # softmax attention turns what it compares
+        own = turns(q, grid, module.head_dim)
+        q, k = turned(q, own), turned(k, own)
+    return LayerRecord(
+        name=name,
+        kernel=kernel_in(module),
+        grid=grid,
+        key_grid=grid,
+        q=q,
+        k=k,
+        v=_split(v, 1, heads),
+        g=_split(g, 1, heads),
+        query_places=_whole_map(grid, x.device),
+        key_places=_whole_map(grid, x.device),
+        convolution=module.lepe.weight[:, 0].unflatten(0, (heads, -1)).to(q.dtype),
+        window=grid,
+        rotary=rotary,
+    )
+
+
+RECORDERS: dict[Any, Any] = {
+    WindowAttention: _window_softmax_record,
+    SpatialReductionAttention: _reduction_softmax_record,
+    (PolaMapAttention, RotaryAttention): _rotary_record,
+}
 
 
 def _split(tokens: Tensor, windows: int, heads: int) -> Tensor:

@@ -75,7 +75,7 @@ class TrainableModel(nn.Module, ABC):
 
     num_classes: int
     classes: list[str] | None = None  # names of the outputs, where the file that it was loaded from knows them
-    config: dict[str, Any] | None = None  # the configuration in that file
+    config: dict[str, Any]  # the configuration in that file; without a file absent, as peft expects, and not None
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed although they have several dimensions."""

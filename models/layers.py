@@ -22,9 +22,14 @@ torch.fx.wrap("drop_path")
 class Deriving(nn.Module):
     """A module whose buffers follow from its arguments and stand in no file.
 
-    They are made again whenever the module is moved or converted, so that they are right after a start on the meta
-    device too (`to_empty`, FSDP, accelerate), and by the method that transformers and timm call after loading.
+    They are made again whenever the module is moved, converted or loaded, so that they are right after a start on the
+    meta device too (`to_empty`, `load_state_dict(assign=True)`, FSDP, accelerate), and by the method that transformers
+    and timm call after loading.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_derive)
 
     def init_non_persistent_buffers(self) -> None:
         """Make them, on the device of the parameters."""
@@ -36,6 +41,10 @@ class Deriving(nn.Module):
         super()._apply(fn, recurse)
         self.init_non_persistent_buffers()
         return self
+
+
+def _derive(module: Any, incompatible_keys: Any) -> None:
+    module.init_non_persistent_buffers()
 
 
 class RotaryAngles(nn.Module):

@@ -43,6 +43,7 @@ from .registry import Variant, register_body
 from .softmax_attention import WindowAttention
 
 MASKED = -100.0  # score offset between tokens that a cyclic shift brought together
+PADDED = -1.0e9  # of keys that are padding: a weight of exactly 0, and finite, so that averaged buffers stay themselves
 
 
 class Tiling(NamedTuple):
@@ -74,7 +75,7 @@ class Tiling(NamedTuple):
         return self._real_tokens() if any(self.padding) else None
 
     def score_mask(self) -> Tensor | None:
-        """(windows, tokens, tokens) added to scores: −100 between shifted regions, −inf for padded keys."""
+        """(windows, tokens, tokens) added to scores: −100 between shifted regions, −10⁹ for padded keys."""
         if not any(self.shift) and not any(self.padding):
             return None
         regions = torch.zeros(self.grid[0] + self.padding[0], self.grid[1] + self.padding[1])
@@ -83,7 +84,7 @@ class Tiling(NamedTuple):
         regions[:, : self.shift[1]] += 2
         labels = self._windows_of(regions)
         mask = torch.where(labels[:, :, None] == labels[:, None, :], 0.0, MASKED)
-        return mask.masked_fill(~self._real_tokens()[:, None, :], -torch.inf)
+        return mask.masked_fill(~self._real_tokens()[:, None, :], PADDED)
 
 
 @torch.fx.wrap

@@ -9,11 +9,13 @@ from typing import Protocol
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .layers import DepthwiseConv2d, Deriving, Grid, resize_table, turned, turns
+from .ops.softmax_attention import softmax_attention
 
-torch.fx.wrap("turned")  # each an operation, in the names of this file too
+# each an operation, in the names of this file too
+torch.fx.wrap("softmax_attention")
+torch.fx.wrap("turned")
 torch.fx.wrap("turns")
 
 
@@ -73,7 +75,7 @@ class WindowAttention(Deriving):
             bias = (bias + mask[:, None].to(bias.dtype)).flatten(0, 1)[None]  # (1, windows·h, N, N)
         qkv = self.qkv(x).reshape(B // windows, windows, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)  # 3 × (B/windows, windows·h, N, d)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=self.qk_scale)
+        out = softmax_attention(q, k, v, bias.to(q.dtype), scale=self.qk_scale)
         out = out.unflatten(1, (windows, self.num_heads)).transpose(2, 3).reshape(B, N, C)
         return self.proj_drop(self.proj(out))
 
@@ -110,7 +112,7 @@ class SpatialReductionAttention(nn.Module):
         heads = (self.num_heads, -1)
         q = self.q(x).unflatten(-1, heads).transpose(1, 2)
         k, v = self.kv(reduce_tokens(self, x, grid)).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = softmax_attention(q, k, v)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
@@ -129,7 +131,7 @@ class RotaryAttention(nn.Module):
         q, k, v, o = self.qkvo(x).chunk(4, dim=-1)
         rotary = turns(q, grid, self.head_dim)
         q, k, values = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(turned(q, rotary), turned(k, rotary), values)
+        out = softmax_attention(turned(q, rotary), turned(k, rotary), values)
         return self.proj((out.transpose(1, 2).flatten(2) + self.lepe(v, grid)) * o)
 
 

@@ -56,7 +56,7 @@ def test_runs_differ_by_seed_and_the_variant_s_keys_alone(tmp_path):
         allowed = {"SEED", "TAG", *VARIANTS[run.variant].options[::2]}
         assert changed.keys() <= allowed
         for key, value in zip(VARIANTS[run.variant].options[::2], VARIANTS[run.variant].options[1::2], strict=True):
-            assert str(changed[key][0]) == value
+            assert str(changed[key][0]).replace(" ", "") == value
 
 
 def test_the_fresh_weights_of_a_seed_are_the_same_for_every_kind(tmp_path):
@@ -65,13 +65,21 @@ def test_the_fresh_weights_of_a_seed_are_the_same_for_every_kind(tmp_path):
         torch.manual_seed(5)
         states[run.variant] = build_model(run.config, 10).state_dict()
     reference = states.pop("polarity")
+    del states["pola_pp"]  # another body
     bias = states.pop("polarity_open_gate")["layers.0.blocks.0.attn.qkvg.bias"]
     assert bias.tolist() == [0.0] * 96 + [1.0] * 32 and not reference["layers.0.blocks.0.attn.qkvg.bias"].any()
     ungated = {kind: states.pop(kind + ablation.UNGATED) for kind in ablation.KINDS}
     for state in ungated.values():  # of one size, and the same beside `power`
-        assert all(torch.equal(value, ungated["polarity"][name]) for name, value in state.items())
-    for state in states.values():
-        assert state.keys() == {name for name in reference if not name.endswith("power")}
+        shared = {name: value for name, value in state.items() if not name.endswith(("s1", "s2"))}
+        assert all(torch.equal(value, ungated["polarity"][name]) for name, value in shared.items())
+    rates = {name for name in states["polarity_pp"] if name.endswith(("s1", "s2"))}
+    assert len(rates) == 8 and not any(name.endswith("scale") for name in states["polarity_pp"])
+    for kind, state in states.items():
+        kept = {name for name in reference if not name.endswith("power")}
+        if kind == "polarity_pp":
+            kept = {name for name in kept if not name.endswith("scale")} | rates
+        assert state.keys() == kept
+        state = {name: value for name, value in state.items() if name not in rates}
         assert all(torch.equal(value, reference[name]) for name, value in state.items())
 
 

@@ -20,7 +20,8 @@ from PIL import Image
 from config import image_size, load_config
 from data.transforms import Normalise, evaluation_transform
 from models import build_model
-from models.attention_maps import record
+from models.attention_maps import attention_layers, record
+from models.pola_pp import PolaPP
 from tools import analyze, visualize_attention
 from tools.checkpoints import load_model, read_image
 from tools.overlays import ground, key_map, paint
@@ -227,6 +228,38 @@ def test_exponents_and_gate_correlations(folder, table):
     assert {layer for layer, _, metric, _ in table if metric == "gate"} == set(LAYERS[:2])
 
 
+def test_spikiness_and_signs_of_turned_features(tmp_path):
+    """Of a PolaFormer++: learned rates by stream, and what of the weights is negative."""
+    torch.manual_seed(0)
+    row = {"embed_dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2), "mlp_ratios": (1, 1), "projection": 8}
+    model = PolaPP(**row, layer_init_values=(1, 1), stage_types="LS", img_size=32, num_classes=3).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.5)
+    pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    names = list(attention_layers(model))
+    found, gates = analyze.analyze(model, [pixels], names, ["spikiness", "signs", "entropy"])
+    table = {(m.layer, m.head, m.metric, m.map): m.value for m in found}
+    attention = model.layers[0].blocks[0].attn
+    rates = torch.sigmoid(attention.s2[0, 0, 0])
+    assert table[names[0], 0, "spikiness", "opposite mean"] == pytest.approx(rates.mean().item())
+    assert table[names[0], 0, "spikiness", "opposite maximum"] == pytest.approx(rates.max().item())
+    rows = (
+        record(model, Normalise(torch.device("cpu"))(pixels[None]))
+        .layers[names[0]]
+        .rows(range(64), stream="same")[0, 0]
+    )
+    negative = -rows[rows < 0].sum() / rows.abs().sum()
+    assert table[names[0], 0, "negative share", "same"] == pytest.approx(negative.item(), rel=1e-4) and negative > 0.01
+    assert table[names[0], 0, "row sum", "same"] == pytest.approx(rows.sum(dim=1).mean().item(), rel=1e-4)
+    assert {layer for layer, _, metric, _ in table if metric != "entropy"} == set(names[:1])
+    figures = analyze.draw_figures(tmp_path, model, found, gates)
+    assert [path.name for path in figures] == ["entropy.png", "signs.png", "spikiness.png"]
+    pixels = np.asarray(Image.open(tmp_path / "spikiness.png").convert("RGB")).reshape(-1, 3)
+    for stream in ("same", "opposite"):
+        colour = [int(analyze.COLOUR[stream][i : i + 2], 16) for i in (1, 3, 5)]
+        assert (pixels == colour).all(axis=1).sum() > 20
+
+
 def test_figures_hold_what_they_are_about(analysis):
     colours = {
         "entropy.png": ("combined", "same", "opposite", "softmax", "relu"),
@@ -293,7 +326,7 @@ def test_a_mistake_is_answered_in_one_line(folder, capsys, tool, arguments, mess
         (visualize_attention, "x.png --streams same,negative", "no map 'negative', expected some of combined, same,"),
         (visualize_attention, "x.png --size 64", "'64' is not a whole number from 128 on"),
         (visualize_attention, "", "name at least one IMAGE"),
-        (analyze, "--metrics entropy,speed", "no metric 'speed', expected some of entropy, rank, exponent, gate"),
+        (analyze, "--metrics entropy,speed", "no metric 'speed', expected some of entropy, rank, exponent, spikiness"),
         (analyze, "--tolerance 2", "'2' is not a number between 0 and 1"),
         (analyze, "--queries 0", "'0' is not a whole number from 1 on"),
     ],

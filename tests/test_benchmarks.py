@@ -6,6 +6,7 @@ pytest tests/test_benchmarks.py
 import json
 from functools import partial
 
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -304,7 +305,8 @@ def test_input_pipeline_writes_its_results(tmp_path, capsys):
     assert str(tmp_path) not in path.read_text()
     deviations = results["deviations"]
     assert deviations["decoding"] == {"mean": 0.0, "max": 0, "share_differing": 0.0}
-    assert 0 < deviations["random resized crop"]["mean"] < 0.1
+    largest = 0.1 if int(PIL.__version__.partition(".")[0]) >= 13 else 0.3
+    assert 0 < deviations["random resized crop"]["mean"] < largest
     loaders = results["loaders"]
     assert list(loaders) == [
         "torchvision + timm",

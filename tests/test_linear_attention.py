@@ -208,7 +208,7 @@ def test_a_kind_differs_from_polarity_by_the_kernel_alone(kind):
     q, k, v, g = F.linear(x, module.qkvg.weight, module.qkvg.bias).chunk(4, dim=-1)
     scale, position = F.softplus(module.scale).reshape(2, 4), module.positional_encoding.reshape(9, 2, 4)
     rows = _explicit(kind, *(t.reshape(2, 9, 2, 4) for t in (q, k, v)), scale, position, None, 1e-6)
-    expected = module.proj((rows.flatten(2) + module.local_branch(v, (3, 3))) * g)
+    expected = module.proj((rows.flatten(2) + module.dwc(v, (3, 3))) * g)
     assert torch.allclose(module(x), expected, rtol=1e-11, atol=1e-12)
 
 

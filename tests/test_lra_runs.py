@@ -70,6 +70,7 @@ def test_what_makes_another_model_or_protocol_makes_another_row():
         "polarity, α = 3, gate, scale, depthwise 5": ["MODEL.LA.ALPHA", "3.0", "MODEL.LRA.KERNEL_SIZE", "5"],
         "polarity, α = 4, plain": PLAIN,
         "softmax, plain": plain,
+        "polarity_pp, gate": ["MODEL.LA.ATTENTION", "polarity_pp"],  # it has no scale
         "softmax, gate": [*plain, "MODEL.LA.GATE", "True"],
     }
     for name, options in names.items():
@@ -160,6 +161,13 @@ def test_the_table_averages_seeds_and_never_mixes_what_differs(tmp_path, capsys)
     table.main(["--runs", str(tmp_path), "--docs", str(tmp_path / "lra.md")])
     assert capsys.readouterr().out.startswith("0 runs in")
     assert (tmp_path / "lra.md").read_text().count("No run yet.") == 2
+
+
+def test_the_page_has_the_text_that_it_is_written_from():
+    """docs/lra.md is written from page.md: a paragraph that was changed in one of them alone would be lost."""
+    written = (ROOT / "docs" / "lra.md").read_text(encoding="utf-8")
+    for paragraph in (ROOT / "experiments" / "lra" / "page.md").read_text(encoding="utf-8").split("\n\n"):
+        assert paragraph.startswith("<!--") or paragraph.strip() in written, paragraph[:80]
 
 
 @pytest.mark.parametrize("steps", [300, pytest.param(600, marks=pytest.mark.slow)])

@@ -275,6 +275,19 @@ def test_the_triton_op_compiles_in_one_piece():
         assert torch.equal(value, wanted)
 
 
+@pytest.mark.slow
+def test_two_layers_compile_in_one_piece_for_any_size_with_gradients():
+    def two_layers(q, k, v, exponent):
+        return polarity_attention(polarity_attention(q, k, v, exponent), k, v, exponent)
+
+    inputs = make_inputs(6, 5, 4, torch.float32, device=DEVICE)
+    compiled = torch.compile(two_layers, fullgraph=True, dynamic=True, backend="eager")
+    out, expected = compiled(*inputs), two_layers(*inputs)
+    gradients, wanted = (torch.autograd.grad(o.square().sum(), inputs) for o in (out, expected))
+    for value, other in zip((out, *gradients), (expected, *wanted), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5)
+
+
 def test_flops_are_those_of_the_products_of_the_eager_backend():
     inputs = make_inputs(20, 12, 8, torch.float32, B=2, h=3, device=DEVICE)
     counts = []

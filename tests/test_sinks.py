@@ -26,7 +26,7 @@ from test_survival import at_step
 import logger
 import main
 from config import load_config
-from logger import MetricsWriter, Sink, append, append_line, read_metrics, setup_logger
+from logger import MetricsWriter, Sink, append, append_line, get_logger, read_metrics, setup_logger
 from models.files import load_checkpoint
 from utils.faults.folder_lock import RunFolderBusyError, RunLock
 from utils.faults.preemption import Preempted
@@ -107,8 +107,9 @@ def test_metrics_and_tensorboard_are_whole_after_a_disk_was_full_for_a_while(tmp
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 8))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 8))
-    assert len(caplog.messages) == 2 and "metrics.jsonl could not be written: No space" in caplog.messages[0]
-    assert re.search(r"tensorboard/events\S+ could not be written: No space", caplog.messages[1])
+    messages = [record.getMessage() for record in caplog.records if record.name == get_logger().name]
+    assert len(messages) == 2 and "metrics.jsonl could not be written: No space" in messages[0]
+    assert re.search(r"tensorboard/events\S+ could not be written: No space", messages[1])
 
 
 def test_a_start_on_a_full_disk_forgets_what_it_will_write_again_once_there_is_room(tmp_path):

@@ -20,6 +20,7 @@ from config import load_config
 from engine.training import place
 from models import build_model, list_models
 from models.files import CheckpointError, load_checkpoint
+from models.kernels import KERNELS
 from models.loading import create_model
 
 SIZE = 96  # pixels; the smallest at which windows, merging and shifts all occur
@@ -610,6 +611,19 @@ def test_released_file_loads_by_timm_and_by_torch_hub(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("attention", KERNELS)
+@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny"])
+def test_every_module_with_parameters_is_called(name, attention):
+    """What offloads, prunes or gathers a module's parameters does it by hooks on its call."""
+    model = timm.create_model(name, img_size=64, num_classes=4, attention=attention)
+    owners = {path for path, module in model.named_modules() if [*module.parameters(recurse=False)]}
+    called = set()
+    for path, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, path=path: called.add(path))
+    model(torch.randn(1, 3, 64, 64))
+    assert owners and owners <= called
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny"])
 def test_a_model_in_half_precision_computes_and_trains_on_a_cpu(name, dtype):
@@ -623,7 +637,9 @@ def test_a_model_in_half_precision_computes_and_trains_on_a_cpu(name, dtype):
     assert all(parameter.grad.isfinite().all() for parameter in halved.parameters())
 
 
-@pytest.mark.parametrize("begin", ["to_empty", "device argument", "weights assigned", "buffers lost"])
+@pytest.mark.parametrize(
+    "begin", ["to_empty", "device argument", "weights assigned", "nothing after that", "buffers lost"]
+)
 @pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny"])
 def test_buffers_that_no_file_holds_are_right_after_any_beginning(name, begin):
     size = {"img_size": 96, "num_classes": 4}  # maps that windows do not divide: masks for padding and shift
@@ -637,9 +653,15 @@ def test_buffers_that_no_file_holds_are_right_after_any_beginning(name, begin):
         assert {parameter.device.type for parameter in other.parameters()} == {"meta"}
         assert other(images.to("meta")).shape == (1, 4)
         other = other.to_empty(device="cpu")
-    elif begin == "weights assigned":  # as accelerate does, which leaves buffers on the meta device
-        other = timm.create_model(name, device="meta", **size)
+    elif begin in ("weights assigned", "nothing after that"):
+        with torch.device("meta"):
+            other = timm.create_model(name, **size)
         other.load_state_dict(model.state_dict(), assign=True)
+        if begin == "nothing after that":
+            assert torch.equal(other.eval()(images), model(images))
+        for module in other.modules():  # as accelerate leaves them
+            for key, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(key, buffer.to("meta"), persistent=False)
         other = other.to("cpu")
     else:  # as transformers leaves them, which then calls what timm's modules have too
         other = timm.create_model(name, **size)

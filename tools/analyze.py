@@ -1,4 +1,4 @@
-"""What attention layers do, in numbers: entropy, rank, exponents and gates, as a CSV and figures.
+"""What attention layers do, in numbers: entropy, rank, exponents, spikiness and gates, as a CSV and figures.
 
 example: python tools/analyze.py --checkpoint max_acc.pth           on the two photographs that ship with scikit-learn
          python tools/analyze.py images/ --checkpoint max_acc.pth --metrics entropy,rank --layers layers.0.blocks.0
@@ -28,7 +28,8 @@ from models.attention_maps import LayerRecord, MapError, attention_layers, choos
 from tools.checkpoints import add_checkpoint_arguments, find_images, open_checkpoint, read_image
 from tools.command_line import answer, file_path, number, program, some_of, whole
 
-METRICS = ("entropy", "rank", "exponent", "gate")
+METRICS = ("entropy", "rank", "exponent", "spikiness", "signs", "gate")
+LEARNED = ("exponent", "spikiness")  # of the model, whatever the images
 WITH_DEPTHWISE = "combined+depthwise"
 QUANTILES = {"minimum": 0.0, "quartile 1": 0.25, "median": 0.5, "quartile 3": 0.75, "maximum": 1.0}
 PAIRED, TOKEN_MEANS = "paired channels", "token means"
@@ -53,7 +54,9 @@ class Measurement:
 
 
 def row_entropy(rows: Tensor) -> Tensor:
-    """Mean over rows of −Σ a ln a in nats, of (…, Q, keys) normalised to sum 1; rows of zeros do not count."""
+    """Mean over rows of −Σ a ln a in nats, of the magnitudes of (…, Q, keys) normalised to sum 1; rows of zeros do not
+    count."""
+    rows = rows.abs()
     total = rows.sum(dim=-1, keepdim=True)
     entropy = torch.special.entr(rows / total).sum(dim=-1)
     return entropy.masked_fill(total[..., 0] == 0, math.nan).nanmean(dim=-1)
@@ -108,6 +111,17 @@ def _rank(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[Mea
                 yield Measurement(layer.name, layer.kind, head, metric, name, value.item(), limit)
 
 
+def _signs(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[Measurement]:
+    """Of features that are turned: the share of the weights' magnitude that is negative, and the sum of a row."""
+    for stream in layer.own_streams if layer.rotary is not None else ():
+        for head in range(layer.num_heads):
+            rows = layer.rows(queries, head=head, stream=stream)[0, 0]
+            negative = rows.clamp(max=0).abs().sum() / rows.abs().sum()
+            values = {"negative share": negative, "row sum": rows.sum(dim=-1).mean()}
+            for metric, value in values.items():
+                yield Measurement(layer.name, layer.kind, head, metric, stream, value.item(), 1.0)
+
+
 def _gate(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[Measurement]:
     if layer.g is None or layer.v.shape[-1] < 2:
         return
@@ -124,24 +138,37 @@ def _gate(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[Mea
 OF_IMAGES: dict[str, Callable[[LayerRecord, Tensor, float], Iterator[Measurement]]] = {
     "entropy": _entropy,
     "rank": _rank,
+    "signs": _signs,
     "gate": _gate,
 }
 
 
-def exponent_measurements(model: nn.Module, layers: Iterable[str]) -> list[Measurement]:
-    """Mean, standard deviation and quartiles of each head's learned exponents."""
-    modules, found = attention_layers(model), []
+def learned_values(model: nn.Module, layers: Iterable[str], metric: str) -> dict[str, dict[str, Tensor]]:
+    """What the kernels of layers have learned, by layer and map: exponents or spikiness, each (h, ·)."""
+    modules, found = attention_layers(model), {}
     for name in layers:
         kernel = kernel_in(modules[name])
-        if (exponents := kernel.exponent()) is None:
-            continue
-        for head, values in enumerate(exponents.detach()):
-            numbers = {"mean": values.mean().item(), "standard deviation": values.std(correction=0).item()}
-            numbers |= {label: values.quantile(q).item() for label, q in QUANTILES.items()}
-            found += [
-                Measurement(name, kernel.name, head, "exponent", label, value, 1 + kernel.options.alpha)
-                for label, value in numbers.items()
-            ]
+        exponents = kernel.exponent() if metric == "exponent" else None
+        values = kernel.spikiness() if metric == "spikiness" else {} if exponents is None else {"": exponents}
+        if values:
+            found[name] = {label: each.detach() for label, each in values.items()}
+    return found
+
+
+def learned_measurements(model: nn.Module, layers: Iterable[str], metric: str) -> list[Measurement]:
+    """Mean, standard deviation and quartiles of each head's exponents or spikiness."""
+    modules, found = attention_layers(model), []
+    for name, by_stream in learned_values(model, layers, metric).items():
+        kernel = kernel_in(modules[name])
+        limit = 1.0 if metric == "spikiness" else 1 + kernel.options.alpha
+        for stream, heads in by_stream.items():
+            for head, values in enumerate(heads):
+                numbers = {"mean": values.mean().item(), "standard deviation": values.std(correction=0).item()}
+                numbers |= {label: values.quantile(q).item() for label, q in QUANTILES.items()}
+                found += [
+                    Measurement(name, kernel.name, head, metric, f"{stream} {label}".strip(), value, limit)
+                    for label, value in numbers.items()
+                ]
     return found
 
 
@@ -178,7 +205,9 @@ def analyze(
             if "gate" in metrics and layer.g is not None and layer.v.shape[-1] > 1:
                 gates[layer.name] = gate_halves(layer)
     averaged = [replace(each[0], value=math.fsum(m.value for m in each) / len(each)) for each in collected.values()]
-    return averaged + (exponent_measurements(model, layers) if "exponent" in metrics else []), gates
+    for metric in LEARNED:
+        averaged += learned_measurements(model, layers, metric) if metric in metrics else []
+    return averaged, gates
 
 
 def write_csv(path: Path, measurements: Iterable[Measurement]) -> None:
@@ -222,10 +251,17 @@ LABEL = {
 }
 
 
+FILES = {"negative share": "signs"}
+VIOLINS = {
+    "exponent": ("Learned exponents of all heads and channels", "p"),
+    "spikiness": ("Learned spikiness of all heads and channels", "a: what multiplies inside of the exponent"),
+}
+
+
 def draw_figures(
     folder: Path, model: nn.Module, measurements: Sequence[Measurement], gates: dict[str, tuple[Tensor, Tensor]]
 ) -> list[Path]:
-    """entropy.png, rank.png, exponent.png and gate.png, those of them for which there are measurements."""
+    """A figure for each metric, entropy.png to gate.png, for which there are measurements."""
     from matplotlib.figure import Figure  # slow to import
 
     by_metric: dict[str, list[Measurement]] = {}
@@ -251,22 +287,20 @@ def draw_figures(
         left, right = canvas("rank", 2)
         share(left, "rank", "Numerical rank", "rank / largest possible", ylim=(0, 1.03))
         share(right, "effective rank", "Effective rank", "effective rank / largest possible", ylim=(0, None))
-    if exponent := by_metric.get("exponent"):
-        layers = _layers(exponent)
-        modules = attention_layers(model)
-        exponents = [kernel_in(modules[name]).exponent() for name in layers]
-        values = [each.detach().flatten().numpy() for each in exponents if each is not None]
-        (axes,) = canvas("exponent")
-        parts = axes.violinplot(values, showmedians=True, widths=0.8)
-        for body in parts["bodies"]:
-            body.set(facecolor=COLOUR["combined"], alpha=0.45)
-        for line in ("cbars", "cmins", "cmaxes", "cmedians"):
-            parts[line].set(color=COLOUR["combined"], linewidth=1.2)
-        start = 1 + (exponent[0].limit - 1) / 2
-        axes.axhline(start, color="#888888", linestyle=":", linewidth=1)
-        axes.annotate("at the start", (0.5, start), (2, 3), textcoords="offset points", color="#666666", fontsize=8)
-        axes.set(title="Learned exponents of all heads and channels", ylabel="p", xlim=(0.4, len(layers) + 0.6))
-        _layer_axis(axes, layers, range(1, len(layers) + 1))
+    if "negative share" in by_metric:
+        left, right = canvas("negative share", 2)
+        share(left, "negative share", "Negative weights", "share of the weights' magnitude", ylim=(0, None))
+        _dots(right, by_metric["row sum"], lambda m: m.value, legend=False)
+        right.axhline(1, color="#888888", linestyle=":", linewidth=1)
+        right.set(title="What a row sums to", ylabel="mean over rows")
+    for metric, (title, label) in VIOLINS.items():
+        if metric in by_metric:
+            limit = by_metric[metric][0].limit
+            start = limit / 2 if metric == "spikiness" else 1 + (limit - 1) / 2
+            values = learned_values(model, _layers(by_metric[metric]), metric)
+            (axes,) = canvas(metric)
+            _violins(axes, values, start)
+            axes.set(title=title, ylabel=label)
     if gate := by_metric.get("gate"):
         left, right = canvas("gate", 2)
         _dots(left, gate, lambda m: m.value)
@@ -282,8 +316,30 @@ def draw_figures(
             ylabel="its opposite-signed partner",
         )
     for metric, figure in figures.items():
-        figure.savefig(folder / f"{metric}.png", dpi=130)
-    return [folder / f"{metric}.png" for metric in figures]
+        figure.savefig(folder / f"{FILES.get(metric, metric)}.png", dpi=130)
+    return [folder / f"{FILES.get(metric, metric)}.png" for metric in figures]
+
+
+def _violins(axes: Any, values: dict[str, dict[str, Tensor]], start: float) -> None:
+    """A violin for each layer and stream, over all heads and channels; a line where they begin."""
+    streams = list(dict.fromkeys(stream for by_stream in values.values() for stream in by_stream))
+    for place_of_stream, stream in enumerate(streams):
+        shift, colour = (place_of_stream - (len(streams) - 1) / 2) * 0.4, COLOUR[stream or "combined"]
+        places = [place + shift for place in range(1, len(values) + 1)]
+        drawn = [by_stream[stream].flatten().numpy() for by_stream in values.values()]
+        parts = axes.violinplot(drawn, places, showmedians=True, widths=0.8 / len(streams))
+        for body in parts["bodies"]:
+            body.set(facecolor=colour, alpha=0.45)
+        for line in ("cbars", "cmins", "cmaxes", "cmedians"):
+            parts[line].set(color=colour, linewidth=1.2)
+        if stream:
+            axes.plot([], [], color=colour, label=LABEL[stream])
+    axes.axhline(start, color="#888888", linestyle=":", linewidth=1)
+    axes.annotate("at the start", (0.5, start), (2, 3), textcoords="offset points", color="#666666", fontsize=8)
+    axes.set(xlim=(0.4, len(values) + 0.6))
+    _layer_axis(axes, list(values), range(1, len(values) + 1))
+    if len(streams) > 1:
+        axes.legend(fontsize=8, framealpha=0.85)
 
 
 def _colour(name: str) -> str:

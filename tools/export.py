@@ -33,8 +33,6 @@ import yaml
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from yacs.config import CfgNode
 
 from config import image_size
@@ -100,43 +98,13 @@ class Exportable:
         config.MODEL.LA.BACKEND = "reference"  # the backend whose graph needs no operator of ours
         model = build_model(config, self.model.num_classes).eval()
         model.load_state_dict(self.model.state_dict())
-        with torch.no_grad(), ExplicitSoftmaxAttention():
+        with torch.no_grad():
             return torch.export.export(model, (self.images(TRACED_BATCH),), dynamic_shapes=({0: Dim("batch")},))
 
     def images(self, batch: int) -> Tensor:
         """Random normalised images of the model's size."""
         channels = self.config.MODEL.SWIN.IN_CHANS
         return torch.randn(batch, channels, *image_size(self.config), generator=torch.Generator().manual_seed(batch))
-
-
-class ExplicitSoftmaxAttention(TorchFunctionMode):
-    """Traces softmax attention as products and a softmax.
-
-    The fused operator's kernels lay out their results differently, and a traced graph would fix the layout of the one
-    that this machine chose.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            return _softmax_attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _softmax_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    *,
-    scale: float | None = None,
-) -> Tensor:
-    assert dropout_p == 0, "models are exported as they evaluate"
-    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
-    if attn_mask is not None:
-        boolean = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if boolean else scores + attn_mask
-    return scores.softmax(dim=-1) @ v
 
 
 def open_exportable(

@@ -172,8 +172,9 @@ def _layer_rows(
             if not depthwise:
                 shown["all queries"] = layer.received(head=head, stream=stream)[0].mean(dim=0)
             gamma = SIGNED_GAMMA if depthwise else 1.0
+            signed = depthwise or layer.rotary is not None
             panels = [
-                Panel(paint(base, key_map(layer, row), gamma=gamma), where, _range(row, depthwise))
+                Panel(paint(base, key_map(layer, row), gamma=gamma), where, _range(row, signed))
                 for where, row in shown.items()
             ]
             for panel, point in zip(panels, points, strict=False):  # all queries have no ring

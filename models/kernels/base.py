@@ -159,6 +159,10 @@ class Kernel(nn.Module):
         """The exponent of each head and channel (h, d), of kernels that have one."""
         return None
 
+    def spikiness(self) -> Mapping[str, Tensor]:
+        """What each stream multiplies inside of its features' exponents, 0 to 1, (h, f), of kernels that learn it."""
+        return {}
+
     def scores(self, queries: Tensor, keys: Tensor, factor: float | None = None) -> Tensor:
         """Unnormalised weights before anything that depends on all keys: (…, h, N, n) of prepared (…, N, h, d).
 

@@ -96,6 +96,9 @@ class PolarityPlusKernel(LinearKernel):
     def learned(self) -> tuple[Tensor | None, ...]:
         return torch.sigmoid(self.s1[0, :, 0]), torch.sigmoid(self.s2[0, :, 0])
 
+    def spikiness(self) -> Mapping[str, Tensor]:
+        return {stream: rate for stream, rate in zip(self.streams, self.learned(), strict=True) if rate is not None}
+
     def features(self, u: Tensor) -> Tensor:
         return _growth(_by_sign(u))
 
@@ -112,11 +115,11 @@ class PolarityPlusKernel(LinearKernel):
         return {"same": range(border), "opposite": range(border, head_dim)}[stream]
 
 
-def _growth(u: Tensor) -> Tensor:
-    """exp(u) − 1, also for PyTorch's older ONNX exporter, which does not know expm1."""
-    return torch.exp(u) - 1 if torch.onnx.is_in_onnx_export() else torch.expm1(u)
-
-
 def _by_sign(u: Tensor) -> Tensor:
     """[u₊, u₋]; those of −u are [u₋, u₊]."""
     return torch.cat([F.relu(u), F.relu(-u)], dim=-1)
+
+
+def _growth(x: Tensor) -> Tensor:
+    """exp(x) − 1 with the digits of small x; in a TorchScript trace by operations that ONNX has."""
+    return torch.tanh(x / 2) * (x.exp() + 1) if torch.jit.is_tracing() else torch.expm1(x)

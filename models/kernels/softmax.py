@@ -1,10 +1,14 @@
 """Softmax attention as a kernel, for comparisons: exp(q·k/√d) (Vaswani et al. 2017, arXiv 1706.03762)."""
 
+import torch.fx
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..ops.rotary import Rotary
+from ..ops.softmax_attention import softmax_attention
 from .base import Kernel, register_kernel
+
+# it asks for derivatives of its input: torch.fx takes it as one operation
+torch.fx.wrap("softmax_attention")
 
 
 @register_kernel("softmax")
@@ -34,7 +38,7 @@ class SoftmaxKernel(Kernel):
         values = v.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         queries, keys = queries.to(v.dtype).transpose(1, 2), keys.to(v.dtype).transpose(1, 2)
         dropout = self.options.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout, scale=1.0)
+        out = softmax_attention(queries, keys, values, mask, dropout=dropout, scale=1.0)
         return out.transpose(1, 2).flatten(-2)
 
     def scores(self, queries: Tensor, keys: Tensor, factor: float | None = None) -> Tensor:

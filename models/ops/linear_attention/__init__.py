@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from .. import is_exporting
 from .derivatives import beyond_plain, refusal
 from .eager import FeatureMap, Scratch, Stream, fill, linear_attention_eager, split_by_sign, sum_over_tokens
 from .reference import linear_attention_reference
@@ -34,7 +35,7 @@ def implementation_of(backend: str, *tensors: Tensor | None) -> str:
         )
     if any(isinstance(tensor, Proxy) for tensor in tensors):  # torch.fx, for which the whole is one operation
         return "reference" if backend == "reference" else "eager"
-    if backend == "reference" or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if backend == "reference" or torch.jit.is_tracing() or is_exporting():
         return "reference"
     reason = beyond_plain(*tensors)
     if reason is not None and backend == "eager":

@@ -19,8 +19,9 @@ from .. import without_autocast
 from ..rotary import Rotary, rotate, turn
 from .derivatives import check_backward
 
-# Elements of q in a block: the handful of buffers of that size then fits the cache that the cores share.
-BLOCK_ELEMENTS = 2**19
+# Elements of q in a block. On a CPU the handful of buffers of that size then fits the cache that the cores share; on a
+# GPU starting a kernel costs as much as so small a block, and memory of that many is at hand.
+BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS = 2**19, 2**24
 
 
 class Stream(NamedTuple):
@@ -412,17 +413,21 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _image_blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
-    """The batch in blocks of about BLOCK_ELEMENTS elements of the longer of queries and keys."""
+    """The batch in blocks of about so many elements of the longer of queries and keys."""
     if torch.compiler.is_compiling():
         return iter([slice(None)])
     B, _, h, d = q.shape
-    images = max(1, BLOCK_ELEMENTS // (max(q.shape[1], k.shape[1]) * h * d))
+    images = max(1, _block_elements(q) // (max(q.shape[1], k.shape[1]) * h * d))
     return (slice(start, start + images) for start in range(0, B, images))
 
 
 def _token_blocks(t: Tensor) -> Iterator[slice]:
-    """A sequence in blocks of at most BLOCK_ELEMENTS elements of one image."""
+    """A sequence in blocks of at most so many elements of one image."""
     if torch.compiler.is_compiling():
         return iter([slice(None)])
-    tokens = max(1, BLOCK_ELEMENTS // (t.shape[2] * t.shape[3]))
+    tokens = max(1, _block_elements(t) // (t.shape[2] * t.shape[3]))
     return (slice(start, start + tokens) for start in range(0, t.shape[1], tokens))
+
+
+def _block_elements(t: Tensor) -> int:
+    return BLOCK_ELEMENTS if t.device.type == "cpu" else GPU_BLOCK_ELEMENTS

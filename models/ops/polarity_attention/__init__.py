@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import is_exporting
 from ..linear_attention.derivatives import beyond_plain, refusal
 from .eager import polarity_attention_eager
 from .reference import polarity_attention_reference
@@ -52,7 +53,7 @@ def _backend_of_call(backend: str, q: Tensor, k: Tensor, *others: Tensor | None)
     that leaves Python (a TorchScript trace, an exported program) has to hold the formula: there it is reference too.
     """
     chosen = choose_backend(backend, q.device, q.dtype, q.shape[-1])
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing() or is_exporting():
         return "reference"
     reason = beyond_plain(q, k, *others)
     if reason is not None and chosen != "reference" and (AUTO if backend == "auto" else backend) != "auto":

@@ -12,9 +12,6 @@ from torch import Tensor
 
 from ..linear_attention import FeatureMap, Scratch, Stream, fill, linear_attention_eager, split_by_sign, sum_over_tokens
 
-# Stands for ln(0): below every float's logarithm, and finite, so that 0 times it is 0.
-LOG_OF_ZERO = -1000.0
-
 
 def polarity_attention_eager(
     q: Tensor,
@@ -83,7 +80,9 @@ class PolarityFeatures(FeatureMap):
         positive = torch.clamp(signed_slope, min=0.0, out=slope)
         negative = signed_slope.sub_(positive)  # ≤ 0
         grad_u = positive.mul_(positive_grad).addcmul_(negative, negative_grad)  # without the factor p
-        log = magnitude.log_().clamp_(min=LOG_OF_ZERO)
+        # ln(0) as a number below every float's logarithm, so that 0 times it is 0; written out, because torch.compile
+        # with dynamic=True makes a module's float a variable of the first layer's graph, which no other layer may read
+        log = magnitude.log_().clamp_(min=-1000.0)
         self.moment += sum_over_tokens(u.mul_(grad_u)).sum(dim=0)
         self.log_moment += sum_over_tokens(u.mul_(log)).sum(dim=0)
         return grad_u.mul_(self.exponent * self.inverse_scale)
