@@ -14,6 +14,7 @@ import recipe
 import torch
 from conftest import (
     PPP,
+    ROOT,
     config_file,
     fill_with_recipe,
     folder_of,
@@ -23,6 +24,7 @@ from conftest import (
     run,
 )
 from run_files import epoch_file
+from test_documentation import blocks
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -438,3 +440,27 @@ def test_a_file_of_an_official_type_loads_without_another_word(tmp_path):
     assert all(torch.equal(value, weights[key]) for key, value in by_timm.state_dict().items())
     with pytest.raises(CheckpointError, match="does not fit PolaPP of this configuration"):
         load(CHECKPOINT)  # a smaller model than its configuration says
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Detectors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_documented_retinanet_trains_and_detects():
+    """The block of docs/models.md as it stands, of a smaller model and image."""
+    (text,) = [block for block in blocks(ROOT / "docs" / "models.md", "python") if "RetinaNet" in block]
+    names: dict = {}
+    exec(text.replace("pola_pp_b2", "pola_pp_b0"), names)
+    small = names["Pyramid"]("pola_pp_b0", embed_dims=[8, 16, 16, 24], num_heads=[1, 2, 2, 2], depths=[1, 1, 1, 1])
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in small.modules())
+    detector = names["RetinaNet"](small, num_classes=3, min_size=64, max_size=96)
+    images = [torch.rand(3, 50, 70), torch.rand(3, 64, 40)]
+    box = {"boxes": torch.tensor([[5.0, 6.0, 30.0, 38.0]]), "labels": torch.tensor([1])}
+    losses = detector(images, [box, box])
+    sum(losses.values()).backward()
+    used = [parameter for name, parameter in detector.named_parameters() if "body" in name]
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in used)
+    found = detector.eval()(images)
+    assert len(found) == 2 and all(result["boxes"].isfinite().all() for result in found)
+    assert names["detector"].backbone.body.feature_info.channels() == [64, 128, 384]
