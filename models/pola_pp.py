@@ -55,11 +55,11 @@ def _row(
     projection: int = 2048,
 ) -> dict[str, Any]:
     return {
-        "embed_dims": dims,
-        "depths": depths,
-        "num_heads": heads,
+        "embed_dims": list(dims),
+        "depths": list(depths),
+        "num_heads": list(heads),
         "drop_path_rate": drop_path_rate,
-        "layer_init_values": init_values,
+        "layer_init_values": list(init_values),
         "projection": projection,
     }
 

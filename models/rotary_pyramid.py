@@ -18,6 +18,7 @@ from .classifier import PREVIOUS, Classifier
 from .layers import DepthwiseConv2d, Grid, Pointwise, RotaryAngles, drop_path_rates
 from .options import (
     DEEPEST_STAGE,
+    DEFAULTS,
     AttentionOptions,
     attention_keywords,
     image_size,
@@ -216,9 +217,11 @@ class RotaryPyramid(Classifier):
             raise ValueError(f"MODEL.LA.ATTENTION is {kind}: {cls.family} has {cls.kernel} attention and no other")
         names = ["embed_dims", "depths", "num_heads", "mlp_ratios", "projection", "layer_init_values", "stage_types"]
         row = {name: value_of(config, f"MODEL.PPP.{name.upper()}") for name in names}
+        if known := cls.rows.get(value_of(config, "MODEL.TYPE")):  # a variant, and what was changed of it
+            changed = {name: value for name, value in row.items() if value != DEFAULTS[f"MODEL.PPP.{name.upper()}"]}
+            row = {**row, **known, **changed}
         return {
             **row,
-            **cls.rows.get(value_of(config, "MODEL.TYPE"), {}),
             "img_size": image_size(config),
             "in_chans": value_of(config, "MODEL.SWIN.IN_CHANS"),
             "drop_path_rate": value_of(config, "MODEL.DROP_PATH_RATE"),
