@@ -183,7 +183,7 @@ MISTAKES = {
     "AMP yes": "AMP is 'yes' (str), expected True or False",
     "MODEL.DROP_PATH_RATE 1.0": "expected a number ≥ 0 and < 1",
     "MODEL.LA.ALPHA -1": "expected a number ≥ 0",
-    "MODEL.TYPE pola_vit": "MODEL.TYPE 'pola_vit' is unknown, expected one of lra, pola_pp, pola_pvt_large",
+    "MODEL.TYPE pola_vit": "MODEL.TYPE 'pola_vit' is unknown, expected one of lra, nalaformer, pola_pp, pola_pvt_large",
     "TRAIN.OPTIMIZER.NAME lamb": "expected one of adamw, sgd",
     "TRAIN.LR_SCHEDULER.NAME poly": "expected one of cosine, linear, step",
     "DATA.DATASET cifar": "expected one of imagenet, digits",
@@ -239,7 +239,7 @@ FILES = {
     "BASE: [1.5, [2]]\n": "own.yaml: BASE is [1.5, [2]], expected a list of one or more",
     "BASE: [own.yaml]\n": "BASE files include each other",
     "BASE: [absent.yaml]\n": "absent.yaml does not exist",
-    "MODEL: {NAME: mine}\n": "MODEL.TYPE 'swin' is unknown, expected one of lra, pola_pp, pola_pvt_large",
+    "MODEL: {NAME: mine}\n": "MODEL.TYPE 'swin' is unknown, expected one of lra, nalaformer, pola_pp, pola_pvt_large",
 }
 
 

@@ -123,7 +123,9 @@ def test_sizes_that_do_not_fit_are_refused_by_name():
     config = load_config(config_file("pola_swin_t")).clone()
     config.defrost()
     config.MODEL.TYPE = "swin"
-    with pytest.raises(ValueError, match="MODEL.TYPE 'swin' is unknown, expected one of lra, pola_pp, pola_pvt_large"):
+    with pytest.raises(
+        ValueError, match="MODEL.TYPE 'swin' is unknown, expected one of lra, nalaformer, pola_pp, pola_pvt_large"
+    ):
         build_model(config)
 
 
