@@ -34,8 +34,8 @@ from tools.model_table import measure
 FOLLOWED = ROOT / "docs" / "new_kernel.md"  # tests/test_new_kernel.py does what it says
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
 PAGES += [page for page in sorted(ROOT.glob("docs/*.md")) if page != FOLLOWED]
-OPERATION = ROOT / "models" / "ops" / "polarity_attention" / "README.md"
-LINKED = [*PAGES, FOLLOWED, ROOT / "CHANGELOG.md", OPERATION]
+OPERATIONS = sorted(ROOT.glob("models/ops/*/README.md"))
+LINKED = [*PAGES, FOLLOWED, ROOT / "CHANGELOG.md", *OPERATIONS]
 
 # Commands that are checked, but not run here: a pattern of them, and why.
 NOT_RUN = {
@@ -434,5 +434,5 @@ def test_links_lead_somewhere(page):
 
 def test_every_document_can_be_reached_from_the_readme():
     linked = set(re.findall(r"\]\(([^)\s#]+)", (ROOT / "README.md").read_text()))
-    for page in [*PAGES[1:], FOLLOWED]:
+    for page in [*PAGES[1:], FOLLOWED, *OPERATIONS]:
         assert page.relative_to(ROOT).as_posix() in linked
