@@ -55,8 +55,7 @@ def square(tokens: int) -> Grid:
 def polarity_pp_attention(q: Tensor, k: Tensor, v: Tensor, s1: Tensor, s2: Tensor, *, backend: str) -> Tensor:
     """PolaFormer++'s kernel with rotary positions, on (B, N, h, d) like the op of polarity."""
     N, h, d = q.shape[1:]
-    with torch.device("meta"):
-        kernel = kernel_of("polarity_pp")(h * d, h, AttentionOptions("polarity_pp", backend=backend))
+    kernel = kernel_of("polarity_pp")(h * d, h, AttentionOptions("polarity_pp", backend=backend))
     rotary = rotary_table(square(N), 2 * d, torch.promote_types(q.dtype, torch.float32), q.device)
     tokens = tuple(t.flatten(-2) for t in (q, k, v))
     out: Tensor = functional_call(kernel, {"s1": s1, "s2": s2}, tokens, {"rotary": rotary})
@@ -216,8 +215,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     kernel = KERNELS[options.kernel]
     options.shapes = options.shapes or kernel.shapes[options.device]
     options.backends = options.backends or kernel.backends[options.device]
-    if options.surroundings and kernel.rotated:
-        parser.error(f"--surroundings: {options.kernel} has no scale and no position of keys")
+    if kernel.rotated and (options.surroundings or options.compile):
+        parser.error(f"--surroundings and --compile are not there for {options.kernel}")
+    if kernel.rotated and any(d % 2 for *_, d in options.shapes):
+        parser.error(f"--shapes: rotary positions of {options.kernel} need an even d")
     return options
 
 

@@ -257,7 +257,9 @@ def test_attention_of_another_kernel_has_a_file_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kernel", "polarity_pp", "--surroundings"], "--surroundings: polarity_pp has no scale and no position"),
+        (["--kernel", "polarity_pp", "--surroundings"], "--surroundings and --compile are not there for polarity_pp"),
+        (["--kernel", "polarity_pp", "--compile"], "--surroundings and --compile are not there for polarity_pp"),
+        (["--kernel", "polarity_pp", "--shapes", "8,16,1,7"], "positions of polarity_pp need an even d"),
         (["--shapes", "8,16,3"], "'8,16,3' is no shape: expected four integers B,N,h,d"),
         (["--repeats", "8"], "'8' repeats: expected an integer of at least 9"),
     ],
