@@ -85,7 +85,7 @@ def literal_polarity_pp_attention(q: Tensor, k: Tensor, v: Tensor, s1: Tensor, s
 
 def _turned(x: Tensor, grid: Grid) -> Tensor:
     """x (…, H·W, f) with neighbouring channels turned by rows in the first half, by columns in the second."""
-    sine, cosine = _angles(grid, x.shape[-1], x.dtype, x.device)
+    sine, cosine = _angles(grid, x.shape[-1], torch.promote_types(x.dtype, torch.float32), x.device)
     return x * cosine + torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2) * sine
 
 
