@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from benchmarks import attention, features, input_pipeline, model_step, training_loop
+from benchmarks import attention, baseline, features, input_pipeline, model_step, training_loop
 from benchmarks.baseline import literal_pola_pp, literal_polarity_attention, patched_model_attention, patched_pola_pp
 from benchmarks.common import Spread, WrongResultError, interleaved, ratios, saved_bytes
 from data.sources.base import decode_fast
@@ -163,6 +163,13 @@ def test_gate_of_whole_models_rejects_other_logits(monkeypatch):
     monkeypatch.setitem(model_step.OPS, "ours", _swapped_streams)
     setting = model_step.Setting("pola_swin_t", 1, 32, repeats=1, device="cpu", threads=None)
     with pytest.raises(WrongResultError, match="logits of pola_swin_t are off by"):
+        model_step.measure_eager(setting, ["float32"])
+
+
+def test_gate_of_whole_models_rejects_another_polaformer_pp(monkeypatch):
+    monkeypatch.setattr(baseline, "literal_pola_pp", lambda model, images: literal_pola_pp(model, images.flip(-1)))
+    setting = model_step.Setting("pola_pp_b0", 2, 32, repeats=1, device="cpu", threads=None)
+    with pytest.raises(WrongResultError, match="logits of pola_pp_b0 are off by"):
         model_step.measure_eager(setting, ["float32"])
 
 
