@@ -437,7 +437,9 @@ def test_a_file_of_an_official_type_loads_without_another_word(tmp_path):
     model = load(tmp_path / "b0.pth")
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     by_timm = create_model("pola_pp_b0", checkpoint=tmp_path / "b0.pth")
-    assert all(torch.equal(value, weights[key]) for key, value in by_timm.state_dict().items())
+    by_hub = torch.hub.load(str(ROOT), "pola_pp_b0", source="local", checkpoint=str(tmp_path / "b0.pth"))
+    for other in (by_timm, by_hub):
+        assert all(torch.equal(value, weights[key]) for key, value in other.state_dict().items())
     with pytest.raises(CheckpointError, match="does not fit PolaPP of this configuration"):
         load(CHECKPOINT)  # a smaller model than its configuration says
 
