@@ -285,6 +285,10 @@ class PolaPP(Classifier):
             "attention": KERNEL,
         }
 
+    @classmethod
+    def ambiguous_sizes(cls, stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        return {}  # nothing is of a size
+
     def _initialise(self, module: nn.Module) -> None:
         """Convolutions: normal of std 0.02, no bias. Linear layers and norms keep PyTorch's defaults."""
         if isinstance(module, nn.Conv2d):

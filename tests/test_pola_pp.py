@@ -428,6 +428,19 @@ def test_its_attention_is_announced_and_what_other_kernels_read_has_no_effect(ti
     assert torch.equal(registered.head.weight, load_checkpoint(file)["model"]["head.weight"])
 
 
+def test_a_file_is_evaluated_and_continued_at_any_size(tiny_ppp):
+    """32×32 and 16×64 make as many tokens, which would confuse position tables, and here there are none."""
+    run(tiny_ppp, "TRAIN.EPOCHS 1 DATA.IMG_SIZE [16,64]")
+    file = epoch_file(folder_of(tiny_ppp), 1)
+    assert evaluate_file(tiny_ppp, file).keys() == {"eval_val", "eval_val_ema"}
+    assert evaluate_file(tiny_ppp, file, "DATA.IMG_SIZE [16,64] TEST.IMG_SIZE 50").keys() == {
+        "eval_val",
+        "eval_val_ema",
+    }
+    run(tiny_ppp, "TRAIN.EPOCHS 2")
+    assert load_checkpoint(epoch_file(folder_of(tiny_ppp), 2))["epoch"] == 2
+
+
 def test_a_file_of_an_official_type_loads_without_another_word(tmp_path):
     """Its configuration is the official one: keys without effect, and rates that are already scaled."""
     weights = create_model("pola_pp_b0").state_dict()
