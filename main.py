@@ -54,8 +54,7 @@ from logger import MetricsWriter, get_logger, setup_logger
 from models import build_model
 from models.files import CheckpointError
 from models.kernels import kernel_of
-from models.options import AttentionOptions, attention_keywords
-from models.registry import body_of
+from models.registry import attention_options, body_of
 from utils import distributed
 from utils.checkpoints.writing import CheckpointWriter
 from utils.faults.folder_lock import LOG_FILE, Hold, RunFolderError, RunLock, nothing_left, open_folder, own_folder
@@ -93,7 +92,7 @@ def check(config: CfgNode) -> None:
                 where = f"TEST.IMG_SIZE {config.TEST.IMG_SIZE}: "
                 build_model(evaluation_config(config))
                 where = ""
-        options = AttentionOptions.of(attention_keywords(config))
+        options = attention_options(config)
         kernel_of(options.attention).announce(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     except (TypeError, ValueError) as problem:
         raise ConfigError(f"{where}{problem}") from None
@@ -117,7 +116,7 @@ def setup(config: CfgNode) -> tuple[torch.device, Plan]:
 def begin_log(config: CfgNode, device: torch.device, folder: Path | None, lock: RunLock | None = None) -> None:
     """Open a run folder's log, and say on what the run is; a training run does so once it has the folder to itself."""
     setup_logger(distributed.rank(), folder / LOG_FILE if folder else None, lock.check if lock else lambda: None)
-    options = AttentionOptions.of(attention_keywords(config))
+    options = attention_options(config)
     get_logger().info(
         "%d × %s, torch %s, %s",
         distributed.world_size(),

@@ -119,7 +119,9 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]  # a token map needs its grid
         assert self.bias is not None
-        return depthwise_convolution(x, grid, self.weight, self.bias)
+        # by way of a matrix: its gradient is then laid out like the parameter, as DDP's buckets want it
+        kernel = self.weight.flatten(1).unflatten(1, (1, *self.kernel_size))
+        return depthwise_convolution(x, grid, kernel, self.bias)
 
 
 class Pointwise(nn.Conv2d):

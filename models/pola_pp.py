@@ -18,6 +18,7 @@ from .classifier import PREVIOUS, Classifier
 from .layers import DepthwiseConv2d, DropPath, Grid, Pointwise, RotaryAngles, drop_path_rates
 from .options import (
     DEEPEST_STAGE,
+    DEFAULTS,
     AttentionOptions,
     attention_keywords,
     image_size,
@@ -152,11 +153,11 @@ def _row(
     projection: int = 2048,
 ) -> dict[str, Any]:
     return {
-        "embed_dims": dims,
-        "depths": depths,
-        "num_heads": heads,
+        "embed_dims": list(dims),
+        "depths": list(depths),
+        "num_heads": list(heads),
         "drop_path_rate": drop_path_rate,
-        "layer_init_values": init_values,
+        "layer_init_values": list(init_values),
         "projection": projection,
     }
 
@@ -202,6 +203,7 @@ class PolaPP(Classifier):
         layer_init_values: of the scales of both branches, one a stage.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth of the last block.
+        dynamic_img_size, strict_img_size: taken because other models of timm take them; every size fits in any case.
         attention: of AttentionOptions: `backend`, `gate_bias` and `kernel_size`; the rest is fixed.
 
     Input (B, in_chans, height, width); output (B, num_classes).
@@ -229,6 +231,8 @@ class PolaPP(Classifier):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
+        dynamic_img_size: bool = True,
+        strict_img_size: bool = False,
         **attention: Any,
     ) -> None:
         super().__init__()
@@ -271,10 +275,11 @@ class PolaPP(Classifier):
             raise ValueError(f"MODEL.LA.ATTENTION is {kind}: MODEL.TYPE pola_pp has {KERNEL} attention and no other")
         names = ["embed_dims", "depths", "num_heads", "mlp_ratios", "projection", "layer_init_values", "stage_types"]
         row = {name: value_of(config, f"MODEL.PPP.{name.upper()}") for name in names}
-        official = OFFICIAL_TYPES.get(value_of(config, "MODEL.TYPE"))
+        if official := OFFICIAL_TYPES.get(value_of(config, "MODEL.TYPE")):  # a variant, and what was changed of it
+            changed = {name: value for name, value in row.items() if value != DEFAULTS[f"MODEL.PPP.{name.upper()}"]}
+            row |= ROWS[official] | changed
         return {
             **row,
-            **(ROWS[official] if official else {}),
             "img_size": image_size(config),
             "in_chans": value_of(config, "MODEL.SWIN.IN_CHANS"),
             "drop_path_rate": value_of(config, "MODEL.DROP_PATH_RATE"),
@@ -282,6 +287,10 @@ class PolaPP(Classifier):
             **attention_keywords(config),
             "attention": KERNEL,
         }
+
+    @classmethod
+    def ambiguous_sizes(cls, stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        return {}  # nothing is of a size
 
     def _initialise(self, module: nn.Module) -> None:
         """Convolutions: normal of std 0.02, no bias. Linear layers and norms keep PyTorch's defaults."""

@@ -28,6 +28,7 @@ from .kernels import KERNELS, kernel_of
 from .options import AttentionOptions, value_of
 
 RELEASED_WEIGHTS = "https://huggingface.co/ZachMeng/PolaFormer"
+ATTENTION = "MODEL.LA.ATTENTION"  # names the kernel, of the bodies that leave it open
 IMAGES, TOKENS = "images", "tokens"  # what a body reads, and a data source delivers
 
 
@@ -101,6 +102,12 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return body_of(config).cls.config_arguments(config)
 
 
+def attention_options(config: Mapping[str, Any]) -> AttentionOptions:
+    """What the model of a configuration makes its attention of: MODEL.LA, and what its body does not leave to that."""
+    arguments, own = model_arguments(config), asdict(AttentionOptions())
+    return AttentionOptions.of({name: arguments[name] for name in own if name in arguments})
+
+
 def build_model(config: Mapping[str, Any], num_classes: int | None = None) -> TrainableModel:
     """The freshly initialised model of a configuration, on the CPU.
 
@@ -129,8 +136,9 @@ def function_differences(
     if stored is None:
         return []
     keys = [*body_of(config).cls.function_keys, *more]
-    for name in (value_of(stored, "MODEL.LA.ATTENTION"), value_of(config, "MODEL.LA.ATTENTION")):
-        keys += KERNELS[name].function_keys if name in KERNELS else ()
+    if ATTENTION in keys:  # the body has the kernel that it names
+        for name in (value_of(stored, ATTENTION), value_of(config, ATTENTION)):
+            keys += KERNELS[name].function_keys if name in KERNELS else ()
     pairs = {key: (value_of(stored, key), value_of(config, key)) for key in dict.fromkeys(keys)}
     pairs |= body_of(config).cls.ambiguous_sizes(stored, config)
     return [
@@ -273,7 +281,9 @@ def _require_function(
     cls: type[Classifier], config: Mapping[str, Any], arguments: Mapping[str, Any], file: str
 ) -> None:
     """Raise CheckpointError unless what changes a model's function, but no shape, is as the file was trained with."""
-    keys = [*cls.function_keys, *kernel_of(value_of(config, "MODEL.LA.ATTENTION")).function_keys]
+    keys = list(cls.function_keys)
+    if ATTENTION in keys:
+        keys += kernel_of(value_of(config, ATTENTION)).function_keys
     own = {key: key.rsplit(".", 1)[1].lower() for key in keys}
     differing = [
         f"{name}={value_of(config, key)!r}, not {arguments[name]!r}"

@@ -26,6 +26,7 @@ torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "tests" / "fixtures" / "reference"
+PPP = ROOT / "tests" / "fixtures" / "ppp"  # PolaFormer++
 sys.path.insert(0, str(REFERENCE))  # recipe.py: the weights and inputs every fixture is built from
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -69,8 +70,8 @@ def config_file(name: str) -> str:
     return str(ROOT / "configs" / f"{name}.yaml")
 
 
-def read_json(name: str) -> dict:
-    return json.loads((REFERENCE / name).read_text())
+def read_json(name: str, folder: Path = REFERENCE) -> dict:
+    return json.loads((folder / name).read_text())
 
 
 RELEASED = REFERENCE / "checkpoint_official_tiny.pth"
@@ -123,6 +124,26 @@ AUG: {AUTO_AUGMENT: none, COLOR_JITTER: 0.0}
 PRINT_FREQ: 5
 """
 
+# PolaFormer++ of the checkpoint fixture's sizes: rotary positions, BatchNorm and an average.
+TINY_PPP = """
+DATA: {DATASET: digits, IMG_SIZE: 32, BATCH_SIZE: 64, NUM_WORKERS: 0, TRAIN_FRACTION: 0.5}
+MODEL:
+  TYPE: pola_pp
+  NAME: tiny
+  DROP_PATH_RATE: 0.1
+  LA: {ATTENTION: polarity_pp}
+  PPP:
+    EMBED_DIMS: [16, 16, 16, 32]
+    DEPTHS: [1, 2, 1, 1]
+    NUM_HEADS: [1, 2, 2, 2]
+    PROJECTION: 40
+    LAYER_INIT_VALUES: [1.0, 1.0, 1.0e-6, 1.0]
+TRAIN: {EPOCHS: 3, WARMUP_EPOCHS: 1, BASE_LR: 4.0e-3}
+EMA: {ENABLE: True, DECAY: 0.9}
+AUG: {AUTO_AUGMENT: none, COLOR_JITTER: 0.0}
+PRINT_FREQ: 5
+"""
+
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
@@ -131,6 +152,12 @@ def tiny(tmp_path: Path) -> Path:
     On half of the training images: 11 steps an epoch.
     """
     return write_tiny(tmp_path, TINY.replace("NUM_WORKERS: 0", "NUM_WORKERS: 0, TRAIN_FRACTION: 0.5"))
+
+
+@pytest.fixture
+def tiny_ppp(tmp_path: Path) -> Path:
+    """As `tiny`, of a small PolaFormer++."""
+    return write_tiny(tmp_path, TINY_PPP)
 
 
 def write_tiny(folder: Path, text: str = TINY) -> Path:

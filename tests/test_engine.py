@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, TINY_PPP
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -22,9 +22,10 @@ from engine.epoch import train_one_epoch
 from engine.evaluation import evaluate
 from engine.non_finite import FiniteGuard, NonFiniteError
 from engine.throughput import throughput
-from engine.training import Interval, build_training
-from logger import MetricsWriter, read_metrics
+from engine.training import Interval, build_training, wrap
+from logger import MetricsWriter, get_logger, read_metrics
 from models import build_model
+from models.loading import load_weights
 from utils.metrics import AccuracyCounter
 from utils.precision import autocast_dtype, exact_float32
 from utils.randomness import generator_states, restore_generators, seed_everything
@@ -34,11 +35,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def start(tmp_path):
-    """Build (config, training, loaders) of the tiny configuration with overrides, from a fixed seed."""
+    """Build (config, training, loaders) of a tiny configuration with overrides, from a fixed seed."""
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
 
-    def build(options: str = ""):
+    def build(options: str = "", text: str = TINY):
+        path.write_text(text)
         config = load_config(str(path), options.split())
         seed_everything(config.SEED)
         loaders = build_loaders(config, make_plan(config))
@@ -207,6 +208,62 @@ def test_a_non_finite_gradient_of_a_finite_loss_is_noticed(start):
     training.bare_model.head.weight.register_hook(poison)
     with pytest.raises(NonFiniteError, match=r"step 3: .*every loss was finite, the gradient not"):
         train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))
+
+
+@pytest.mark.parametrize("amp", ["", "AMP True AMP_DTYPE float16"])
+def test_a_skipped_step_leaves_running_statistics_and_their_average_as_they_were(start, amp):
+    """Images that are not finite reach the running statistics of BatchNorm before the loss says so."""
+    options = f"{PLAIN} {amp} TRAIN.NON_FINITE skip PRINT_FREQ 4 TRAIN.ACCUMULATION_STEPS 2 DATA.BATCH_SIZE 32"
+    config, training, loaders = start(options, TINY_PPP)
+    prepare, passes, seen = training.prepare, [], []
+
+    def poisoned(images, labels):
+        passes.append(None)
+        images, targets = prepare(images, labels)
+        return images * math.nan if len(passes) == 6 else images, targets  # the second pass of step 2
+
+    def states():
+        return [[v.clone() for v in m.state_dict().values()] for m in (training.bare_model, training.ema.module)]
+
+    average = training.ema.update
+
+    def noting(*arguments):
+        average(*arguments)
+        seen.append(states())
+
+    training.prepare, training.ema.update = poisoned, noting
+    train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))
+    (_, before), (model, after), (later, _) = seen[1:4]
+    assert training.skipped == 1 and _equal(seen[1][0], model) and not _equal(model, later)
+    assert [len(training.running_statistics())] == [3 * 8] and "norm.running_mean" in training.bare_model.state_dict()
+    for mean, own, old in zip(after, model, before, strict=True):  # the average follows the model, which stood still
+        assert torch.equal(mean, old.lerp(own, 1 - 0.9) if mean.is_floating_point() else own)
+    assert all(value.isfinite().all() for state in seen for entries in state for value in entries)
+
+
+def test_synchronised_batch_norm_keeps_names_and_is_left_out_on_a_cpu(start, log):
+    config, training, loaders = start("TRAIN.SYNC_BN True TRAIN.EPOCHS 1", TINY_PPP)
+    log.set_level("INFO", get_logger().name)
+    wrap(config, training)
+    assert log.text.count("TRAIN.SYNC_BN is left out: PyTorch's SyncBatchNorm trains on GPUs alone") == 1
+    train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))  # whose forward pass would raise
+    model = training.bare_model
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(build_model(config, loaders.num_classes))
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == 8
+    assert list(converted.state_dict()) == list(model.state_dict())
+    assert [name for name, _ in converted.named_parameters()] == [name for name, _ in model.named_parameters()]
+    load_weights(converted, model.state_dict(), "not synchronised")
+    other = build_model(config, loaders.num_classes)
+    load_weights(other, converted.state_dict(), "synchronised")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
+
+
+def test_a_model_without_running_statistics_hears_nothing_of_synchronising_them(start, log):
+    config, training, _ = start("TRAIN.SYNC_BN True")
+    log.set_level("INFO", get_logger().name)
+    wrap(config, training)
+    assert not training.running_statistics() and not log.text.count("SYNC_BN")
 
 
 def test_overflow_in_float16_is_skipped_not_fatal(start):

@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    PPP,
     RELEASED,
     RELEASED_OPTIONS,
+    TINY,
+    TINY_PPP,
     config_file,
     folder_of,
     read_json,
     run,
     run_main,
+    write_tiny,
 )
 from PIL import Image
 from run_files import epoch_file
@@ -67,20 +71,31 @@ def test_every_launcher_evaluates_the_named_file_to_the_same_result(launch, rele
     require_same_files(next(tmp_path.glob("*/*")), released_result[4])
 
 
-def require_same_files(folder: Path, expected: Path) -> None:
+def require_same_files(folder: Path, expected: Path, name: str = "eval_val") -> None:
     """The results of one process and of several are the same, apart from the rounding of losses and probabilities."""
-    one, other = (json.loads((path / "eval_val.json").read_text()) for path in (expected, folder))
+    one, other = (json.loads((path / f"{name}.json").read_text()) for path in (expected, folder))
     assert one["subject"] == other["subject"] and other["result"].pop("loss") == pytest.approx(
         one["result"].pop("loss")
     )
     assert other["result"] == one["result"]
-    table = "eval_val_per_class.csv"
+    table = f"{name}_per_class.csv"
     assert (folder / table).read_bytes() == (expected / table).read_bytes()
-    with np.load(expected / "eval_val_predictions.npz") as ours, np.load(folder / "eval_val_predictions.npz") as theirs:
-        for name in ("index", "label", "top5", "file", "classes", "epoch", "checkpoint"):
-            assert np.array_equal(ours[name], theirs[name]), name
+    with np.load(expected / f"{name}_predictions.npz") as ours, np.load(folder / f"{name}_predictions.npz") as theirs:
+        for key in ("index", "label", "top5", "file", "classes", "epoch", "checkpoint"):
+            assert np.array_equal(ours[key], theirs[key]), key
         assert np.allclose(ours["probability"], theirs["probability"], atol=1e-5)
         assert ours["index"].tolist() == list(range(355))
+
+
+def test_a_model_with_batch_norm_is_evaluated_alike_by_any_number_of_processes(tiny_ppp):
+    """The released file's running statistics count, however few images a process sees at a time."""
+    file = PPP / "checkpoint_ppp_tiny.pth"
+    run(tiny_ppp, f"EVAL_MODE True MODEL.RESUME {file}")
+    for processes in (2, 3):
+        options = ["TAG", str(processes), "DATA.BATCH_SIZE", "7"]
+        run_main("--cfg", tiny_ppp, "--eval", "--resume", file, "--opts", *options, processes=processes)
+        for name in ("eval_val", "eval_val_ema"):
+            require_same_files(folder_of(tiny_ppp).parent / str(processes), folder_of(tiny_ppp), name)
 
 
 def test_evaluation_ignores_the_run_folder_and_adds_its_results_alone(tiny, log):
@@ -211,8 +226,16 @@ def test_without_stored_names_the_counts_must_be_equal(tiny, animals):
         run(tiny, f"{OWN} EVAL_MODE True MODEL.RESUME {path} DATA.DATA_PATH {animals('a', 'b', root='two')}")
 
 
-@pytest.mark.parametrize("type_name", ["pola_swin", "pola_pvt_tiny"])
-def test_fine_tuning_into_other_classes_and_size(tiny, animals, log, type_name):
+@pytest.mark.parametrize(
+    "type_name, name",
+    [
+        ("pola_swin", "layers.0.blocks.0.attn.qkvg.weight"),
+        ("pola_pvt_tiny", "block1.0.attn.qg.weight"),
+        ("pola_pp", "layers.0.blocks.0.attn.qkvg.weight"),
+    ],
+)
+def test_fine_tuning_into_other_classes_and_size(tmp_path, animals, log, type_name, name):
+    tiny = write_tiny(tmp_path, TINY_PPP if type_name == "pola_pp" else TINY)
     model = f"MODEL.TYPE {type_name} MODEL.DROP_PATH_RATE 0"
     config = load_config(str(tiny), model.split())
     source = build_model(config, 10)
@@ -223,9 +246,8 @@ def test_fine_tuning_into_other_classes_and_size(tiny, animals, log, type_name):
     options += " TRAIN.WARMUP_LR 0 TRAIN.MIN_LR 0 EMA.ENABLE True"
     run(tiny, options)
     assert "head: 10 classes in the file, 2 here; starts anew" in log.text
-    assert "resized to" in log.text and f"starts from the weights of {path}" in log.text
+    assert ("resized to" in log.text) == (type_name != "pola_pp") and f"starts from the weights of {path}" in log.text
     tuned = load_checkpoint(epoch_file(folder_of(tiny), 1))
-    name = "layers.0.blocks.0.attn.qkvg.weight" if type_name == "pola_swin" else "block1.0.attn.qg.weight"
     assert torch.equal(tuned["model"][name], source.state_dict()[name])  # rate 0: the file's weights, unchanged
     assert torch.equal(tuned["model_ema"][name], source.state_dict()[name])
     log.clear()

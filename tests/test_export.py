@@ -22,7 +22,7 @@ from timm.data import create_transform, resolve_data_config
 from torch.hub import HASH_REGEX, load_state_dict_from_url
 
 import tools.export
-from config import image_size, load_config
+from config import config_from_tree, image_size, load_config
 from data.transforms import Normalise, evaluation_transform
 from models import build_model
 from models.files import load_checkpoint
@@ -39,6 +39,10 @@ SMALL = (
     "MODEL.TYPE pola_swin MODEL.NAME small-ls DATA.IMG_SIZE 64 MODEL.SWIN.EMBED_DIM 8 MODEL.SWIN.DEPTHS [1,2]"
     " MODEL.SWIN.NUM_HEADS [1,2] MODEL.SWIN.WINDOW_SIZE 12 MODEL.LA.ATTN_TYPE LS DATA.DATA_PATH /home/somebody/images"
 )
+SMALL_PP = (
+    "MODEL.NAME small-pp DATA.IMG_SIZE 64 MODEL.PPP.EMBED_DIMS [8,16] MODEL.PPP.DEPTHS [1,1] MODEL.PPP.NUM_HEADS [1,2]"
+    " MODEL.PPP.STAGE_TYPES LS MODEL.PPP.PROJECTION 24 MODEL.PPP.MLP_RATIOS [2,2] MODEL.PPP.LAYER_INIT_VALUES [1,1]"
+)
 CLASSES = ["ant", "bee", "cat"]
 
 
@@ -48,7 +52,7 @@ def write_checkpoint(path, options, *, cfg="pola_swin_t", classes=CLASSES, **mor
     model = fill_with_recipe(build_model(config, len(classes)))
     weights = model.state_dict()
     content = {"model": weights, "classes": classes, "config": config.dump(), "epoch": 3, **more}
-    content["model_ema"] = {name: value / 2 for name, value in weights.items()}
+    content["model_ema"] = {name: v / 2 if v.is_floating_point() else v for name, v in weights.items()}
     save_checkpoint(content, path)
     return path
 
@@ -155,6 +159,24 @@ def test_other_kinds_of_attention_are_traced_as_they_compute(tmp_path, kind):
     assert deviation_from_eager(source, source.program.module()).relative < 1e-5
 
 
+def test_a_small_pola_pp_is_exported_by_its_average(tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "model.pth", SMALL_PP, cfg="pola_pp_b0")
+    arguments = ["--checkpoint", str(path), "--output", str(tmp_path / "out"), "--ema", "--release", "--format"]
+    assert main([*arguments, "torch-export", "safetensors", "hub"]) == 0, capsys.readouterr().out
+    expected = logits_of(path, images(2), ema=True)
+    (released,) = (tmp_path / "out").glob("*.pth")
+    for file in (released, tmp_path / "out" / "small_pp.safetensors"):
+        assert torch.equal(logits_of(file, images(2)), expected)
+    folder = tmp_path / "out" / "small_pp"
+    assert json.loads((folder / "config.json").read_text())["architecture"] == "pola_pp_b0"
+    assert "A PolaFormer++ image classifier" in (folder / "README.md").read_text()
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(model(images(2)), expected)
+    other = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7, in_chans=1, img_size=96)
+    assert other(images(1, 96)[:, :1]).shape == (1, 7)
+
+
 # -- the Hub folder
 
 
@@ -193,6 +215,12 @@ def test_imagenet_classes_are_described_in_a_hub_folder():
     content = hub_config(config, 512, ["n01440764", "n02099601"])
     assert content["architecture"] == "pola_pvt_small" and "model_args" not in content
     assert content["label_descriptions"] == {"n01440764": "tench, Tinca tinca", "n02099601": "golden retriever"}
+
+
+@pytest.mark.parametrize("name", ["b0", "b4"])
+def test_an_official_type_of_a_released_file_carries_timms_name(name):
+    config, _ = config_from_tree({"MODEL": {"TYPE": f"pola{name}"}}, "released file")
+    assert architecture_of(config) == (f"pola_pp_{name}", {})
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -350,6 +378,8 @@ def test_it_runs_as_a_script_whose_help_shows_an_example():
         ("pola_swin_t", ""),
         ("pola_pvt_t", ""),
         ("pola_swin_b_384", ""),
+        ("pola_pp_b0", ""),
+        ("pola_pp_b0", "MODEL.PPP.STAGE_TYPES SLSL DATA.IMG_SIZE [256,192]"),
         ("pola_swin_t", "MODEL.LA.ATTN_TYPE MLSS1 DATA.IMG_SIZE [192,256] MODEL.SWIN.WINDOW_SIZE 32"),
         ("pola_pvt_t", "MODEL.LA.ATTN_TYPE LSLS MODEL.LA.PVT_LA_SR_RATIOS 8421 DATA.IMG_SIZE [256,192]"),
     ],
@@ -371,7 +401,7 @@ def test_official_models_export_in_every_format(cfg, options, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny"])
+@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny", "pola_pp_b0"])
 def test_torchscript_graphs_follow_their_input_at_any_batch(name, tmp_path):
     """torch.jit.trace, and the ONNX exporter that builds on it, which timm's own onnx_export.py uses."""
     model = timm.create_model(name, img_size=64, num_classes=4).eval()
@@ -389,7 +419,7 @@ def test_torchscript_graphs_follow_their_input_at_any_batch(name, tmp_path):
         assert (torch.from_numpy(session.run(None, {"x": x.numpy()})[0]) - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny"])
+@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny", "pola_pp_b0"])
 def test_an_exported_program_has_the_gradients_of_the_model(name):
     model = timm.create_model(name, img_size=64, num_classes=4, drop_path_rate=0.0)
     x = torch.randn(2, 3, 64, 64)

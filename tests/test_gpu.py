@@ -10,7 +10,7 @@ import signal
 import pytest
 import torch
 from attention_accuracy import make_inputs, run
-from conftest import config_file, fill_with_recipe, recipe_input
+from conftest import config_file, fill_with_recipe, recipe_input, run_main
 from test_resume import EVERYTHING, assert_same_run
 
 import engine.epoch
@@ -23,6 +23,7 @@ from engine.non_finite import FiniteGuard, NonFiniteError
 from engine.training import Interval, build_training, place
 from logger import MetricsWriter, read_metrics
 from models import build_model
+from models.files import load_checkpoint
 from models.ops.polarity_attention import choose_backend
 from utils.faults.preemption import Preempted
 from utils.precision import exact_float32
@@ -131,3 +132,17 @@ def test_a_run_stopped_inside_an_epoch_equals_the_unbroken_one(tiny, monkeypatch
     main.main(load_config(str(tiny), [*options, "TAG", "parts"]))
     root = tiny.parent / "out" / "tiny"
     assert_same_run(root / "whole", root / "parts", 2)
+
+
+def test_synchronised_batch_norm_trains_and_its_weights_are_those_of_the_rest(tiny_ppp):
+    """In a process group, where it exchanges; of one process, where it equals BatchNorm."""
+    for tag in ("True", "False"):
+        options = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+        arguments = ["--cfg", tiny_ppp, "--opts", "TRAIN.EPOCHS", "1", "TRAIN.SYNC_BN", tag, "TAG", tag]
+        result = run_main(*arguments, launcher=options)
+        assert "SYNC_BN" not in result.stdout
+    root = tiny_ppp.parent / "out" / "tiny"
+    states = [load_checkpoint(root / tag / "ckpt_epoch_1.pth")["model"] for tag in ("True", "False")]
+    assert list(states[0]) == list(states[1])
+    for name, value in states[0].items():
+        assert torch.allclose(value.float(), states[1][name].float(), rtol=1e-2, atol=1e-3), name

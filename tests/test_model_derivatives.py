@@ -17,18 +17,19 @@ from models.options import AttentionOptions
 
 SWIN = {"embed_dim": 8, "depths": (1, 2, 2, 1), "num_heads": (1, 2, 2, 4), "softmax_window_size": 4}
 PVT = {"embed_dims": (8, 8, 12, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4), "attn_type": "LLSS"}
+PP = {"embed_dims": (8, 8, 12, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4), "projection": 20}
+SIZES = {"pola_swin_tiny": SWIN | {"window_size": 10}, "pola_pvt_tiny": PVT, "pola_pp_b0": PP}
 IMAGES = torch.randn(2, 3, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=["pola_swin_tiny", "pola_pvt_tiny"])
+@pytest.fixture(scope="module", params=SIZES)
 def model(request):
     """Of L and S stages, in float64, with windows that do not divide their maps: masks for padding and shift."""
     torch.manual_seed(0)
-    sizes = SWIN | {"window_size": 10} if request.param == "pola_swin_tiny" else PVT
-    made = timm.create_model(request.param, img_size=(64, 96), num_classes=3, **sizes).double().eval()
+    made = timm.create_model(request.param, img_size=(64, 96), num_classes=3, **SIZES[request.param]).double().eval()
     with torch.no_grad():
         for parameter in made.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return made
 
 

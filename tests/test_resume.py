@@ -19,10 +19,13 @@ from conftest import (
     RELEASED,
     RELEASED_OPTIONS,
     ROOT,
+    TINY,
+    TINY_PPP,
     config_file,
     folder_of,
     run,
     run_main,
+    write_tiny,
 )
 from PIL import Image
 from run_files import epoch_file, read_position
@@ -75,6 +78,11 @@ def assert_same_run(first: Path, second: Path, epoch: int) -> None:
     assert values[0] == values[1] and len(values[0]) > 3
 
 
+def assert_same_predictions(first: Path, second: Path) -> None:
+    with np.load(first / "predictions.npz") as ours, np.load(second / "predictions.npz") as theirs:
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours.files)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -101,17 +109,20 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny, options, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "options",
+    "text, options",
     [
-        f"{AUGMENTED} DATA.NUM_WORKERS 2",
+        (TINY, f"{AUGMENTED} DATA.NUM_WORKERS 2"),
         # slow: loader processes are in the first, mixed precision in the last
-        pytest.param("AMP True DATA.NUM_WORKERS 4 AUG.REPROB 0.5", marks=pytest.mark.slow),
-        "AMP True AMP_DTYPE float16 PRINT_FREQ 7",
+        pytest.param(TINY, "AMP True DATA.NUM_WORKERS 4 AUG.REPROB 0.5", marks=pytest.mark.slow),
+        (TINY, "AMP True AMP_DTYPE float16 PRINT_FREQ 7"),
+        (TINY_PPP, EVERYTHING),
     ],
+    ids=["everything", "bfloat16", "float16", "PolaFormer++"],
 )
-def test_stopped_anywhere_any_number_of_times_equals_uninterrupted(tiny, options, monkeypatch):
+def test_stopped_anywhere_any_number_of_times_equals_uninterrupted(tmp_path, text, options, monkeypatch):
     """SIGTERM inside an epoch, at the last step, in the validation; every part continues from what it saved."""
-    options += " TRAIN.EPOCHS 2"
+    tiny = write_tiny(tmp_path, text)
+    options += " TRAIN.EPOCHS 2 DATA.TRAIN_FRACTION 0.5"
     run(tiny, f"{options} TAG whole")
     step, forward, count = engine.epoch._optimizer_step, engine.evaluation.AccuracyCounter.update, 0
 
@@ -148,6 +159,7 @@ def test_stopped_anywhere_any_number_of_times_equals_uninterrupted(tiny, options
     assert not (folder_of(tiny).parent / "parts" / "PREEMPTED").exists()
     root = folder_of(tiny).parent
     assert_same_run(root / "whole", root / "parts", 2)
+    assert_same_predictions(root / "whole", root / "parts")
 
 
 def read_metrics_steps(folder: Path) -> range:
@@ -155,18 +167,31 @@ def read_metrics_steps(folder: Path) -> range:
     return range(max(r["step"] for r in read_metrics(folder / "metrics.jsonl") if r["epoch"] == 0))
 
 
-def test_two_processes_interrupted_and_resumed_equal_uninterrupted(tiny):
-    arguments = ["--cfg", tiny, "--opts", *AUGMENTED.split(), "TRAIN.EPOCHS", "2", "DATA.NUM_WORKERS", "2"]
-    run_main(*arguments, "--tag", "whole", processes=2)
+def driven(mode: str, *arguments: str | Path) -> str:
+    """The output of two processes of tests/driven_main.py, which exit with 0."""
     command = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["tests/driven_main.py", "stop-at-epoch-1", *map(str, arguments), "--tag", "parts"]
+    command += ["tests/driven_main.py", mode, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    stopped = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    root = folder_of(tiny).parent
-    assert epoch_file(root / "parts", 1).exists() and not epoch_file(root / "parts", 2).exists(), stopped.stderr
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_two_processes_interrupted_and_resumed_equal_uninterrupted(tiny_ppp):
+    """Of a model with BatchNorm, whose running statistics each rank has of its own, and validates by rank 0's."""
+    arguments = ["--cfg", tiny_ppp, "--opts", *AUGMENTED.split(), "TRAIN.EPOCHS", "2", "DATA.NUM_WORKERS", "2"]
+    told = driven("tell-statistics", *arguments, "--tag", "whole")
+    digests = {rank: re.findall(rf"statistics of rank {rank}: (\w+) (\w+)", told) for rank in (0, 1)}
+    for first, second in zip(digests[0], digests[1], strict=True):
+        assert first[0] == first[1] == second[1] != second[0]
+    assert len(digests[0]) == 2
+    driven("stop-at-epoch-1", *arguments, "--tag", "parts")
+    root = folder_of(tiny_ppp).parent
+    assert epoch_file(root / "parts", 1).exists() and not epoch_file(root / "parts", 2).exists()
     resumed = run_main(*arguments, "--tag", "parts", processes=2)
     assert "1 epochs finished" in resumed.stdout
     assert_same_run(root / "whole", root / "parts", 2)
+    assert_same_predictions(root / "whole", root / "parts")
     assert len(load_checkpoint(epoch_file(root / "whole", 2))["rng"]) == 2
 
 

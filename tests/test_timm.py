@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.models import feature_extraction
 
 from config import load_config
+from engine.training import place
 from models import build_model, list_models
 from models.files import CheckpointError, load_checkpoint
 from models.kernels import KERNELS
@@ -88,10 +89,13 @@ def test_a_registered_model_is_that_of_its_configuration(name):
     assert (registered.default_cfg["crop_pct"] < 1) == config.TEST.CROP
 
 
-@both_families
+@every_family
 def test_weights_of_one_construction_load_into_the_other(name):
     options, arguments = f"DATA.IMG_SIZE {SIZE} MODEL.LA.ALPHA 3", {"alpha": 3}
-    if name == "pola_swin_tiny":  # Pola-PVT's widths are no keys
+    if name == "pola_pp_b0":
+        options = f"DATA.IMG_SIZE {SIZE} MODEL.PPP.STAGE_TYPES SLLS MODEL.PPP.DEPTHS [1,1,2,1]"
+        arguments = {"stage_types": "SLLS", "depths": (1, 1, 2, 1)}
+    elif name == "pola_swin_tiny":  # Pola-PVT's widths are no keys
         options += " MODEL.SWIN.EMBED_DIM 12 MODEL.SWIN.DEPTHS [2,2,2,2] MODEL.SWIN.NUM_HEADS [1,2,2,4]"
         arguments |= SMALL[name]
     config = load_config(config_file(CONFIGS[name]), options.split())
@@ -385,6 +389,21 @@ def test_resized_model_is_the_one_built_for_that_size(name, shape):
         model(images())
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (37, 90), (1, 1)])
+def test_rotary_positions_need_no_size(shape):
+    """Any image whose maps are not empty, as the model stands: what it was described with computes nothing."""
+    model, built = small("pola_pp_b0"), small("pola_pp_b0", img_size=shape)
+    assert built.state_dict().keys() == model.state_dict().keys() and not model.position_grids()
+    with torch.no_grad():
+        maps = model.forward_intermediates(images(*shape), intermediates_only=True)
+        assert torch.equal(model(images(*shape)), built(images(*shape)))
+        model.set_input_size(shape)
+        assert model.img_size == shape and torch.equal(model(images()), small("pola_pp_b0")(images()))
+    height, width = shape
+    for stage, found in enumerate(maps):  # sides are rounded up
+        assert found.shape[2:] == (-(-height // 2 ** (stage + 2)), -(-width // 2 ** (stage + 2)))
+
+
 @both_families
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dynamic_size_computes_what_the_resized_model_computes(name, shape):
@@ -432,7 +451,7 @@ def test_sizes_that_do_not_fit_change_nothing(name):
         assert model(images()).isfinite().all()
 
 
-@both_families
+@every_family
 def test_input_channels(name):
     model = small(name, in_chans=1)
     assert model.in_chans == 1
@@ -440,27 +459,37 @@ def test_input_channels(name):
         assert model(images()[:, :1]).shape == (1, 7)
 
 
-@both_families
+@every_family
 def test_drop_rate_acts_before_the_head_only(name):
     model = create(name, **SMALL[name], drop_rate=0.5).train()
     tokens = model.forward_features(images())
     assert torch.equal(tokens, model.forward_features(images()))
     assert (model.forward_head(tokens, pre_logits=True) == 0).float().mean() > 0.2
-    inner = create(name, **SMALL[name], proj_drop_rate=0.3).train()
-    assert not torch.equal(inner.forward_features(images()), inner.forward_features(images()))
+    if name != "pola_pp_b0":  # which has no other dropout
+        inner = create(name, **SMALL[name], proj_drop_rate=0.3).train()
+        assert not torch.equal(inner.forward_features(images()), inner.forward_features(images()))
     deep = create(name, **SMALL[name], drop_path_rate=0.5).train()
     assert not torch.equal(deep.forward_features(images(batch=8)), deep.forward_features(images(batch=8)))
 
 
-@both_families
+@every_family
 def test_checkpointed_blocks_give_the_same_gradients(name):
     gradients = []
     for enable in (False, True):
-        model = small(name, dynamic_img_size=True)
+        model = small(name, **({} if name == "pola_pp_b0" else {"dynamic_img_size": True}))
         model.set_grad_checkpointing(enable)
         model.forward_intermediates(images(64, SIZE), intermediates_only=True)[-1].square().sum().backward()
-        gradients.append([p.grad for n, p in model.named_parameters() if not n.startswith(("head", "norm"))])
+        gradients.append([p.grad for n, p in model.named_parameters() if not n.startswith(("head", "norm", "proj."))])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@every_family
+def test_gradients_are_laid_out_like_their_parameters(name):
+    """As DDP's buckets are, which warns of others and copies them in every step."""
+    model = place(create(name, **SMALL[name], num_classes=7).train(), torch.device("cpu"))
+    model(images()).square().sum().backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad.stride() == parameter.stride(), parameter_name
 
 
 def test_undecayed_parameters_are_named():
@@ -476,7 +505,7 @@ def test_undecayed_parameters_are_named():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@both_families
+@every_family
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_pretrained_file_is_adapted_to_what_was_asked_for(name, suffix, tmp_path):
     source, path = small(name), tmp_path / f"weights.{suffix}"
@@ -544,7 +573,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(timm_registry, "_clear_model_entries"), reason="timm < 1.0.31 stores no arguments")
-@both_families
+@every_family
 @pytest.mark.parametrize("size", [SIZE, (64, 160)])
 def test_hugging_face_folder_loads_back(name, size, tmp_path):
     source = small(name)
@@ -563,7 +592,7 @@ def test_hugging_face_folder_loads_back(name, size, tmp_path):
         assert torch.equal(resized.forward_features(images(128, 64)), tokens)
 
 
-@both_families
+@every_family
 def test_checkpoint_path_loads_a_bare_state_dict(name, tmp_path):
     source = small(name)
     torch.save({"model": source.state_dict()}, tmp_path / "ours.pth")
@@ -601,8 +630,13 @@ def test_released_file_loads_by_timm_and_by_torch_hub(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", KERNELS)
-@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny"])
+@pytest.mark.parametrize(
+    "name, attention",
+    [
+        *((name, kernel) for name in ("pola_swin_tiny", "pola_pvt_tiny") for kernel in KERNELS),
+        ("pola_pp_b0", "polarity_pp"),
+    ],
+)
 def test_every_module_with_parameters_is_called(name, attention):
     """What offloads, prunes or gathers a module's parameters does it by hooks on its call."""
     model = timm.create_model(name, img_size=64, num_classes=4, attention=attention)
@@ -615,7 +649,7 @@ def test_every_module_with_parameters_is_called(name, attention):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny"])
+@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny", "pola_pp_b0"])
 def test_a_model_in_half_precision_computes_and_trains_on_a_cpu(name, dtype):
     model, images = timm.create_model(name, img_size=64, num_classes=4), torch.randn(2, 3, 64, 64)
     expected = model.eval()(images)
@@ -630,7 +664,7 @@ def test_a_model_in_half_precision_computes_and_trains_on_a_cpu(name, dtype):
 @pytest.mark.parametrize(
     "begin", ["to_empty", "device argument", "weights assigned", "nothing after that", "buffers lost"]
 )
-@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny"])
+@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny", "pola_pp_b0"])
 def test_buffers_that_no_file_holds_are_right_after_any_beginning(name, begin):
     size = {"img_size": 96, "num_classes": 4}  # maps that windows do not divide: masks for padding and shift
     model, images = timm.create_model(name, **size).eval(), torch.randn(1, 3, 96, 96)
@@ -651,13 +685,15 @@ def test_buffers_that_no_file_holds_are_right_after_any_beginning(name, begin):
             assert torch.equal(other.eval()(images), model(images))
         for module in other.modules():  # as accelerate leaves them
             for key, buffer in module.named_buffers(recurse=False):
-                module.register_buffer(key, buffer.to("meta"), persistent=False)
+                if key in module._non_persistent_buffers_set:
+                    module.register_buffer(key, buffer.to("meta"), persistent=False)
         other = other.to("cpu")
     else:  # as transformers leaves them, which then calls what timm's modules have too
         other = timm.create_model(name, **size)
         for module in other.modules():
             for key, buffer in module.named_buffers(recurse=False):
-                module.register_buffer(key, torch.empty_like(buffer).fill_(1), persistent=False)
+                if key in module._non_persistent_buffers_set:
+                    module.register_buffer(key, torch.ones_like(buffer), persistent=False)
             if hasattr(module, "init_non_persistent_buffers"):
                 module.init_non_persistent_buffers()
     other.load_state_dict(model.state_dict())

@@ -33,7 +33,7 @@ def architecture_of(config: CfgNode) -> tuple[str, dict[str, Any]]:
     for name, variant in VARIANTS.items():
         file = CONFIGS / f"{variant.config}.yaml"
         official = load_config(str(file)) if file.is_file() else None
-        if official and official.MODEL.TYPE == config.MODEL.TYPE and _arguments(official) == own:
+        if official and body_of(official) is body_of(config) and _arguments(official) == own:
             return name, {}
     variants = body_of(config).variants
     return (config.MODEL.TYPE if config.MODEL.TYPE in variants else next(iter(variants))), own
