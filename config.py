@@ -828,8 +828,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="main.py",
         allow_abbrev=False,
-        description="Train, evaluate or time Pola-Swin and Pola-PVT. Flags and --opts override the YAML file;"
-        " docs/configuration.md lists every key.",
+        description="Train, evaluate or time Pola-Swin, Pola-PVT and PolaFormer++. Flags and --opts override the YAML"
+        " file; docs/configuration.md lists every key.",
         epilog="example: torchrun --nproc_per_node=8 main.py --cfg configs/pola_swin_t.yaml --data-path IMAGENET --amp",
     )
     parser.add_argument("--cfg", metavar="FILE", help="YAML configuration, for example configs/pola_swin_t.yaml")

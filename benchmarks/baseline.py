@@ -1,16 +1,23 @@
-"""The fixed baseline of every figure: polarity attention as the paper's equations are usually typed, under autograd.
+"""The fixed baselines of every figure: equations as they are usually typed, under autograd.
 
-Contiguous (B, h, N, d) copies, four features relu(±u)^p, three concatenations, and for each of the two streams one
-state product, one output product and one normaliser product. It never changes, so that ratios stay comparable.
+Contiguous (B, h, N, d) copies, features for each sign, three concatenations, and for each of the two streams one state
+product, one output product and one normaliser product. They never change, so that ratios stay comparable.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from models.attention import PolaMapAttention
 from models.kernels import polarity
+from models.ops.rotary import Grid
+from models.pola_pp import PolaPP
 
 
 def literal_polarity_attention(
@@ -54,12 +61,100 @@ def literal_polarity_attention(
     return torch.cat(streams, dim=-1).transpose(1, 2).to(v.dtype)
 
 
-@contextmanager
-def patched_model_attention(op: Callable[..., Tensor]) -> Iterator[None]:
+# ---------------------------------------------------------------------------------------------------------------------
+# PolaFormer++
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def literal_polarity_pp_attention(q: Tensor, k: Tensor, v: Tensor, s1: Tensor, s2: Tensor, *, grid: Grid) -> Tensor:
+    """PolaFormer++'s over a map of H×W tokens (B, H·W, h, d), of the released model's parameters (1, h, 1, 2d)."""
+    q, k, v = (t.to(v.dtype).transpose(1, 2).contiguous() for t in (q, k, v))  # (B, h, N, d)
+    positive_q, negative_q = torch.relu(q), torch.relu(-q)
+    same = torch.exp(torch.cat([positive_q, negative_q], dim=-1) * torch.sigmoid(s1)) - 1  # (B, h, N, 2d)
+    opposite = torch.exp(torch.cat([negative_q, positive_q], dim=-1) * torch.sigmoid(s2)) - 1
+    key_features = torch.exp(torch.cat([torch.relu(k), torch.relu(-k)], dim=-1)) - 1
+    mean_key = key_features.mean(dim=2, keepdim=True).mT  # (B, h, 2d, 1)
+    turned_keys = _turned(key_features, grid).mT
+    streams = []
+    for query_features, values in zip((same, opposite), v.chunk(2, dim=-1), strict=True):
+        normaliser = query_features @ mean_key + 1e-6
+        state = turned_keys @ (values / k.shape[2])  # (B, h, 2d, d/2)
+        streams.append(_turned(query_features, grid) @ state / normaliser)
+    return torch.cat(streams, dim=-1).transpose(1, 2).to(v.dtype)
+
+
+def _turned(x: Tensor, grid: Grid) -> Tensor:
+    """x (…, H·W, f) with neighbouring channels turned by rows in the first half, by columns in the second."""
+    sine, cosine = _angles(grid, x.shape[-1], torch.promote_types(x.dtype, torch.float32), x.device)
+    return x * cosine + torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2) * sine
+
+
+@lru_cache
+def _angles(grid: Grid, channels: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sine and cosine (H·W, channels) of all tokens, each twice in a row, from float32 θ."""
+    theta = 1.0 / 10000 ** torch.linspace(0, 1, channels // 4)
+    theta = theta.repeat_interleave(2).to(device, dtype)
+    rows, columns = (torch.arange(side, device=device)[:, None] * theta for side in grid)
+    angle = torch.cat([rows.repeat_interleave(grid[1], dim=0), columns.repeat(grid[0], 1)], dim=-1)
+    return angle.sin(), angle.cos()
+
+
+def literal_pola_pp(model: Any, images: Tensor) -> Tensor:
+    """The forward pass of a `PolaPP` on maps (B, C, H, W), as its specification is read line by line."""
+    x = model.patch_embed(images)
+    for stage in model.layers:
+        for block in stage.blocks:
+            x = _block(block, x)
+        if stage.downsample is not None:
+            x = stage.downsample(x)
+    x = F.silu(model.norm(F.conv2d(x, model.proj.weight, model.proj.bias))).mean(dim=(2, 3), keepdim=True)
+    return F.conv2d(x, model.head.weight, model.head.bias).flatten(1)
+
+
+def _block(block: Any, x: Tensor) -> Tensor:
+    x = x + _depthwise(block.pos, x)
+    normed = block.norm1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    x = x + block.drop_path(block.gamma_1 * _attention(block.attn, normed))
+    normed = block.norm2(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return x + block.drop_path(block.gamma_2 * _feed_forward(block.ffn, normed))
+
+
+def _attention(attn: Any, x: Tensor) -> Tensor:
+    grid = x.shape[2], x.shape[3]
+    linear = isinstance(attn, PolaMapAttention)
+    project = attn.qkvg if linear else attn.qkvo
+    q, k, v, gate = project(x.flatten(2).mT).chunk(4, dim=-1)  # (B, N, C)
+    local = _depthwise(attn.lepe, v.mT.unflatten(2, grid)).flatten(2).mT
+    q, k, v = (t.unflatten(-1, (attn.num_heads, -1)) for t in (q, k, v))
+    if linear:
+        out = literal_polarity_pp_attention(q, k, v, attn.s1, attn.s2, grid=grid)
+    else:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, h, N, d)
+        weights = (_turned(q, grid) @ _turned(k, grid).mT / attn.head_dim**0.5).softmax(dim=-1)
+        out = (weights @ v).transpose(1, 2)
+    return attn.proj((out.flatten(2) + local) * gate).mT.unflatten(2, grid)
+
+
+def _feed_forward(ffn: Any, x: Tensor) -> Tensor:
+    hidden = F.gelu(ffn.fc1(x.flatten(2).mT)).mT.unflatten(2, x.shape[2:])
+    hidden = hidden + _depthwise(ffn.dwconv, hidden)
+    return ffn.fc2(hidden.flatten(2).mT).mT.unflatten(2, x.shape[2:])
+
+
+def _depthwise(convolution: Any, x: Tensor) -> Tensor:
+    return F.conv2d(x, convolution.weight, convolution.bias, padding=convolution.padding, groups=x.shape[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def patched_model_attention(op: Callable[..., Tensor]) -> AbstractContextManager[object]:
     """Inside, polarity blocks of all models compute with `op`."""
-    ours = polarity.polarity_attention
-    polarity.polarity_attention = op
-    try:
-        yield
-    finally:
-        polarity.polarity_attention = ours
+    return mock.patch.object(polarity, "polarity_attention", op)
+
+
+def patched_pola_pp() -> AbstractContextManager[object]:
+    """Inside, every PolaFormer++ computes literally."""
+    return mock.patch.object(PolaPP, "forward", literal_pola_pp)

@@ -1,8 +1,10 @@
-"""Time a training step of whole models with ours and with the literal op: python -m benchmarks.model_step.
+"""Time a training step of whole models, ours and literal ones: python -m benchmarks.model_step.
 
 A step is forward pass, cross entropy, backward pass and optimizer step on synthetic images, each contender on its own
-copy of the same weights. A gate comes first: both ops give the same logits in float32. Eager contenders are interleaved
-in one process; with --compile each compiled model runs in a fresh process, interleaved with the eager baseline there.
+copy of the same weights. The baseline is our model with the literal op; PolaFormer++'s is literal as a whole, and timm
+models of about its size run beside it. A gate comes first: both sides give the same logits in float32. Eager contenders
+are interleaved in one process; with --compile each compiled model runs in a fresh process, interleaved with the eager
+baseline there.
 README.md beside this file says what is counted and how results are named.
 """
 
@@ -10,7 +12,7 @@ import argparse
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -20,16 +22,18 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from benchmarks import common
-from benchmarks.baseline import literal_polarity_attention, patched_model_attention
+from benchmarks.baseline import literal_polarity_attention, patched_model_attention, patched_pola_pp
 from benchmarks.common import DTYPES, MEBIBYTE, Bar, Outcome, Spread, WrongResultError, in_fresh_process, ratios
 from models import build_model
 from models.classifier import Classifier
 from models.ops.polarity_attention import polarity_attention
+from models.pola_pp import PolaPP
 from optimizer import build_optimizer
 from utils.precision import exact_float32
 
 TIMM_SWIN = "swin_tiny_patch4_window7_224"
 OPS: dict[str, Callable[..., Tensor]] = {"baseline": literal_polarity_attention, "ours": polarity_attention}
+TIMM_PEERS = {"pola_pp_b0": ("fastvit_t12", "pvt_v2_b0"), "pola_pp_b2": ("pvt_v2_b1", "fastvit_sa24")}
 LOGITS_ERROR = 1e-5  # largest relative L2 difference of float32 logits that passes the gate
 
 # Baseline's float32 eager step over ours, batch 8, 224², on a CPU; by model, then (precision, compiled).
@@ -108,19 +112,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Trainer(common.TrainingStep):
-    """Of a copy of a model with its optimizer, whose attention is that of one side."""
+    """Of a copy of a model with its optimizer, which computes as one side does."""
 
     def __init__(
         self, model: nn.Module, config: CfgNode, images: Tensor, side: str, precision: str, compiled: bool = False
     ) -> None:
-        self.bare_model, self.op = copy.deepcopy(model).to(images.device).train(), OPS[side]
+        self.bare_model, self.side = copy.deepcopy(model).to(images.device).train(), side
         optimizer = build_optimizer(config, cast(Classifier, self.bare_model))  # or timm's, alike in what it reads
         labels = torch.arange(len(images), device=images.device)
         model = cast(nn.Module, torch.compile(self.bare_model)) if compiled else self.bare_model
         super().__init__(model, optimizer, images, labels, DTYPES[precision])
 
-    def attention(self) -> AbstractContextManager[None]:
-        return patched_model_attention(self.op)
+    def attention(self) -> AbstractContextManager[object]:
+        if isinstance(self.bare_model, PolaPP):
+            return patched_pola_pp() if self.side == "baseline" else nullcontext()
+        return patched_model_attention(OPS[self.side])
 
     def logits(self) -> Tensor:
         """In evaluation mode, where no stochastic depth is in the way."""
@@ -175,6 +181,9 @@ def measure_eager(setting: Setting, precisions: Sequence[str]) -> dict[str, Any]
     record = {"logits_error": error, "saved_bytes": {"baseline": baseline.saved_bytes(), "ours": ours.saved_bytes()}}
     if "float32" not in precisions:
         del trainers["ours", "float32"]
+    for name in TIMM_PEERS.get(setting.model, ()):
+        peer = timm.create_model(name, drop_path_rate=config.MODEL.DROP_PATH_RATE)
+        trainers |= {(name, each): Trainer(peer, config, images, "ours", each) for each in precisions}
     contenders = {(*key, False): trainer for key, trainer in trainers.items()}
     return {**step_record(setting, contenders), **record}
 
@@ -203,6 +212,7 @@ def step_record(setting: Setting, contenders: Mapping[tuple[str, str, bool], Tra
             "side": side,
             "precision": precision,
             "compiled": compiled,
+            "parameters": sum(p.numel() for p in contenders[side, precision, compiled].bare_model.parameters()),
             "step_ms": Spread.of(seconds, 1e3),
             "speedup_over_float32_baseline": ratios(samples["baseline", "float32", False], seconds),
             "speedup_over_baseline_of_same_precision": ratios(samples["baseline", precision, False], seconds),
@@ -291,6 +301,7 @@ def print_steps(record: Mapping[str, Any]) -> None:
     rows = [
         (
             f"{step['side']} {step['precision']}{', compiled' if step['compiled'] else ''}",
+            f"{step['parameters'] / 1e6:.1f}",
             step["step_ms"].text(digits=0),
             step["speedup_over_float32_baseline"].text(digits=2),
             step["speedup_over_baseline_of_same_precision"].text(digits=2),
@@ -300,7 +311,7 @@ def print_steps(record: Mapping[str, Any]) -> None:
     title = f"{record['model']}, training step, batch {record['batch_size']}, {record['image_size']}²"
     if "first_compiled_step_s" in record:
         title += f"; first step with compilation {record['first_compiled_step_s']:.0f} s"
-    header = ("", f"ms, {common.SPREAD}", "× eager float32 baseline", "× eager baseline, same precision")
+    header = ("", "M parameters", f"ms, {common.SPREAD}", "× float32 baseline", "× baseline, same precision")
     common.print_table(title, header, rows)
 
 

@@ -123,6 +123,7 @@ class RotaryPyramid(Classifier):
         layer_init_values: of the scales of both branches, one a stage.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth of the last block.
+        dynamic_img_size, strict_img_size: taken because other models of timm take them; every size fits in any case.
         attention: of AttentionOptions: `backend`, `gate_bias` and `kernel_size`; the rest is fixed.
 
     Input (B, in_chans, height, width); output (B, num_classes).
@@ -153,6 +154,8 @@ class RotaryPyramid(Classifier):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
+        dynamic_img_size: bool = True,
+        strict_img_size: bool = False,
         **attention: Any,
     ) -> None:
         super().__init__()

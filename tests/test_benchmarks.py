@@ -12,23 +12,29 @@ import torch
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from benchmarks import attention, features, input_pipeline, model_step, training_loop
-from benchmarks.baseline import literal_polarity_attention, patched_model_attention
+from benchmarks import attention, baseline, features, input_pipeline, model_step, training_loop
+from benchmarks.baseline import literal_pola_pp, literal_polarity_attention, patched_model_attention, patched_pola_pp
 from benchmarks.common import Spread, WrongResultError, interleaved, ratios, saved_bytes
 from data.sources.base import decode_fast
 from models.kernels import polarity
 from models.ops.polarity_attention import polarity_attention
+from models.pola_pp import PolaPP
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("surroundings", [False, True])
-@pytest.mark.parametrize("d", [1, 7, 8])
-def test_baseline_equals_the_reference_in_float64(surroundings, d):
-    inputs = attention.make_inputs((2, 11, 3, d), torch.float64, CPU, keys=5, surroundings=surroundings)
+@pytest.mark.parametrize(
+    ("kernel", "d", "given"),
+    [
+        *(("polarity", d, {"keys": 5, "surroundings": given}) for d in (1, 7, 8) for given in (False, True)),
+        ("polarity_pp", 8, {"rotated": True}),
+    ],
+)
+def test_baseline_equals_the_reference_in_float64(kernel, d, given):
+    inputs = attention.make_inputs((2, 12, 3, d), torch.float64, CPU, **given)
     inputs = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
-    out = literal_polarity_attention(**inputs)
-    expected = polarity_attention(**inputs, backend="reference")
+    out = attention.KERNELS[kernel].literal(**inputs)
+    expected = attention.KERNELS[kernel].op(**inputs, backend="reference")
     assert torch.allclose(out, expected, rtol=1e-12, atol=1e-13)
     leaves, cotangent = list(inputs.values()), torch.randn_like(out)
     gradients = torch.autograd.grad(out, leaves, cotangent)
@@ -40,6 +46,26 @@ def test_baseline_refuses_a_key_mask():
     inputs = attention.make_inputs((1, 4, 1, 8), torch.float32, CPU)
     with pytest.raises(ValueError, match="has no key mask"):
         literal_polarity_attention(**inputs, key_mask=torch.ones(1, 4, dtype=torch.bool))
+
+
+def test_literal_polaformer_pp_equals_the_model_in_float64():
+    torch.manual_seed(0)
+    sizes = {"embed_dims": (8, 16, 16, 24), "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 3), "projection": 20}
+    model = PolaPP(**sizes, num_classes=5, drop_path_rate=0.0).double()
+    for parameter in model.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    images, parameters = torch.randn(2, 3, 52, 40, dtype=torch.float64), list(model.parameters())
+    out = model(images)
+    with patched_pola_pp():
+        literal = model(images)
+    assert torch.equal(literal, literal_pola_pp(model, images)) and not torch.equal(literal, out)
+    assert torch.allclose(literal, out, rtol=1e-11, atol=1e-12)
+    for gradient, wanted in zip(
+        torch.autograd.grad(literal.square().sum(), parameters),
+        torch.autograd.grad(out.square().sum(), parameters),
+        strict=True,
+    ):
+        assert torch.allclose(gradient, wanted, rtol=1e-8, atol=1e-10)
 
 
 def test_patch_reaches_the_models_and_is_undone():
@@ -88,6 +114,21 @@ def test_gate_accepts_the_eager_backend(dtype):
     assert all(0 < entry["error"] <= entry["allowed"] for entry in errors["eager"].values())
 
 
+def _other_rates(q, k, v, s1, s2, **named):
+    return attention.polarity_pp_attention(q, k, v, s2, s1, **named)
+
+
+def test_gate_of_polarity_pp_accepts_the_eager_backend_and_rejects_exchanged_rates():
+    kernel = attention.KERNELS["polarity_pp"]
+    eager = {"eager": partial(kernel.op, backend="eager")}
+    errors = attention.require_correct(eager, (2, 16), torch.float32, CPU, kernel=kernel)
+    assert set(errors["eager"]) == {"output", *(f"gradient of {name}" for name in ("q", "k", "v", "s1", "s2"))}
+    assert all(0 < entry["error"] <= entry["allowed"] for entry in errors["eager"].values())
+    planted = {"planted": partial(_other_rates, backend="eager")}
+    with pytest.raises(WrongResultError, match="planted at .*: output is off by"):
+        attention.require_correct(planted, (2, 16), torch.float32, CPU, kernel=kernel)
+
+
 @pytest.mark.parametrize(
     ("wrong", "named", "dtype"),
     [
@@ -105,7 +146,8 @@ def test_gate_rejects_a_wrong_op(wrong, named, dtype):
 
 
 def test_nothing_is_timed_or_written_after_a_wrong_result(tmp_path, monkeypatch):
-    monkeypatch.setattr(attention, "polarity_attention", _planted_for_eager)
+    kernel = attention.KERNELS["polarity"]._replace(op=_planted_for_eager)
+    monkeypatch.setitem(attention.KERNELS, "polarity", kernel)
     monkeypatch.setattr(attention, "measure_shape", lambda *_: pytest.fail("timed"))
     with pytest.raises(SystemExit, match="nothing is timed that is wrong: eager"):
         attention.main(["--device", "cpu", "--shapes", "1,16,1,8", "--output", str(tmp_path)])
@@ -121,6 +163,13 @@ def test_gate_of_whole_models_rejects_other_logits(monkeypatch):
     monkeypatch.setitem(model_step.OPS, "ours", _swapped_streams)
     setting = model_step.Setting("pola_swin_t", 1, 32, repeats=1, device="cpu", threads=None)
     with pytest.raises(WrongResultError, match="logits of pola_swin_t are off by"):
+        model_step.measure_eager(setting, ["float32"])
+
+
+def test_gate_of_whole_models_rejects_another_polaformer_pp(monkeypatch):
+    monkeypatch.setattr(baseline, "literal_pola_pp", lambda model, images: literal_pola_pp(model, images.flip(-1)))
+    setting = model_step.Setting("pola_pp_b0", 2, 32, repeats=1, device="cpu", threads=None)
+    with pytest.raises(WrongResultError, match="logits of pola_pp_b0 are off by"):
         model_step.measure_eager(setting, ["float32"])
 
 
@@ -199,9 +248,25 @@ def test_attention_writes_its_results(tmp_path, capsys):
     assert "| what " in capsys.readouterr().out
 
 
+def test_attention_of_another_kernel_has_a_file_of_its_own(tmp_path):
+    arguments = ["--kernel", "polarity_pp", "--shapes", "2,16,1,8", "--lengths", "16"]
+    attention.main(["--device", "cpu", *arguments, "--output", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    date = results["environment"]["date"]
+    assert path.name == f"attention-polarity_pp-float32-cpu-1-threads-{date}.json"
+    assert results["kernel"] == "polarity_pp"
+    assert [(bar["bound"], bar["direction"]) for bar in results["bars"]] == [(0.35, "at most")]
+    assert set(results["shapes"][0]["contenders"]) == {"baseline", "eager", "softmax", "materialised features"}
+    assert attention.parse_arguments(["--device", "cpu", "--kernel", "polarity_pp"]).shapes == attention.PP_SHAPES
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--kernel", "polarity_pp", "--surroundings"], "--surroundings and --compile are not there for polarity_pp"),
+        (["--kernel", "polarity_pp", "--compile"], "--surroundings and --compile are not there for polarity_pp"),
+        (["--kernel", "polarity_pp", "--shapes", "8,16,1,7"], "positions of polarity_pp need an even d"),
         (["--shapes", "8,16,3"], "'8,16,3' is no shape: expected four integers B,N,h,d"),
         (["--repeats", "8"], "'8' repeats: expected an integer of at least 9"),
     ],
@@ -230,6 +295,9 @@ def test_bars_apply_where_they_are_meant():
     cpu = {"shape": [8, 3136, 3, 32], "contenders": {name: contenders[name] for name in ("baseline", "eager")}}
     assert [(bar.bound, bar.met) for bar in attention.shape_bars(cpu, CPU, "float32")] == [(2.4, True), (0.25, True)]
     assert [bar.bound for bar in attention.shape_bars(cpu, CPU, "bfloat16")] == [0.25]
+    pp = {**cpu, "shape": [8, 784, 2, 64]}
+    bars = attention.shape_bars(pp, CPU, "float32", attention.KERNELS["polarity_pp"])
+    assert [(bar.bound, bar.met) for bar in bars] == [(1.82, True), (0.35, True)]
     gpu = {"shape": [128, 3136, 3, 32], "contenders": contenders}
     bars = attention.shape_bars(gpu, torch.device("cuda"), "bfloat16")
     assert [(bar.bound, bar.met) for bar in bars] == [(1.4, True), (10.0, True), (1.0, True), (0.25, False)]
@@ -246,6 +314,17 @@ def test_a_training_step_of_both_sides_saves_less_with_ours():
     full_size = model_step.step_bars({**record, "batch_size": 8, "image_size": 224})
     assert full_size[0].bound == 0.64
     assert 1.25 in [bar.bound for bar in full_size]
+
+
+def test_a_polaformer_pp_is_timed_beside_timm_models_of_its_size():
+    setting = model_step.Setting("pola_pp_b0", 2, 32, repeats=1, device="cpu", threads=None)
+    record = model_step.measure_eager(setting, ["float32"])
+    assert 0 < record["logits_error"] < 1e-5  # both sides were computed
+    assert record["saved_bytes"]["ours"] < record["saved_bytes"]["baseline"]
+    sizes = {step["side"]: step["parameters"] for step in record["contenders"]}
+    assert list(sizes) == ["baseline", "ours", *model_step.TIMM_PEERS["pola_pp_b0"]]
+    assert sizes["ours"] == sizes["baseline"] == 7_548_712
+    assert sizes["fastvit_t12"] == pytest.approx(sizes["ours"], rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

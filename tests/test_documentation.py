@@ -29,12 +29,13 @@ from sklearn.datasets import load_digits
 import config
 import models
 from models.files import load_checkpoint
+from tools.model_table import measure
 
 FOLLOWED = ROOT / "docs" / "new_kernel.md"  # tests/test_new_kernel.py does what it says
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
 PAGES += [page for page in sorted(ROOT.glob("docs/*.md")) if page != FOLLOWED]
-OPERATION = ROOT / "models" / "ops" / "polarity_attention" / "README.md"
-LINKED = [*PAGES, FOLLOWED, ROOT / "CHANGELOG.md", OPERATION]
+OPERATIONS = sorted(ROOT.glob("models/ops/*/README.md"))
+LINKED = [*PAGES, FOLLOWED, ROOT / "CHANGELOG.md", *OPERATIONS]
 
 # Commands that are checked, but not run here: a pattern of them, and why.
 NOT_RUN = {
@@ -58,7 +59,7 @@ NOT_RUN = {
     "*experiments.ablation*": "needs the runs; tests/test_ablation.py",
     "python -m benchmarks.*": "minutes; tests/test_benchmarks.py",
     "*--device cuda*": "needs a GPU",
-    "*tools.model_table": "a forward pass of every model",
+    "*tools.model_table": "the test of the tables counts every model",
     "*tools.readme_picture": "trains for minutes and needs scikit-image",
 }
 EXIT_CODES = {"*--format onx*": 2, "*notes.png*": 1}  # of commands that show a mistake
@@ -310,6 +311,38 @@ def test_make_quickstart_leaves_a_link_to_its_newest_run(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+MULTIPLY_ADDS = {"b0": "0.7", "b1": "1.0", "b2": "2.7", "b3": "5.1", "b4": "11", "b5": "18"}  # reported, in G
+
+
+def rows_of_models(page: Path) -> Iterator[dict[str, str]]:
+    """By heading, of the table that has multiply-adds; a configuration without its quotes."""
+    table = next(part for part in page.read_text().split("\n\n") if "| multiply-adds (G) |" in part)
+    header, _, *rows = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines())
+    return (dict(zip(header, row, strict=True)) for row in rows)
+
+
+ROWS = [row for page in (ROOT / "README.md", ROOT / "docs" / "models.md") for row in rows_of_models(page)]
+CONFIGURATIONS = sorted(path.stem for path in ROOT.glob("configs/pola_*.yaml"))
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_tables_of_models_say_what_is_counted(name):
+    """All models take seconds together, on the meta device."""
+    rows = [row for row in ROWS if row["configuration"] == name]
+    assert len(rows) == 2, f"{name} is not in both tables"
+    size, parameters, flops = measure(name)
+    for row in rows:
+        assert (row["parameters (M)"], row["multiply-adds (G)"]) == (f"{parameters:.2f}", f"{flops / 2:.2f}")
+        assert row.get("image", f"{size}²") == f"{size}²"
+    if name.startswith("pola_pp"):
+        reported = MULTIPLY_ADDS[name[-2:]]
+        assert flops / 2 == pytest.approx(float(reported), abs=0.06 if "." in reported else 0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Words
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -401,5 +434,5 @@ def test_links_lead_somewhere(page):
 
 def test_every_document_can_be_reached_from_the_readme():
     linked = set(re.findall(r"\]\(([^)\s#]+)", (ROOT / "README.md").read_text()))
-    for page in [*PAGES[1:], FOLLOWED]:
+    for page in [*PAGES[1:], FOLLOWED, *OPERATIONS]:
         assert page.relative_to(ROOT).as_posix() in linked

@@ -287,3 +287,9 @@ def test_throughput_needs_no_data_and_no_folder(tmp_path):
         result.stdout,
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_throughput_of_polaformer_pp_at_any_size(log):
+    small = "MODEL.PPP.EMBED_DIMS [8,8,16,16] MODEL.PPP.NUM_HEADS [1,1,2,2] MODEL.PPP.PROJECTION 32 DATA.BATCH_SIZE 2"
+    run(config_file("pola_pp_b0"), f"THROUGHPUT_MODE True DATA.IMG_SIZE 47 {small}")
+    assert "throughput of pola_b0_patch4_224, batch 2, float32, size 47: median " in log.text

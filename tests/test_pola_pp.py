@@ -428,6 +428,19 @@ def test_its_attention_is_announced_and_what_other_kernels_read_has_no_effect(ti
     assert torch.equal(registered.head.weight, load_checkpoint(file)["model"]["head.weight"])
 
 
+def test_a_file_is_evaluated_and_continued_at_any_size(tiny_ppp):
+    """32×32 and 16×64 make as many tokens, which would confuse position tables, and here there are none."""
+    run(tiny_ppp, "TRAIN.EPOCHS 1 DATA.IMG_SIZE [16,64]")
+    file = epoch_file(folder_of(tiny_ppp), 1)
+    assert evaluate_file(tiny_ppp, file).keys() == {"eval_val", "eval_val_ema"}
+    assert evaluate_file(tiny_ppp, file, "DATA.IMG_SIZE [16,64] TEST.IMG_SIZE 50").keys() == {
+        "eval_val",
+        "eval_val_ema",
+    }
+    run(tiny_ppp, "TRAIN.EPOCHS 2")
+    assert load_checkpoint(epoch_file(folder_of(tiny_ppp), 2))["epoch"] == 2
+
+
 def test_a_file_of_an_official_type_loads_without_another_word(tmp_path):
     """Its configuration is the official one: keys without effect, and rates that are already scaled."""
     weights = create_model("pola_pp_b0").state_dict()
@@ -437,7 +450,9 @@ def test_a_file_of_an_official_type_loads_without_another_word(tmp_path):
     model = load(tmp_path / "b0.pth")
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     by_timm = create_model("pola_pp_b0", checkpoint=tmp_path / "b0.pth")
-    assert all(torch.equal(value, weights[key]) for key, value in by_timm.state_dict().items())
+    by_hub = torch.hub.load(str(ROOT), "pola_pp_b0", source="local", checkpoint=str(tmp_path / "b0.pth"))
+    for other in (by_timm, by_hub):
+        assert all(torch.equal(value, weights[key]) for key, value in other.state_dict().items())
     with pytest.raises(CheckpointError, match="does not fit PolaPP of this configuration"):
         load(CHECKPOINT)  # a smaller model than its configuration says
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
-from conftest import TINY, jpeg, run, run_tool, write_tiny
+from conftest import TINY, folder_of, jpeg, run, run_tool, write_tiny
 from lra_caches import write_cache
 from test_lra import SHORT, lra
 
@@ -241,6 +241,12 @@ def test_an_evaluation_stands_in_for_predictions_that_are_missing(tmp_path):
     (folder / "predictions.npz").rename(folder / "eval_val_predictions.npz")
     page = render([run_of(folder)], images=2)
     assert page == whole and page.count("<img") == 4 and "Hardest images" in page
+
+
+def test_a_run_of_pola_pp_shows_where_its_deepest_linear_layer_looks(tiny_ppp):
+    run(tiny_ppp, "TRAIN.EPOCHS 1")
+    page = render([run_of(folder_of(tiny_ppp))], images=2)
+    assert "where layers.1.blocks.1 looks" in page and page.count("<img") == 4
 
 
 def test_a_report_on_a_thousand_classes_shows_the_hardest_images(tmp_path):

@@ -483,7 +483,7 @@ def test_drop_rate_acts_before_the_head_only(name):
 def test_checkpointed_blocks_give_the_same_gradients(name):
     gradients = []
     for enable in (False, True):
-        model = small(name, **({} if name == "pola_pp_b0" else {"dynamic_img_size": True}))
+        model = small(name, dynamic_img_size=True)
         model.set_grad_checkpointing(enable)
         model.forward_intermediates(images(64, SIZE), intermediates_only=True)[-1].square().sum().backward()
         gradients.append([p.grad for n, p in model.named_parameters() if not n.startswith(("head", "norm", "proj."))])

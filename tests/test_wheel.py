@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RELEASED, ROOT
+import yaml
+from conftest import PPP, RELEASED, ROOT, TINY_PPP
 
 from config import load_config
 from models import build_model, load
@@ -84,6 +85,7 @@ def test_the_wheel_holds_the_folder_and_declares_what_it_imports(wheel):
     assert "<" not in "".join(line for line in metadata.splitlines() if line.startswith("Requires-Dist"))
 
 
+PPP_CONFIG = {"MODEL": yaml.safe_load(TINY_PPP)["MODEL"]}
 USE = f"""
 import config, data, models, utils, warnings
 assert {{m.OWNER for m in (config, data, models, utils)}} == {{'somebody else'}}
@@ -97,6 +99,8 @@ loaded = polaformer.load({str(RELEASED)!r})
 assert not loaded.training and len(loaded.classes or range(10)) == 10
 assert type(loaded.config) is type(loaded.config['MODEL']) is dict and loaded.config['MODEL']['LA']['ALPHA'] == 4
 torch.save(loaded(torch.ones(1, 3, 64, 64)).detach(), 'logits.pt')
+other = polaformer.load({str(PPP / "checkpoint_ppp_tiny.pth")!r}, 'ema', config={PPP_CONFIG!r})
+assert other(torch.ones(1, 3, 40, 56)).shape == (1, 10) and type(other).__module__ == 'polaformer.pola_pp'
 by_hub = torch.hub.load({str(ROOT)!r}, 'pola_pvt_tiny', source='local', img_size=32, num_classes=2)
 assert type(by_hub).__module__ == 'polaformer.pola_pvt' and models.OWNER == 'somebody else'
 """

@@ -20,10 +20,11 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 def measure(name: str) -> tuple[int, float, float]:
     """(image side, parameters in millions, FLOPs in billions) of configs/`name`.yaml."""
     config = load_config(str(CONFIGS / f"{name}.yaml"))
-    model = build_model(config).eval()
     counter = FlopCounterMode(display=False)
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(torch.zeros(1, 3, *image_size(config)))
+    with torch.device("meta"):  # shapes are all that is counted
+        model = build_model(config).eval()
+        with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
+            model(torch.zeros(1, 3, *image_size(config)))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return image_size(config)[0], parameters / 1e6, counter.get_total_flops() / 1e9
 

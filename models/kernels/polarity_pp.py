@@ -51,34 +51,37 @@ class ExponentialFeatures(FeatureMap):
         return torch.expm1(tokens, out=self.scratch("features", *tokens.shape))
 
     def query_features(self, tokens: Tensor, index: int) -> Tensor:
-        parts = self._in_order(tokens, index)
-        return torch.mul(parts, self.rates[index], out=self.scratch("features", *tokens.shape)).expm1_()
+        return self._in_order(tokens, index, self.rates[index]).expm1_()
 
     def key_backward(self, tokens: Tensor, features: Tensor, grad: Tensor) -> Tensor:
-        growth = grad.addcmul_(grad, features)  # exp(a·u) times the gradient
-        plus, minus = self._where_present(tokens, growth).chunk(2, dim=-1)
-        return torch.sub(plus, minus, out=self.scratch("grad_keys", *plus.shape))
+        return self._of_tokens(tokens, 0, grad.addcmul_(grad, features), "grad_keys")  # exp(a·u) times the gradient
 
     def query_backward(self, tokens: Tensor, index: int, features: Tensor, grad: Tensor) -> Tensor:
-        parts, growth = self._in_order(tokens, index), grad.addcmul_(grad, features)
-        moment = torch.mul(growth, parts, out=self.scratch("features", *tokens.shape))
-        self.moments[index] += sum_over_tokens(moment).sum(dim=0)
-        halves = self._where_present(parts, growth.mul_(self.rates[index])).chunk(2, dim=-1)
-        plus, minus = halves[::-1] if index else halves
-        return torch.sub(plus, minus, out=self.scratch(f"grad_queries{index}", *plus.shape))
+        growth = grad.addcmul_(grad, features)
+        self.moments[index] += sum_over_tokens(self._in_order(tokens, index, growth)).sum(dim=0)
+        return self._of_tokens(tokens, index, growth.mul_(self.rates[index]), f"grad_queries{index}")
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         return tuple(moment[:, 0] for moment in self.moments)
 
-    def _in_order(self, tokens: Tensor, index: int) -> Tensor:
-        """[u₊, u₋] or, for the opposite-signed stream, [u₋, u₊]."""
+    def _in_order(self, tokens: Tensor, index: int, factor: Tensor) -> Tensor:
+        """[u₊, u₋] or, for the opposite-signed stream, [u₋, u₊], times a factor of each."""
+        out = self.scratch("features", *tokens.shape)
         if not index:
-            return tokens
-        return torch.cat(tokens.chunk(2, dim=-1)[::-1], dim=-1, out=self.scratch("exchanged", *tokens.shape))
+            return torch.mul(tokens, factor, out=out)
+        halves = zip(tokens.chunk(2, dim=-1)[::-1], factor.chunk(2, dim=-1), strict=True)
+        if torch.compiler.is_compiling():  # which takes no view as `out`
+            return torch.cat([part * times for part, times in halves], dim=-1)
+        for (part, times), half in zip(halves, out.chunk(2, dim=-1), strict=True):
+            torch.mul(part, times, out=half)
+        return out
 
-    def _where_present(self, parts: Tensor, grad: Tensor) -> Tensor:
-        """Only a part that is not 0 passes a gradient on."""
-        return grad.mul_(torch.sign(parts, out=self.scratch("features", *parts.shape)))
+    def _of_tokens(self, tokens: Tensor, index: int, grad: Tensor, buffer: str) -> Tensor:
+        """From the gradient of the parts, in the order of the stream, to that of u: a part that is 0 passes nothing."""
+        plus, minus = grad.chunk(2, dim=-1)[:: -1 if index else 1]
+        positive, negative = torch.sign(tokens, out=self.scratch("features", *tokens.shape)).chunk(2, dim=-1)
+        out = torch.mul(plus, positive, out=self.scratch(buffer, *plus.shape))
+        return out.addcmul_(minus, negative, value=-1)
 
 
 @register_kernel("polarity_pp")

@@ -1,6 +1,6 @@
 """Linear attention in plain PyTorch with a backward pass of its own, for any feature map that knows its pull-back.
 
-../polarity_attention/README.md derives both passes. Nothing of the size of the features is kept for the backward pass,
+README.md beside this file derives both passes. Nothing of the size of the features is kept for the backward pass,
 which computes them again. Outside torch.compile the work goes through the batch, and through long sequences, in blocks
 whose features stay in the cache; under torch.compile the same functions are traced once for the whole batch.
 

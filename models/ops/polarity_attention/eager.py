@@ -1,6 +1,6 @@
 """Polarity attention's features for the core of ../linear_attention/eager.py: powers of relu(±u).
 
-README.md beside this file derives both passes.
+README.md beside this file derives its pull-back.
 
 Letters: h heads, d channels per head; b and T are a block's images and tokens.
 """
