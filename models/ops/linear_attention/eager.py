@@ -362,8 +362,11 @@ def _readout_backward(grad: Tensor, streams: Sequence[Stream], d: int) -> Tensor
     ]
     width = whole.stop - whole.start
     mean = _sum([part[..., width + i : width + i + 1, :] for i, part in enumerate(met)])
-    before, after = (grad.new_zeros(*grad.shape[:-2], size, grad.shape[-1]) for size in (whole.start, d - whole.stop))
-    return torch.cat([before, *rows, after, mean], dim=-2)
+    pieces = [*rows, mean]
+    for place, size in ((len(rows), d - whole.stop), (0, whole.start)):  # of channels that other sets read
+        if size:
+            pieces.insert(place, grad.new_zeros(*grad.shape[:-2], size, grad.shape[-1]))
+    return torch.cat(pieces, dim=-2)
 
 
 def _exchanged(t: Tensor, stream: Stream) -> Tensor:
@@ -371,7 +374,10 @@ def _exchanged(t: Tensor, stream: Stream) -> Tensor:
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(dim=0)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def _divide_streams(channels: Tensor, normalisers: Tensor, streams: Sequence[Stream], out: Tensor) -> Tensor:
