@@ -21,7 +21,9 @@ from config import image_size, load_config
 from data.transforms import Normalise, evaluation_transform
 from models import build_model
 from models.attention_maps import attention_layers, record
+from models.nalaformer import NaLaFormer
 from models.pola_pp import PolaPP
+from models.pola_swin import PolaSwin
 from tools import analyze, visualize_attention
 from tools.checkpoints import load_model, read_image
 from tools.overlays import ground, key_map, paint
@@ -258,6 +260,34 @@ def test_spikiness_and_signs_of_turned_features(tmp_path):
     for stream in ("same", "opposite"):
         colour = [int(analyze.COLOUR[stream][i : i + 2], 16) for i in (1, 3, 5)]
         assert (pixels == colour).all(axis=1).sum() > 20
+
+
+def test_norms_of_queries_make_exponents_and_rows(tmp_path):
+    """Of a NaLaFormer, and of its kernel in windows, where queries are found by their place in the map."""
+    torch.manual_seed(0)
+    row = {"embed_dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2), "mlp_ratios": (1, 1), "projection": 8}
+    pyramid = NaLaFormer(**row, layer_init_values=(1, 1), stage_types="LS", img_size=32, num_classes=3).eval()
+    sizes = {"patch_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
+    windows = PolaSwin(img_size=32, attn_type="LL", attention="norm_aware", **sizes).eval()
+    pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    for model in (pyramid, windows):
+        name = next(iter(attention_layers(model)))
+        found, seen = analyze.analyze(model, [pixels], [name], ["norm"])
+        norms, exponents, entropy = seen.norms[name]
+        assert norms.shape == exponents.shape == entropy.shape == (1, 64)
+        assert (
+            torch.allclose(exponents, 3 * (0.5 + torch.tanh(norms))) and 0 < entropy.min() <= entropy.max() <= 1 + 1e-6
+        )
+        table = {m.map: m.value for m in found}
+        assert table["norm"] == pytest.approx(norms.mean().item())
+        expected = np.corrcoef(norms[0].numpy(), entropy[0].numpy())[0, 1]
+        assert table["correlation of norm and entropy"] == pytest.approx(expected, abs=1e-4)
+        layer = record(model, Normalise(torch.device("cpu"))(pixels[None])).layers[name]
+        places = {int(place): index for index, place in enumerate(layer.query_places.flatten())}
+        q = layer.q[0, :, 0].flatten(0, 1)
+        for place in (0, 13, 63):
+            assert norms[0, place] == pytest.approx(q[places[place]].norm().item(), rel=1e-5)
+        assert [path.name for path in analyze.draw_figures(tmp_path, model, found, seen)] == ["norm.png"]
 
 
 def test_figures_hold_what_they_are_about(analysis):

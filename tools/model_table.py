@@ -31,6 +31,6 @@ def measure(name: str) -> tuple[int, float, float]:
 
 if __name__ == "__main__":
     sys.stdout.write("| config | size | parameters (M) | FLOPs (G) |\n|---|---|---|---|\n")
-    for path in sorted(CONFIGS.glob("pola_*.yaml")):
+    for path in sorted([*CONFIGS.glob("pola_*.yaml"), *CONFIGS.glob("nalaformer_*.yaml")]):
         side, parameters, flops = measure(path.stem)
         sys.stdout.write(f"| `{path.stem}` | {side} | {parameters:.2f} | {flops:.2f} |\n")
