@@ -130,7 +130,7 @@ def _attention(attn: Any, x: Tensor) -> Tensor:
         out = literal_polarity_pp_attention(q, k, v, attn.s1, attn.s2, grid=grid)
     else:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, h, N, d)
-        weights = (_turned(q, grid) @ _turned(k, grid).mT / attn.head_dim**0.5).softmax(dim=-1)
+        weights = (_turned(q, grid) @ _turned(k, grid).mT / q.shape[-1] ** 0.5).softmax(dim=-1)
         out = (weights @ v).transpose(1, 2)
     return attn.proj((out.flatten(2) + local) * gate).mT.unflatten(2, grid)
 

@@ -109,6 +109,7 @@ def _variant(size: str, about: str, base: str, ratio: float) -> Variant:
 
 TIMM: Mapping[str, Any] = {
     "fixed_input_size": False,
+    "crop_mode": "center",  # the shorter side is resized, not the picture squashed
     "paper_ids": "arXiv:2506.21137",
     "paper_name": "Norm×Direction: Restoring the Missing Query Norm in Vision Linear Attention",
 }

@@ -233,6 +233,10 @@ class RotaryPyramid(Classifier):
             "attention": cls.kernel,
         }
 
+    @classmethod
+    def ambiguous_sizes(cls, stored: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        return {}  # nothing is of a size
+
     def _initialise(self, module: nn.Module) -> None:
         """Convolutions: normal of std 0.02, no bias. Linear layers and norms keep PyTorch's defaults."""
         if isinstance(module, nn.Conv2d):

@@ -21,6 +21,7 @@ from experiments import ablation
 from experiments.ablation import VARIANTS, AblationError, RunFailedError, check_folder, execute_all, plan, write_page
 from experiments.settings import differences
 from models import build_model
+from models.kernels import KERNELS
 
 
 def runs_of(folder: Path, seeds: int = 3, opts: tuple[str, ...] = ()) -> list[ablation.TrainingRun]:
@@ -76,8 +77,8 @@ def test_the_fresh_weights_of_a_seed_are_the_same_for_every_kind(tmp_path):
     assert len(rates) == 8 and not any(name.endswith("scale") for name in states["polarity_pp"])
     for kind, state in states.items():
         kept = {name for name in reference if not name.endswith("power")}
-        if kind == "polarity_pp":
-            kept = {name for name in kept if not name.endswith("scale")} | rates
+        if kind in KERNELS and not KERNELS[kind].scaled:
+            kept = {name for name in kept if not name.endswith("scale")} | (rates if kind == "polarity_pp" else set())
         assert state.keys() == kept
         state = {name: value for name, value in state.items() if name not in rates}
         assert all(torch.equal(value, reference[name]) for name, value in state.items())
