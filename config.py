@@ -210,10 +210,12 @@ KEYS: dict[str, Key] = {
     "MODEL.LA.GATE_BIAS": Key(
         None,
         optional(real()),
-        "initial value of the bias of the gate, which then lets values through from the start; null: 0 in Pola-Swin and"
-        " Pola-PVT, PyTorch's in others",
+        "initial value of the bias of the L blocks' gate, which then lets values through from the start; null: 0 in"
+        " Pola-Swin and Pola-PVT, PyTorch's in others",
     ),
-    "MODEL.LA.BACKEND": Key("auto", text(), "implementation of the polarity attention op"),
+    "MODEL.LA.BACKEND": Key(
+        "auto", text(), "implementation of linear attention: auto, eager or reference, and of polarity attention triton"
+    ),
     "MODEL.PPP.EMBED_DIMS": Key([32, 64, 128, 384], sequence(integer(1)), "channels per stage (PolaFormer++)"),
     "MODEL.PPP.DEPTHS": Key([2, 2, 2, 2], sequence(integer(1)), "blocks per stage (PolaFormer++)"),
     "MODEL.PPP.NUM_HEADS": Key([1, 2, 4, 12], sequence(integer(1)), "heads per stage (PolaFormer++)"),

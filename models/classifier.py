@@ -72,6 +72,7 @@ class TrainableModel(nn.Module, ABC):
     function_keys: tuple[str, ...] = ()
 
     family = ""  # what models of this body are called in prose
+    released = "fetch them from https://huggingface.co/ZachMeng/PolaFormer"  # how to come by released weights
 
     num_classes: int
     classes: list[str] | None = None  # names of the outputs, where the file that it was loaded from knows them

@@ -115,6 +115,9 @@ class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution of tokens (B, H·W, C) of a grid (H, W), to as many."""
 
     def __init__(self, dim: int, kernel_size: int) -> None:
+        """Raises ValueError unless the kernel has a middle."""
+        if type(kernel_size) is not int or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"MODEL.LA.KERNEL_SIZE is {kernel_size!r}, expected an odd number (kernel_size)")
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]  # a token map needs its grid

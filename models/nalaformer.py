@@ -131,6 +131,7 @@ class NaLaFormer(RotaryPyramid):
     """NaLaFormer classifier; its arguments are those of RotaryPyramid."""
 
     family = "NaLaFormer"
+    released = "none are released"
     kernel = "norm_aware"
 
     @staticmethod

@@ -123,6 +123,8 @@ class AttentionOptions:
         require_number("MODEL.LA.ALPHA (alpha)", self.alpha)
         if self.gate_bias is not None:
             require_number("MODEL.LA.GATE_BIAS (gate_bias)", self.gate_bias, low=-1e9)
+            if not self.gate:
+                raise ValueError("MODEL.LA.GATE_BIAS (gate_bias) needs the gate (MODEL.LA.GATE True, gate)")
         if self.backend not in ("auto", *BACKENDS):
             raise ValueError(
                 f"MODEL.LA.BACKEND (backend) {self.backend!r} is no backend of polarity attention, expected auto,"

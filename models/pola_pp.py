@@ -99,6 +99,7 @@ class PolaPP(RotaryPyramid):
     """PolaFormer++ classifier; its arguments are those of RotaryPyramid."""
 
     family = "PolaFormer++"
+    released = "the official repository of PolaFormer++ links a file-sharing service"
     kernel = "polarity_pp"
     angles: ClassVar = {"RoPE": 1, "RoPE_linear": 2}
     rows: ClassVar = {type_name: ROWS[name] for type_name, name in OFFICIAL_TYPES.items()}

@@ -27,7 +27,6 @@ from .files import CheckpointError, load_checkpoint, num_classes_of, stored_conf
 from .kernels import KERNELS, kernel_of
 from .options import AttentionOptions, value_of
 
-RELEASED_WEIGHTS = "https://huggingface.co/ZachMeng/PolaFormer"
 ATTENTION = "MODEL.LA.ATTENTION"  # names the kernel, of the bodies that leave it open
 IMAGES, TOKENS = "images", "tokens"  # what a body reads, and a data source delivers
 
@@ -231,7 +230,7 @@ def create_variant(
     source = {"img_size": cfg.input_size[-2:], **(given.get("pretrained_model_args") or {})}
     if pretrained and not (cfg.has_weights or cfg.state_dict):
         raise ValueError(
-            f"no weights of {name} can be downloaded through timm: fetch them from {RELEASED_WEIGHTS} and add"
+            f"no weights of {name} can be downloaded through timm: {cls.released}; add"
             f' pretrained_cfg_overlay={{"file": "FILE.pth"}}, or pass pretrained=False'
         )
     file = os.path.expanduser(overlay["file"]) if overlay.get("file") else ""

@@ -164,8 +164,8 @@ class RotaryPyramid(Classifier):
             raise ValueError(
                 f"{self.family} has gated {self.kernel} attention (MODEL.LA.ATTENTION, MODEL.LA.GATE) and no other"
             )
-        letters, _ = parse_attention_types(stage_types, len(depths), "MODEL.PPP.STAGE_TYPES", "LS")
         _require_stages(embed_dims, depths, num_heads, mlp_ratios, layer_init_values)
+        letters, _ = parse_attention_types(stage_types, len(depths), "MODEL.PPP.STAGE_TYPES", "LS")
         require_whole("MODEL.PPP.PROJECTION (projection)", projection)
         self._begin(img_size, 1, in_chans, True)
         self.patch_embed = Stem(in_chans, embed_dims[0])
@@ -221,13 +221,16 @@ class RotaryPyramid(Classifier):
         names = ["embed_dims", "depths", "num_heads", "mlp_ratios", "projection", "layer_init_values", "stage_types"]
         row = {name: value_of(config, f"MODEL.PPP.{name.upper()}") for name in names}
         if known := cls.rows.get(value_of(config, "MODEL.TYPE")):  # a variant, and what was changed of it
-            changed = {name: value for name, value in row.items() if value != DEFAULTS[f"MODEL.PPP.{name.upper()}"]}
-            row = {**row, **known, **changed}
+            keys = {name: f"MODEL.PPP.{name.upper()}" for name in row} | {"drop_path_rate": "MODEL.DROP_PATH_RATE"}
+            given = {
+                name: value_of(config, key) for name, key in keys.items() if value_of(config, key) != DEFAULTS[key]
+            }
+            row = {**row, **known, **given}
         return {
+            "drop_path_rate": value_of(config, "MODEL.DROP_PATH_RATE"),
             **row,
             "img_size": image_size(config),
             "in_chans": value_of(config, "MODEL.SWIN.IN_CHANS"),
-            "drop_path_rate": value_of(config, "MODEL.DROP_PATH_RATE"),
             "drop_rate": value_of(config, "MODEL.DROP_RATE"),
             **attention_keywords(config),
             "attention": cls.kernel,
@@ -308,6 +311,10 @@ def _require_stages(
     dims: Sequence[int], depths: Sequence[int], heads: Sequence[int], mlp_ratios: Sequence[float], init: Sequence[float]
 ) -> None:
     """Raise ValueError unless every stage has whole, fitting sizes."""
+    if not isinstance(depths, Sequence) or isinstance(depths, str):
+        raise ValueError(
+            f"MODEL.PPP.DEPTHS (depths) is {repr(depths)[:80]}, expected a number of blocks for each stage"
+        )
     given = {"EMBED_DIMS": dims, "DEPTHS": depths, "NUM_HEADS": heads, "MLP_RATIOS": mlp_ratios}
     for name, values in {**given, "LAYER_INIT_VALUES": init}.items():
         if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != len(depths):
@@ -317,6 +324,7 @@ def _require_stages(
             )
     require_whole("MODEL.PPP.EMBED_DIMS (embed_dims), a stage", *dims)
     require_whole("MODEL.PPP.DEPTHS (depths), a stage", *depths, high=DEEPEST_STAGE)
+    require_whole("MODEL.PPP.NUM_HEADS (num_heads), a stage", *heads)
     require_heads(dims, heads, "MODEL.PPP.NUM_HEADS (num_heads)")
     for dim, number in zip(dims, heads, strict=True):
         if dim // number % 4:
@@ -324,5 +332,7 @@ def _require_stages(
                 f"MODEL.PPP.EMBED_DIMS {list(dims)} and NUM_HEADS {list(heads)} make heads of {dim // number} channels,"
                 " expected a multiple of 4, as rotary positions need"
             )
-    for value in (*mlp_ratios, *init):
-        require_number("MODEL.PPP.MLP_RATIOS and LAYER_INIT_VALUES (mlp_ratios, layer_init_values), a stage", value)
+    for dim, ratio in zip(dims, mlp_ratios, strict=True):
+        require_number("MODEL.PPP.MLP_RATIOS (mlp_ratios), a stage", ratio, 1 / dim)  # a hidden channel at least
+    for value in init:
+        require_number("MODEL.PPP.LAYER_INIT_VALUES (layer_init_values), a stage", value)

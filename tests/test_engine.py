@@ -246,7 +246,7 @@ def test_synchronised_batch_norm_keeps_names_and_is_left_out_on_a_cpu(start, log
     log.set_level("INFO", get_logger().name)
     wrap(config, training)
     assert log.text.count("TRAIN.SYNC_BN is left out: PyTorch's SyncBatchNorm trains on GPUs alone") == 1
-    train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))  # whose forward pass would raise
+    train_one_epoch(config, training, loaders.train, 0, MetricsWriter(None))
     model = training.bare_model
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(build_model(config, loaders.num_classes))

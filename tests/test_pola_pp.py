@@ -479,3 +479,41 @@ def test_the_documented_retinanet_trains_and_detects():
     found = detector.eval()(images)
     assert len(found) == 2 and all(result["boxes"].isfinite().all() for result in found)
     assert names["detector"].backbone.body.feature_info.channels() == [64, 128, 384]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kernel_size": 4}, "MODEL.LA.KERNEL_SIZE is 4, expected an odd number"),
+        ({"kernel_size": 0}, "MODEL.LA.KERNEL_SIZE is 0, expected an odd number"),
+        ({"depths": 2}, r"MODEL.PPP.DEPTHS \(depths\) is 2, expected a number of blocks for each stage"),
+        ({"num_heads": (1, 2, 4, True)}, r"MODEL.PPP.NUM_HEADS \(num_heads\), a stage is True"),
+        ({"num_heads": (1, 2, 4, 12.0)}, r"MODEL.PPP.NUM_HEADS \(num_heads\), a stage is 12.0"),
+        ({"num_heads": (1, 2, 4)}, r"MODEL.PPP.NUM_HEADS .* expected one value for each of the 4 stages"),
+        ({"embed_dims": (30, 64, 128, 384)}, "make heads of 30 channels, expected a multiple of 4"),
+        ({"mlp_ratios": (0, 1, 1, 1)}, r"MODEL.PPP.MLP_RATIOS \(mlp_ratios\), a stage is 0"),
+        ({"stage_types": "LLSM"}, "MODEL.PPP.STAGE_TYPES 'LLSM' has the letter M, expected one of L, S per stage"),
+        ({"attention": "relu"}, "PolaFormer[+][+] has gated polarity_pp attention"),
+        ({"gate_bias": 1.0, "gate": False}, "MODEL.LA.GATE_BIAS .* needs the gate"),
+    ],
+)
+def test_arguments_that_make_no_model_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_model("pola_pp_b0", **arguments)
+
+
+def test_official_types_have_the_stochastic_depth_of_the_table_unless_the_key_is_changed():
+    for options, rate in (
+        (("MODEL.TYPE", "polab4"), 0.4),
+        (("MODEL.TYPE", "polab4", "MODEL.DROP_PATH_RATE", "0.2"), 0.2),
+    ):
+        with torch.device("meta"):
+            model = build_model(load_config(config_file("pola_pp_b0"), ["MODEL.DROP_PATH_RATE", "0.1", *options]))
+        assert model.layers[-1].blocks[-1].drop_path.drop_prob == pytest.approx(rate)
+
+
+def test_where_weights_are_is_said_of_the_family():
+    with pytest.raises(ValueError, match=r"pola_pp_b0 .*official repository of PolaFormer\+\+.*pretrained_cfg_overlay"):
+        create_model("pola_pp_b0", pretrained=True)
+    with pytest.raises(ValueError, match="nalaformer_xt can be downloaded through timm: none are released; add"):
+        create_model("nalaformer_xt", pretrained=True)

@@ -342,3 +342,24 @@ def test_tables_are_kept_by_size_dtype_and_device_and_usable_by_any_later_call()
     with torch._subclasses.FakeTensorMode():
         rotary_table((2, 13), 16, torch.float32, CPU)
     assert type(rotary_table((2, 13), 16, torch.float32, CPU).cos) is Tensor
+
+
+def test_a_table_that_a_transform_asked_for_first_is_usable_afterwards():
+    x = torch.randn(1, 6, 8)
+
+    def turned(x: Tensor) -> Tensor:
+        return rotate(x, rotary_table((2, 3), 8, torch.float32, CPU))
+
+    rotary._remembered_table.cache_clear()
+    first = torch.func.functionalize(turned)(x)
+    assert torch.equal(turned(x), first)
+
+
+@pytest.mark.parametrize("kind", ["polarity_pp", "relu", "elu", "focused"])
+def test_a_tangent_of_the_values_alone_is_carried(kind):
+    q, k, v = (t.detach() for t in tokens(1, 8, 5, 5, 5))
+    module, tangent = kernel_of(kind)(8, 2, AttentionOptions(kind)).double(), torch.randn(1, 5, 8, dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        out = module(q, k, torch.autograd.forward_ad.make_dual(v, tangent))
+        found = torch.autograd.forward_ad.unpack_dual(out).tangent
+    assert torch.allclose(found, module(q, k, tangent), rtol=1e-9)  # linear in the values

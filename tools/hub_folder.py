@@ -14,7 +14,7 @@ from tools.pages import render_page
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Arguments that do not change what a trained model computes.
-TRAINING_ARGUMENTS = ("proj_drop_rate", "drop_path_rate", "backend")
+TRAINING_ARGUMENTS = ("proj_drop_rate", "drop_path_rate", "backend", "gate_bias")
 # What a description shares with timm's own of the architecture.
 SHARED = ("fixed_input_size", "mean", "std", "first_conv", "classifier")
 

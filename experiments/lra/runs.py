@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 from config import load_config, make_plan, parse_command_line, value_of
 from experiments.settings import differences, stored_config
 from logger import read_metrics
-from models.kernels import kernel_of
+from models.kernels import KERNELS
 from utils.checkpoints.naming import BEST_FILE
 from utils.environment import ENVIRONMENT_FILE
 
@@ -79,7 +79,7 @@ def attention_of(config: CfgNode) -> str:
     gate, bias = value_of(config, "MODEL.LA.GATE"), value_of(config, "MODEL.LA.GATE_BIAS")
     if gate:
         words.append("gate" if bias is None else f"gate from {bias:g}")
-    if value_of(config, "MODEL.LRA.LEARN_SCALE") and kernel_of(kind).scaled:
+    if value_of(config, "MODEL.LRA.LEARN_SCALE") and getattr(KERNELS.get(kind), "scaled", True):
         words.append("scale")
     if len(words) == 1:
         words.append("plain")

@@ -213,7 +213,7 @@ class LinearKernel(Kernel):
     ) -> Tensor:
         """As `Kernel.mix`, in O(N·f·d). `rotary` turns the features that meet the values, not those that normalise."""
         learned = self.learned()
-        if self.feature_map and implementation_of(self.options.backend, q, k, position, *learned) == "eager":
+        if self.feature_map and implementation_of(self.options.backend, q, k, v, position, *learned) == "eager":
             return through_feature_map(self.name, self.num_heads, q, k, v, learned, position, key_mask, rotary)
         if key_mask is not None:  # whatever stands there, so that not even NaN comes out of it
             k = k.masked_fill(~key_mask[:, :, None], 0.0)

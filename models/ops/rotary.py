@@ -37,7 +37,8 @@ def rotary_table(grid: Grid, channels: int, dtype: torch.dtype, device: torch.de
     They are kept for the next call, except in a graph that is traced, whose tensors stand for others.
     """
     tracing = torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.compiler.is_exporting()
-    if tracing or _get_current_dispatch_mode() is not None:
+    transforming = torch._C._are_functorch_transforms_active()  # of torch.func, functionalize among them
+    if tracing or transforming or _get_current_dispatch_mode() is not None:
         return _table(grid, channels, dtype, device)
     with torch.inference_mode(False), torch.no_grad():
         return _remembered_table(grid, channels, dtype, device)
