@@ -215,6 +215,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     kernel = KERNELS[options.kernel]
     options.shapes = options.shapes or kernel.shapes[options.device]
     options.backends = options.backends or kernel.backends[options.device]
+    there = {*kernel.backends[options.device], "reference"}
+    if strange := [name for name in options.backends if name not in there]:
+        expected = ", ".join(sorted(there))
+        parser.error(f"--backends: {options.kernel} has no {strange[0]} on this device, expected some of {expected}")
     if kernel.rotated and (options.surroundings or options.compile):
         parser.error(f"--surroundings and --compile are not there for {options.kernel}")
     if kernel.rotated and any(d % 2 for *_, d in options.shapes):

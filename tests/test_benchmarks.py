@@ -267,6 +267,11 @@ def test_attention_of_another_kernel_has_a_file_of_its_own(tmp_path):
         (["--kernel", "polarity_pp", "--surroundings"], "--surroundings and --compile are not there for polarity_pp"),
         (["--kernel", "polarity_pp", "--compile"], "--surroundings and --compile are not there for polarity_pp"),
         (["--kernel", "polarity_pp", "--shapes", "8,16,1,7"], "positions of polarity_pp need an even d"),
+        (
+            ["--device", "cpu", "--backends", "triton"],
+            "polarity has no triton on this device, expected some of eager, reference",
+        ),
+        (["--kernel", "polarity_pp", "--backends", "nonsense"], "polarity_pp has no nonsense on this device"),
         (["--shapes", "8,16,3"], "'8,16,3' is no shape: expected four integers B,N,h,d"),
         (["--repeats", "8"], "'8' repeats: expected an integer of at least 9"),
     ],

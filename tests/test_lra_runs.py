@@ -242,6 +242,8 @@ def test_run_sh_trains_continues_and_writes_the_page(tmp_path):
     code, output, errors = sweep.finish(sweep.start(STEPS="15", ALPHAS="3 5"))
     assert code == 1 and errors.count("== failed: listops ") == 3
     assert "2 runs in" in output and sweep.page() == page
+    code, _, errors = sweep.finish(sweep.start(TASKS="text image"))
+    assert code == 2 and "nothing to run, and" in errors and sweep.page() == page
     code, output, errors = sweep.finish(sweep.start(ALPHAS="", FORMS="open plain"))
     assert code == 0, output + errors
     assert "| ListOps | relu, gate from 1, scale |" in sweep.page() and "| ListOps | relu, plain |" in sweep.page()

@@ -99,11 +99,13 @@ run() {
 }
 
 extra=("$@")
+prepared=0
 for task in $TASKS; do
   if [[ ! -f "$DATA/$task/manifest.json" ]]; then
     echo "== $task: $DATA/$task holds no prepared data; $PYTHON tools/prepare_lra.py $task --out $DATA/$task makes it" >&2
     continue
   fi
+  prepared=1
   for seed in $SEEDS; do
     for form in $FORMS; do
       around=(MODEL.LA.GATE True MODEL.LRA.LEARN_SCALE True)
@@ -122,6 +124,10 @@ for task in $TASKS; do
     done
   done
 done
+if (( ! prepared )); then
+  echo "nothing to run, and $DOCS stays as it is: $DATA holds none of $TASKS" >&2
+  exit 2
+fi
 "$PYTHON" -m experiments.lra.table --runs "$OUTPUT" --docs "$DOCS"
 if (( ${#failed[@]} )); then
   printf '== failed: %s\n' "${failed[@]}" >&2
