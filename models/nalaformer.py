@@ -6,6 +6,7 @@ published code; `kernels/norm_aware.py` is its linear attention, `rotary_pyramid
 Letters: B batch, C channels, H×W token grid.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import KernelAttention
-from .layers import DepthwiseConv2d, DropPath, Grid, turns
+from .layers import DepthwiseConv2d, Grid, turns
 from .ops.rotary import Rotary
 from .options import AttentionOptions
 from .pola_pp import ROWS
 from .registry import Variant, register_body
-from .rotary_pyramid import ChannelNorm, FeedForward, RotaryPyramid
+from .rotary_pyramid import PyramidBlock, RotaryPyramid
 from .softmax_attention import rotary_softmax
 
 
@@ -38,8 +39,9 @@ class _Surroundings(nn.Module):
         out = self.ln(self.attend(q, k, v, grid) + self.lepe(v, grid))
         return self.out_proj(out * F.silu(g))
 
+    @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} does not attend")
+        """What the tokens find, (B, H·W, C)."""
 
 
 class NalaMapAttention(_Surroundings, KernelAttention):
@@ -70,35 +72,17 @@ class NalaSoftmaxAttention(_Surroundings):
         return rotary_softmax(q, k, v, self.num_heads, grid)
 
 
-class NalaBlock(nn.Module):
-    """Attention and feed-forward, each behind a position convolution, normalised, scaled and with stochastic depth."""
+class NalaBlock(PyramidBlock):
+    """With a position convolution before each."""
 
-    def __init__(
-        self,
-        dim: int,
-        attn: NalaMapAttention | NalaSoftmaxAttention,
-        *,
-        mlp_ratio: float,
-        init_value: float,
-        drop_path: float,
-    ) -> None:
-        super().__init__()
-        self.gamma_1 = nn.Parameter(torch.full((1, dim, 1, 1), float(init_value)))
-        self.gamma_2 = nn.Parameter(torch.full((1, dim, 1, 1), float(init_value)))
-        self.norm1 = ChannelNorm(dim)
-        self.attn = attn
-        self.norm2 = ChannelNorm(dim)
-        self.ffn = FeedForward(dim, int(dim * mlp_ratio))
+    def __init__(self, dim: int, *arguments: Any) -> None:
+        super().__init__(dim, *arguments)
         self.cpe1 = DepthwiseConv2d(dim, 3)
         self.cpe2 = DepthwiseConv2d(dim, 3)
-        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """Tokens (B, H·W, C) of a grid (H, W)."""
-        x = x + self.cpe1(x, grid)
-        x = x + self.drop_path(self.gamma_1.flatten() * self.attn(self.norm1(x), grid))
-        x = x + self.cpe2(x, grid)
-        return x + self.drop_path(self.gamma_2.flatten() * self.ffn(self.norm2(x), grid))
+        x = self.attended(x + self.cpe1(x, grid), grid)
+        return self.fed_forward(x + self.cpe2(x, grid), grid)
 
 
 def _variant(size: str, about: str, base: str, ratio: float) -> Variant:
@@ -133,24 +117,9 @@ class NaLaFormer(RotaryPyramid):
     family = "NaLaFormer"
     released = "none are released"
     kernel = "norm_aware"
-
-    @staticmethod
-    def block(
-        dim: int,
-        heads: int,
-        options: AttentionOptions,
-        *,
-        linear: bool,
-        mlp_ratio: float,
-        init_value: float,
-        drop_path: float,
-    ) -> nn.Module:
-        attn: NalaMapAttention | NalaSoftmaxAttention
-        if linear:
-            attn = NalaMapAttention(dim, heads, options)
-        else:
-            attn = NalaSoftmaxAttention(dim, heads, options.kernel_size)
-        return NalaBlock(dim, attn, mlp_ratio=mlp_ratio, init_value=init_value, drop_path=drop_path)
+    block = NalaBlock
+    linear_attention = NalaMapAttention
+    softmax_attention = NalaSoftmaxAttention
 
     @staticmethod
     def projection(channels: int, out_channels: int) -> nn.Module:

@@ -6,44 +6,24 @@ Released 2025-10 as b0 to b5; `kernels/polarity_pp.py` is its linear attention, 
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import PolaMapAttention
-from .layers import DepthwiseConv2d, DropPath, Grid
-from .options import AttentionOptions
+from .layers import DepthwiseConv2d, Grid
 from .registry import Variant, register_body
-from .rotary_pyramid import ChannelNorm, FeedForward, RotaryPyramid
+from .rotary_pyramid import PyramidBlock, RotaryPyramid
 from .softmax_attention import RotaryAttention
 
 
-class PolaPPBlock(nn.Module):
-    """Position convolution, attention and feed-forward, the last two normalised, scaled and with stochastic depth."""
+class PolaPPBlock(PyramidBlock):
+    """With a position convolution before both."""
 
-    def __init__(
-        self,
-        dim: int,
-        attn: PolaMapAttention | RotaryAttention,
-        *,
-        mlp_ratio: float,
-        init_value: float,
-        drop_path: float,
-    ) -> None:
-        super().__init__()
-        self.gamma_1 = nn.Parameter(torch.full((1, dim, 1, 1), float(init_value)))
-        self.gamma_2 = nn.Parameter(torch.full((1, dim, 1, 1), float(init_value)))
-        self.norm1 = ChannelNorm(dim)
-        self.attn = attn
-        self.norm2 = ChannelNorm(dim)
-        self.ffn = FeedForward(dim, int(dim * mlp_ratio))
+    def __init__(self, dim: int, *arguments: Any) -> None:
+        super().__init__(dim, *arguments)
         self.pos = DepthwiseConv2d(dim, 3)
-        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """Tokens (B, H·W, C) of a grid (H, W)."""
-        x = x + self.pos(x, grid)
-        x = x + self.drop_path(self.gamma_1.flatten() * self.attn(self.norm1(x), grid))
-        return x + self.drop_path(self.gamma_2.flatten() * self.ffn(self.norm2(x), grid))
+        return self.fed_forward(self.attended(x + self.pos(x, grid), grid), grid)
 
 
 def _row(
@@ -103,17 +83,6 @@ class PolaPP(RotaryPyramid):
     kernel = "polarity_pp"
     angles: ClassVar = {"RoPE": 1, "RoPE_linear": 2}
     rows: ClassVar = {type_name: ROWS[name] for type_name, name in OFFICIAL_TYPES.items()}
-
-    @staticmethod
-    def block(
-        dim: int,
-        heads: int,
-        options: AttentionOptions,
-        *,
-        linear: bool,
-        mlp_ratio: float,
-        init_value: float,
-        drop_path: float,
-    ) -> nn.Module:
-        attn = PolaMapAttention(dim, heads, options) if linear else RotaryAttention(dim, heads, options.kernel_size)
-        return PolaPPBlock(dim, attn, mlp_ratio=mlp_ratio, init_value=init_value, drop_path=drop_path)
+    block = PolaPPBlock
+    linear_attention = PolaMapAttention
+    softmax_attention = RotaryAttention

@@ -6,7 +6,6 @@ before the head. No windows, no position tables and no spatial reduction: every 
 Letters: B batch, C channels, H×W token grid, N = H·W tokens.
 """
 
-from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .classifier import PREVIOUS, Classifier
-from .layers import DepthwiseConv2d, Grid, Pointwise, RotaryAngles, drop_path_rates
+from .layers import DepthwiseConv2d, DropPath, Grid, Pointwise, RotaryAngles, drop_path_rates
 from .options import (
     DEEPEST_STAGE,
     DEFAULTS,
@@ -87,6 +86,29 @@ class FeedForward(nn.Module):
         return self.fc2(x + self.dwconv(x, grid))
 
 
+class PyramidBlock(nn.Module):
+    """Attention and feed-forward, normalised, scaled and with stochastic depth; subclasses add positions.
+
+    Called with tokens (B, H·W, C) and their grid (H, W).
+    """
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, init_value: float, drop_path: float) -> None:
+        super().__init__()
+        self.gamma_1 = nn.Parameter(torch.full((1, dim, 1, 1), float(init_value)))
+        self.gamma_2 = nn.Parameter(torch.full((1, dim, 1, 1), float(init_value)))
+        self.norm1 = ChannelNorm(dim)
+        self.attn = attn
+        self.norm2 = ChannelNorm(dim)
+        self.ffn = FeedForward(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def attended(self, x: Tensor, grid: Grid) -> Tensor:
+        return x + self.drop_path(self.gamma_1.flatten() * self.attn(self.norm1(x), grid))
+
+    def fed_forward(self, x: Tensor, grid: Grid) -> Tensor:
+        return x + self.drop_path(self.gamma_2.flatten() * self.ffn(self.norm2(x), grid))
+
+
 class PyramidStage(nn.Module):
     """Blocks on one token grid, then the downsampling to the next (except in the last stage)."""
 
@@ -134,6 +156,9 @@ class RotaryPyramid(Classifier):
     first_conv = "patch_embed.proj.0"
     function_keys = ()
     kernel: ClassVar[str]  # of the L stages
+    block: ClassVar[type[PyramidBlock]]
+    linear_attention: ClassVar[type[nn.Module]]  # of channels, heads and options
+    softmax_attention: ClassVar[type[nn.Module]]  # of channels, heads and kernel size
     # Of every stage: what its rotary angles are called in the released files, and the heads' widths that they turn.
     angles: ClassVar[Mapping[str, int]] = {"RoPE": 1}
     rows: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # sizes that a MODEL.TYPE stands for
@@ -172,18 +197,14 @@ class RotaryPyramid(Classifier):
         stages = []
         for i, rates in enumerate(drop_path_rates(drop_path_rate, list(depths))):
             dim, heads = embed_dims[i], num_heads[i]
-            blocks = [
-                self.block(
-                    dim,
-                    heads,
-                    options,
-                    linear=letters[i] == "L",
-                    mlp_ratio=mlp_ratios[i],
-                    init_value=layer_init_values[i],
-                    drop_path=rate,
-                )
-                for rate in rates
-            ]
+            blocks = []
+            for rate in rates:
+                attn: nn.Module
+                if letters[i] == "L":
+                    attn = self.linear_attention(dim, heads, options)
+                else:
+                    attn = self.softmax_attention(dim, heads, options.kernel_size)
+                blocks.append(self.block(dim, attn, mlp_ratios[i], layer_init_values[i], rate))
             downsample = Downsample(dim, embed_dims[i + 1]) if i + 1 < len(depths) else None
             angles = {name: RotaryAngles(widths * dim // heads) for name, widths in self.angles.items()}
             stages.append(PyramidStage(blocks, downsample, angles))
@@ -193,20 +214,6 @@ class RotaryPyramid(Classifier):
         self.act: nn.Module = nn.SiLU()
         modules = [f"layers.{i}.blocks.{depth - 1}" for i, depth in enumerate(depths)]
         self._finish(embed_dims, modules, 4, num_classes, global_pool, drop_rate)
-
-    @staticmethod
-    @abstractmethod
-    def block(
-        dim: int,
-        heads: int,
-        options: AttentionOptions,
-        *,
-        linear: bool,
-        mlp_ratio: float,
-        init_value: float,
-        drop_path: float,
-    ) -> nn.Module:
-        """A block of an L stage (`linear`) or S stage; called with tokens (B, H·W, C) and their grid (H, W)."""
 
     @staticmethod
     def projection(channels: int, out_channels: int) -> nn.Module:

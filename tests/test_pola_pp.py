@@ -16,13 +16,12 @@ from conftest import (
     PPP,
     ROOT,
     config_file,
-    fill_with_recipe,
     folder_of,
-    largest_deviation,
     read_json,
     recipe_input,
     run,
 )
+from golden import assert_attention, assert_entries, assert_golden
 from run_files import epoch_file
 from test_documentation import blocks
 from timm.utils import ModelEmaV3
@@ -78,66 +77,19 @@ def test_entries_are_those_of_the_released_files(name):
     """Names, order, shapes, dtypes, and which are parameters."""
     with torch.device("meta"):
         model = build_model(load_config(config_file(f"pola_pp_{name}")))
-    parameters = dict(model.named_parameters())
-    found = [
-        [key, list(value.shape), str(value.dtype).removeprefix("torch."), "param" if key in parameters else "buffer"]
-        for key, value in model.state_dict().items()
-    ]
-    assert found == read_json(f"state_dicts/{name}.json", PPP)["entries"]
-    summary = read_json("summary.json", PPP)[name]
-    assert len(found) == summary["entries"] and sum(p.numel() for p in parameters.values()) == summary["params"]
+    assert_entries(model, PPP / "state_dicts" / f"{name}.json")
+    assert len(model.state_dict()) == read_json("summary.json", PPP)[name]["entries"]
 
 
 @pytest.mark.parametrize("name", ["b0", slow_b3])
 def test_logits_stages_and_gradients(name):
-    golden = np.load(PPP / "logits" / f"{name}.npz")
-    model = fill_with_recipe(build_model(load_config(config_file(f"pola_pp_{name}")))).eval()
-    scale, images = golden["logits_f64"].std(), recipe_input(224)
-    with torch.no_grad():
-        assert np.abs(model(images).numpy() - golden["logits_f64"]).max() < 5e-5 * scale
-    model.double()
-    stages = []
-    for stage in model.layers:  # the map for the next stage is the last of what a stage returns
-        stage.register_forward_hook(lambda module, args, output: stages.append(output[-1].detach()))
-    logits = model(images.double())
-    assert np.abs(logits.detach().numpy() - golden["logits_f64"]).max() < 1e-10 * scale
-    norms = torch.tensor(golden["stage_l2_f64"])
-    assert torch.allclose(torch.stack([s.norm() for s in stages]), norms, rtol=1e-10, atol=0)
-    sizes = torch.tensor([s.numel() ** 0.5 for s in stages])
-    means = torch.stack([s.mean() for s in stages])
-    assert ((means - torch.tensor(golden["stage_mean_f64"])).abs() < 1e-10 * norms / sizes).all()
-
-    reference = read_json(f"grads/{name}.json", PPP)
-    loss = logits.square().mean()
-    assert loss.item() == pytest.approx(reference["loss_f64"], rel=1e-12)
-    loss.backward()
-    norms = {key: parameter.grad.norm().item() for key, parameter in model.named_parameters()}
-    assert norms.keys() == reference["grad_l2"].keys()
-    for key, norm in norms.items():
-        assert norm == pytest.approx(reference["grad_l2"][key], rel=1e-9), key
+    assert_golden(build_model(load_config(config_file(f"pola_pp_{name}"))), PPP, name, float32=5e-5)
 
 
 @pytest.mark.parametrize("backend", ["eager", "reference"])
 def test_attention_module_output_and_every_gradient(backend):
-    fixture = np.load(PPP / "attention" / "attention_32h1_7x7.npz")
     module = PolaMapAttention(32, 1, AttentionOptions("polarity_pp", backend=backend))
-    names = [key.removeprefix("param.") for key in fixture.files if key.startswith("param.")]
-    assert [name for name, _ in module.named_parameters()] == names
-    module.load_state_dict({name: torch.from_numpy(fixture[f"param.{name}"]) for name in names})
-
-    def tokens(key: str) -> torch.Tensor:
-        return torch.from_numpy(fixture[key]).flatten(2).mT
-
-    with torch.no_grad():
-        assert largest_deviation(module(tokens("input"), (7, 7)), tokens("output_f32")) < 1e-5
-    module.double()
-    x = tokens("input").double().requires_grad_()
-    output = module(x, (7, 7))
-    assert largest_deviation(output.detach(), tokens("output_f64")) < 1e-11
-    (output * tokens("cotangent").double()).sum().backward()
-    assert largest_deviation(x.grad, tokens("grad_f64.input")) < 1e-11
-    for name, parameter in module.named_parameters():
-        assert largest_deviation(parameter.grad, fixture[f"grad_f64.{name}"]) < 1e-11, name
+    assert_attention(module, PPP / "attention" / "attention_32h1_7x7.npz", (7, 7))
 
 
 def test_rotary_angles_sines_and_cosines_are_the_released_ones_bit_for_bit():

@@ -122,9 +122,7 @@ class CosineFeatures(NormAwareFeatures):
         return _power_backward(norm, direction, by_size.mul_(direction.sign())).add_(by_direction)
 
     def _phased(self, size: Tensor, direction: Tensor) -> Tensor:
-        phase = phase_of(direction)
-        out = self.scratch("features", *size.shape[:-1], 2 * size.shape[-1])
-        return torch.cat([size * phase.cos(), size * phase.sin()], dim=-1, out=out)
+        return phased(size, direction, out=self.scratch("features", *size.shape[:-1], 2 * size.shape[-1]))
 
     def _pull_back(self, size: Tensor, direction: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the size and, through the phase, of the direction."""
@@ -176,9 +174,9 @@ class CosineKernel(NormAwareKernel):
         return {self.name: phased(power(direction.abs(), exponent_of(norm)), direction)}
 
 
-def phased(size: Tensor, direction: Tensor) -> Tensor:
+def phased(size: Tensor, direction: Tensor, out: Tensor | None = None) -> Tensor:
     phase = phase_of(direction)
-    return torch.cat([size * phase.cos(), size * phase.sin()], dim=-1)
+    return torch.cat([size * phase.cos(), size * phase.sin()], dim=-1, out=out)
 
 
 def power(size: Tensor, exponent: Tensor) -> Tensor:
