@@ -4,6 +4,7 @@ Contiguous (B, h, N, d) copies, features for each sign, three concatenations, an
 product, one output product and one normaliser product. They never change, so that ratios stay comparable.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -62,7 +63,7 @@ def literal_polarity_attention(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# PolaFormer++
+# PolaFormer++ and NaLaFormer
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -81,6 +82,28 @@ def literal_polarity_pp_attention(q: Tensor, k: Tensor, v: Tensor, s1: Tensor, s
         state = turned_keys @ (values / k.shape[2])  # (B, h, 2d, d/2)
         streams.append(_turned(query_features, grid) @ state / normaliser)
     return torch.cat(streams, dim=-1).transpose(1, 2).to(v.dtype)
+
+
+def literal_norm_aware_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, slope: float | None = None) -> Tensor:
+    """NaLaFormer's over a map, both halves of the features turned alike; with a slope a, that of the paper's text."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    q, k, v = (t.to(dtype).transpose(1, 2).contiguous() for t in (q, k, v))  # (B, h, N, d)
+    norm = q.norm(dim=-1, keepdim=True)
+    direction, power = q / norm, 3 * (0.5 + torch.tanh(norm))
+    if slope is None:
+        queries = torch.relu(direction) ** power, torch.relu(-direction) ** power
+        keys = torch.relu(k) ** 3, torch.relu(-k) ** 3
+    else:
+        phase_q, phase_k = (math.pi / 4 * torch.tanh(slope * w) for w in (direction, k / k.norm(dim=-1, keepdim=True)))
+        size_q, size_k = direction.abs() ** power, k.abs() ** 3
+        queries = size_q * torch.cos(phase_q), size_q * torch.sin(phase_q)
+        keys = size_k * torch.cos(phase_k), size_k * torch.sin(phase_k)
+    query_features, key_features = torch.cat(queries, dim=-1), torch.cat(keys, dim=-1)  # (B, h, N, 2d)
+    normaliser = query_features @ key_features.mean(dim=2, keepdim=True).mT + 1e-6
+    turned_queries = torch.cat([_turned(half, grid) for half in queries], dim=-1)
+    turned_keys = torch.cat([_turned(half, grid) for half in keys], dim=-1)
+    state = turned_keys.mT @ (v / k.shape[2])  # (B, h, 2d, d)
+    return (turned_queries @ state / normaliser).transpose(1, 2)
 
 
 def _turned(x: Tensor, grid: Grid) -> Tensor:

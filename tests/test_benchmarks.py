@@ -12,30 +12,32 @@ import torch
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from benchmarks import attention, baseline, features, input_pipeline, model_step, training_loop
+from benchmarks import attention, baseline, contenders, features, input_pipeline, model_step, training_loop
 from benchmarks.baseline import literal_pola_pp, literal_polarity_attention, patched_model_attention, patched_pola_pp
 from benchmarks.common import Spread, WrongResultError, interleaved, ratios, saved_bytes
+from benchmarks.contenders import KERNELS
 from data.sources.base import decode_fast
 from models.kernels import polarity
 from models.ops.polarity_attention import polarity_attention
 from models.pola_pp import PolaPP
 
 CPU = torch.device("cpu")
+ROTATED = ("polarity_pp", "norm_aware", "nala_cosine")
 
 
 @pytest.mark.parametrize(
     ("kernel", "d", "given"),
     [
         *(("polarity", d, {"keys": 5, "surroundings": given}) for d in (1, 7, 8) for given in (False, True)),
-        ("polarity_pp", 8, {"rotated": True}),
+        *((kernel, 8, {}) for kernel in ROTATED),
     ],
 )
 def test_baseline_equals_the_reference_in_float64(kernel, d, given):
-    inputs = attention.make_inputs((2, 12, 3, d), torch.float64, CPU, **given)
+    inputs = contenders.make_inputs((2, 12, 3, d), torch.float64, CPU, KERNELS[kernel], **given)
     inputs = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
-    out = attention.KERNELS[kernel].literal(**inputs)
-    expected = attention.KERNELS[kernel].op(**inputs, backend="reference")
-    assert torch.allclose(out, expected, rtol=1e-12, atol=1e-13)
+    out = KERNELS[kernel].literal(**inputs)
+    expected = KERNELS[kernel].op(**inputs, backend="reference")
+    assert torch.allclose(out, expected, rtol=1e-12, atol=1e-10 if kernel == "nala_cosine" else 1e-13)
     leaves, cotangent = list(inputs.values()), torch.randn_like(out)
     gradients = torch.autograd.grad(out, leaves, cotangent)
     for gradient, wanted in zip(gradients, torch.autograd.grad(expected, leaves, cotangent), strict=True):
@@ -43,7 +45,7 @@ def test_baseline_equals_the_reference_in_float64(kernel, d, given):
 
 
 def test_baseline_refuses_a_key_mask():
-    inputs = attention.make_inputs((1, 4, 1, 8), torch.float32, CPU)
+    inputs = contenders.make_inputs((1, 4, 1, 8), torch.float32, CPU)
     with pytest.raises(ValueError, match="has no key mask"):
         literal_polarity_attention(**inputs, key_mask=torch.ones(1, 4, dtype=torch.bool))
 
@@ -106,7 +108,7 @@ def _not_finite(*tensors, **named):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gate_accepts_the_eager_backend(dtype):
-    errors = attention.require_correct({"eager": partial(polarity_attention, backend="eager")}, (2, 16), dtype, CPU)
+    errors = contenders.require_correct({"eager": partial(polarity_attention, backend="eager")}, (2, 16), dtype, CPU)
     assert set(errors) == {"baseline", "eager"}
     tensors = {"output", *(f"gradient of {name}" for name in ("q", "k", "v", "exponent"))}
     fused = {"gradient of scale", "gradient of position"}
@@ -114,19 +116,20 @@ def test_gate_accepts_the_eager_backend(dtype):
     assert all(0 < entry["error"] <= entry["allowed"] for entry in errors["eager"].values())
 
 
-def _other_rates(q, k, v, s1, s2, **named):
-    return attention.polarity_pp_attention(q, k, v, s2, s1, **named)
-
-
-def test_gate_of_polarity_pp_accepts_the_eager_backend_and_rejects_exchanged_rates():
-    kernel = attention.KERNELS["polarity_pp"]
+@pytest.mark.parametrize("name", ROTATED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate_of_rotated_kernels_accepts_the_eager_backend_and_rejects_other_positions(name, dtype):
+    kernel = KERNELS[name]
     eager = {"eager": partial(kernel.op, backend="eager")}
-    errors = attention.require_correct(eager, (2, 16), torch.float32, CPU, kernel=kernel)
-    assert set(errors["eager"]) == {"output", *(f"gradient of {name}" for name in ("q", "k", "v", "s1", "s2"))}
+    errors = contenders.require_correct(eager, (2, 16), dtype, CPU, kernel=kernel)
+    assert set(errors["eager"]) == {"output", *(f"gradient of {each}" for each in ("q", "k", "v", *kernel.learned))}
     assert all(0 < entry["error"] <= entry["allowed"] for entry in errors["eager"].values())
-    planted = {"planted": partial(_other_rates, backend="eager")}
+
+    def shifted(q, *others, **named):
+        return kernel.op(q.roll(1, 1), *others, backend="eager", **named).roll(-1, 1)
+
     with pytest.raises(WrongResultError, match="planted at .*: output is off by"):
-        attention.require_correct(planted, (2, 16), torch.float32, CPU, kernel=kernel)
+        contenders.require_correct({"planted": shifted}, (2, 16), dtype, CPU, kernel=kernel)
 
 
 @pytest.mark.parametrize(
@@ -142,12 +145,12 @@ def test_gate_of_polarity_pp_accepts_the_eager_backend_and_rejects_exchanged_rat
 )
 def test_gate_rejects_a_wrong_op(wrong, named, dtype):
     with pytest.raises(WrongResultError, match=f"planted at .*: {named} is off by"):
-        attention.require_correct({"planted": wrong}, (2, 16), dtype, CPU)
+        contenders.require_correct({"planted": wrong}, (2, 16), dtype, CPU)
 
 
 def test_nothing_is_timed_or_written_after_a_wrong_result(tmp_path, monkeypatch):
-    kernel = attention.KERNELS["polarity"]._replace(op=_planted_for_eager)
-    monkeypatch.setitem(attention.KERNELS, "polarity", kernel)
+    kernel = KERNELS["polarity"]._replace(op=_planted_for_eager)
+    monkeypatch.setitem(KERNELS, "polarity", kernel)
     monkeypatch.setattr(attention, "measure_shape", lambda *_: pytest.fail("timed"))
     with pytest.raises(SystemExit, match="nothing is timed that is wrong: eager"):
         attention.main(["--device", "cpu", "--shapes", "1,16,1,8", "--output", str(tmp_path)])
@@ -199,9 +202,9 @@ def test_saved_bytes_counts_whole_storages_and_saved_inputs():
 
 def test_eager_op_saves_its_inputs_and_the_state():
     B, N, h, d = 2, 64, 3, 8
-    contender = attention.Contender(
+    contender = contenders.Contender(
         partial(polarity_attention, backend="eager"),
-        attention.make_inputs((B, N, h, d), torch.float32, CPU),
+        contenders.make_inputs((B, N, h, d), torch.float32, CPU),
         torch.float32,
     )
     assert contender.saved_bytes() == 4 * (3 * B * N * h * d + B * h * (d + 1) * 2 * d)
@@ -248,17 +251,18 @@ def test_attention_writes_its_results(tmp_path, capsys):
     assert "| what " in capsys.readouterr().out
 
 
-def test_attention_of_another_kernel_has_a_file_of_its_own(tmp_path):
-    arguments = ["--kernel", "polarity_pp", "--shapes", "2,16,1,8", "--lengths", "16"]
+@pytest.mark.parametrize("kernel", ROTATED)
+def test_attention_of_another_kernel_has_a_file_of_its_own(kernel, tmp_path):
+    arguments = ["--kernel", kernel, "--shapes", "2,16,1,8", "--lengths", "16"]
     attention.main(["--device", "cpu", *arguments, "--output", str(tmp_path)])
     (path,) = tmp_path.glob("*.json")
     results = json.loads(path.read_text())
     date = results["environment"]["date"]
-    assert path.name == f"attention-polarity_pp-float32-cpu-1-threads-{date}.json"
-    assert results["kernel"] == "polarity_pp"
+    assert path.name == f"attention-{kernel}-float32-cpu-1-threads-{date}.json"
+    assert results["kernel"] == kernel
     assert [(bar["bound"], bar["direction"]) for bar in results["bars"]] == [(0.35, "at most")]
     assert set(results["shapes"][0]["contenders"]) == {"baseline", "eager", "softmax", "materialised features"}
-    assert attention.parse_arguments(["--device", "cpu", "--kernel", "polarity_pp"]).shapes == attention.PP_SHAPES
+    assert attention.parse_arguments(["--device", "cpu", "--kernel", kernel]).shapes == contenders.MAP_SHAPES
 
 
 @pytest.mark.parametrize(
@@ -266,7 +270,7 @@ def test_attention_of_another_kernel_has_a_file_of_its_own(tmp_path):
     [
         (["--kernel", "polarity_pp", "--surroundings"], "--surroundings and --compile are not there for polarity_pp"),
         (["--kernel", "polarity_pp", "--compile"], "--surroundings and --compile are not there for polarity_pp"),
-        (["--kernel", "polarity_pp", "--shapes", "8,16,1,7"], "positions of polarity_pp need an even d"),
+        (["--kernel", "polarity_pp", "--shapes", "8,16,1,6"], "positions of polarity_pp need a d that divides by 4"),
         (
             ["--device", "cpu", "--backends", "triton"],
             "polarity has no triton on this device, expected some of eager, reference",
@@ -301,7 +305,7 @@ def test_bars_apply_where_they_are_meant():
     assert [(bar.bound, bar.met) for bar in attention.shape_bars(cpu, CPU, "float32")] == [(2.4, True), (0.25, True)]
     assert [bar.bound for bar in attention.shape_bars(cpu, CPU, "bfloat16")] == [0.25]
     pp = {**cpu, "shape": [8, 784, 2, 64]}
-    bars = attention.shape_bars(pp, CPU, "float32", attention.KERNELS["polarity_pp"])
+    bars = attention.shape_bars(pp, CPU, "float32", KERNELS["polarity_pp"])
     assert [(bar.bound, bar.met) for bar in bars] == [(1.82, True), (0.35, True)]
     gpu = {"shape": [128, 3136, 3, 32], "contenders": contenders}
     bars = attention.shape_bars(gpu, torch.device("cuda"), "bfloat16")

@@ -12,7 +12,7 @@ Nothing is learned. A query of zeros gives zeros. A body with rotary positions t
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,19 +26,18 @@ PHASE_SLOPE = 20.0  # a
 
 
 class Direction(NamedTuple):
-    """u of a block (b, h, T, d), its norm (b, h, T, 1) and direction u/‖u‖, which of zeros is 0."""
+    """The norm (…, T, 1) of tokens u (…, T, d) and their direction u/‖u‖, which of zeros is 0."""
 
-    u: Tensor
     norm: Tensor
     direction: Tensor
 
 
-def direction_of(u: Tensor) -> Direction:
-    """The norm in two steps: squares of small numbers would be 0."""
-    largest = u.detach().abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)
-    scaled = u / largest
+def direction_of(u: Tensor, out: Tensor | None = None) -> Direction:
+    """The norm in two steps: squares of small numbers would be 0. The direction goes into `out`, if there is one."""
+    largest = torch.abs(u.detach(), out=out).amax(dim=-1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)
+    scaled = torch.div(u, largest, out=out)
     length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp(min=1.0)  # at least 1, but for zeros
-    return Direction(u, largest * length, scaled / length)
+    return Direction(largest * length, torch.div(scaled, length, out=out))
 
 
 def exponent_of(norm: Tensor) -> Tensor:
@@ -46,8 +45,22 @@ def exponent_of(norm: Tensor) -> Tensor:
     return SHARPNESS * (OFFSET + torch.tanh(norm))
 
 
-class NormAwareFeatures(FeatureMap):
-    """Powers of the direction of queries and of the channels of keys, in the half that the sign chooses."""
+class Query(NamedTuple):
+    """Of a block of queries: Direction's, p (b, h, T, 1), the sizes |w| ≥ tiny and their binary logarithms."""
+
+    norm: Tensor
+    direction: Tensor
+    power: Tensor
+    size: Tensor
+    logarithm: Tensor
+
+
+class _ByDirection(FeatureMap):
+    """What both maps have in common.
+
+    Their pull-backs need no power again: with the size S of a feature φ and its gradient g, S·∂S is φ·g summed over
+    both halves.
+    """
 
     @classmethod
     def sets(cls, head_dim: int) -> tuple[tuple[Stream, ...], ...]:
@@ -57,80 +70,131 @@ class NormAwareFeatures(FeatureMap):
     def width(cls, head_dim: int) -> int:
         return 2 * head_dim
 
-    def tokens(self, block: Tensor, padding: Tensor | None = None) -> Tensor:
-        return fill(self.scratch("u", *block.shape).copy_(block), padding)
-
-    def key_features(self, tokens: Tensor) -> Tensor:
-        return self._halves(tokens * tokens * tokens)
-
-    def query_features(self, tokens: Tensor, index: int) -> Tensor:
-        _, norm, direction = direction_of(tokens)
-        return self._halves(direction.abs().pow_(exponent_of(norm)).copysign_(direction))
-
-    def key_backward(self, tokens: Tensor, features: Tensor, grad: Tensor) -> Tensor:
-        return self._chosen(tokens, grad).mul_(tokens).mul_(tokens).mul_(SHARPNESS)
-
-    def query_backward(self, tokens: Tensor, index: int, features: Tensor, grad: Tensor) -> Tensor:
-        _, norm, direction = direction_of(tokens)
-        return _power_backward(norm, direction, self._chosen(tokens, grad))
-
     def gradients(self) -> tuple[Tensor | None, ...]:
         return ()
+
+    def query_tokens(self, block: Tensor) -> Query:
+        norm, direction = self._direction(self._copied(block))
+        size = self._size(direction)
+        return Query(norm, direction, exponent_of(norm), size, torch.log2(size, out=self._buffer("logarithm", size)))
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        return self.scratch(name, *like.shape)
+
+    def _copied(self, block: Tensor, padding: Tensor | None = None) -> Tensor:
+        return fill(self._buffer("u", block).copy_(block), padding)
+
+    def _direction(self, u: Tensor) -> Direction:
+        return direction_of(u, out=self._buffer("direction", u))
+
+    def _size(self, direction: Tensor) -> Tensor:
+        """Not 0, which has no logarithm and divides nothing; its powers are 0."""
+        size = torch.abs(direction, out=self._buffer("size", direction))
+        return size.clamp_(min=torch.finfo(size.dtype).tiny)
+
+    def _powers(self, query: Query) -> Tensor:
+        return torch.mul(query.logarithm, query.power, out=self._buffer("signed", query.size)).exp2_()
+
+    def _by_norm(self, query: Query, weighted: Tensor) -> Tensor:
+        """Gradient of the norm, in the exponent and in the direction, times the norm; overwrites S·∂S."""
+        direct = query.power * weighted.sum(dim=-1, keepdim=True)
+        slope = SHARPNESS * math.log(2.0) * (1 - torch.tanh(query.norm).square())
+        return slope * query.norm * weighted.mul_(query.logarithm).sum(dim=-1, keepdim=True) - direct
+
+
+class NormAwareFeatures(_ByDirection):
+    """Powers of the direction of queries and of the channels of keys, in the half that the sign chooses."""
+
+    def tokens(self, block: Tensor, padding: Tensor | None = None) -> Tensor:
+        return self._copied(block, padding)
+
+    def key_features(self, tokens: Tensor) -> Tensor:
+        return self._halves(torch.pow(tokens, SHARPNESS, out=self._buffer("signed", tokens)))
+
+    def query_features(self, tokens: Query, index: int) -> Tensor:
+        return self._halves(self._powers(tokens).copysign_(tokens.direction))
+
+    def key_backward(self, tokens: Tensor, features: Tensor, grad: Tensor) -> Tensor:
+        parts = split_by_sign(tokens, features)
+        plus, minus = grad.mul_(parts).chunk(2, dim=-1)
+        positive, negative = parts.chunk(2, dim=-1)
+        out = torch.mul(plus, positive, out=self._buffer("grad_u", tokens))
+        return out.addcmul_(minus, negative, value=-1).mul_(SHARPNESS)
+
+    def query_backward(self, tokens: Query, index: int, features: Tensor, grad: Tensor) -> Tensor:
+        plus, minus = grad.mul_(features).chunk(2, dim=-1)
+        signed = torch.sub(plus, minus, out=self._buffer("grad_u", plus))
+        weighted = torch.add(plus, minus, out=self._buffer("signed", plus))
+        signed.div_(tokens.size).mul_(tokens.power)
+        return signed.addcmul_(tokens.direction, self._by_norm(tokens, weighted)).div_(tokens.norm)
 
     def _halves(self, signed: Tensor) -> Tensor:
         return split_by_sign(signed, self.scratch("features", *signed.shape[:-1], 2 * signed.shape[-1]))
 
-    def _chosen(self, u: Tensor, grad: Tensor) -> Tensor:
-        """The gradient of the signed feature from that of its halves: of the half that the sign of u chooses."""
-        positive, negative = grad.chunk(2, dim=-1)
-        sign = torch.sign(u)
-        plus = sign.clamp(min=0.0)
-        return plus.mul(positive).addcmul_(sign.sub_(plus), negative)
+
+class Key(NamedTuple):
+    """Of a block of keys: the tokens u and Direction's, and the sizes |w| ≥ tiny."""
+
+    u: Tensor
+    norm: Tensor
+    direction: Tensor
+    size: Tensor
 
 
-def _power_backward(norm: Tensor, direction: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of u from that of sign(w)·|w|^p, with w = u/ν and p = λ(τ + tanh ν): directly, and by ν in both."""
-    power, size = exponent_of(norm), direction.abs()
-    slope = size.pow(power - 1)
-    weighted = grad * slope * direction  # the gradient times the feature
-    logarithm = size.log_().clamp_(min=-1000.0)  # finite at 0, so that 0 times it is 0
-    by_norm = SHARPNESS * (1 - torch.tanh(norm).square()) * (weighted * logarithm).sum(dim=-1, keepdim=True)
-    by_norm -= power / norm * weighted.sum(dim=-1, keepdim=True)
-    return slope.mul_(grad).mul_(power / norm).addcmul_(direction, by_norm)
-
-
-class CosineFeatures(NormAwareFeatures):
+class CosineFeatures(_ByDirection):
     """S ⊙ [cos δ, sin δ] with the size S = |w|^p of queries and |k|³ of keys, and the phase δ by direction."""
 
-    def key_features(self, tokens: Tensor) -> Tensor:
-        return self._phased(tokens.abs().pow_(SHARPNESS), direction_of(tokens).direction)
+    def tokens(self, block: Tensor, padding: Tensor | None = None) -> Key:
+        u = self._copied(block, padding)
+        norm, direction = self._direction(u)
+        return Key(u, norm, direction, self._size(direction))
 
-    def query_features(self, tokens: Tensor, index: int) -> Tensor:
-        _, norm, direction = direction_of(tokens)
-        return self._phased(direction.abs().pow_(exponent_of(norm)), direction)
+    def key_features(self, tokens: Key) -> Tensor:
+        cubes = torch.pow(tokens.u, SHARPNESS, out=self._buffer("signed", tokens.u)).abs_()
+        return self._phased(cubes, tokens.direction)
 
-    def key_backward(self, tokens: Tensor, features: Tensor, grad: Tensor) -> Tensor:
-        _, norm, direction = direction_of(tokens)
-        by_size, by_direction = self._pull_back(tokens.abs().pow_(SHARPNESS), direction, grad)
-        by_direction = (by_direction - direction * (by_direction * direction).sum(dim=-1, keepdim=True)) / norm
-        return by_size.mul_(tokens).mul_(tokens.abs()).mul_(SHARPNESS).add_(by_direction)
+    def query_features(self, tokens: Query, index: int) -> Tensor:
+        return self._phased(self._powers(tokens), tokens.direction)
 
-    def query_backward(self, tokens: Tensor, index: int, features: Tensor, grad: Tensor) -> Tensor:
-        _, norm, direction = direction_of(tokens)
-        by_size, by_direction = self._pull_back(direction.abs().pow_(exponent_of(norm)), direction, grad)
-        by_direction = (by_direction - direction * (by_direction * direction).sum(dim=-1, keepdim=True)) / norm
-        return _power_backward(norm, direction, by_size.mul_(direction.sign())).add_(by_direction)
+    def key_backward(self, tokens: Key, features: Tensor, grad: Tensor) -> Tensor:
+        turned, across, sized, _ = self._pull_back(tokens, features, grad)
+        return turned.add_(sized, alpha=SHARPNESS).addcmul_(tokens.direction, across).div_(tokens.norm)
+
+    def query_backward(self, tokens: Query, index: int, features: Tensor, grad: Tensor) -> Tensor:
+        turned, across, sized, weighted = self._pull_back(tokens, features, grad)
+        across += self._by_norm(tokens, weighted)
+        return turned.addcmul_(sized, tokens.power).addcmul_(tokens.direction, across).div_(tokens.norm)
 
     def _phased(self, size: Tensor, direction: Tensor) -> Tensor:
-        return phased(size, direction, out=self.scratch("features", *size.shape[:-1], 2 * size.shape[-1]))
+        sine = self._phase(direction).sin_()
+        cosine = torch.mul(sine, sine, out=self._buffer("cosine", sine)).neg_().add_(1.0).sqrt_()  # δ is at most π/4
+        if torch.compiler.is_compiling():  # which takes no view as `out`
+            return torch.cat([size * cosine, size * sine], dim=-1)
+        features = self.scratch("features", *size.shape[:-1], 2 * size.shape[-1])
+        for part, half in zip((cosine, sine), features.chunk(2, dim=-1), strict=True):
+            torch.mul(size, part, out=half)
+        return features
 
-    def _pull_back(self, size: Tensor, direction: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the size and, through the phase, of the direction."""
-        phase = phase_of(direction)
-        cosine, sine = phase.cos(), phase.sin()
+    def _phase(self, direction: Tensor) -> Tensor:
+        """As `phase_of`, whose tanh takes ten times as long as this sigmoid."""
+        phase = torch.mul(direction, 2 * PHASE_SLOPE, out=self._buffer("phase", direction)).sigmoid_()
+        return phase.mul_(math.pi / 2).sub_(math.pi / 4)
+
+    def _pull_back(self, tokens: Key | Query, features: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What makes the gradient, times the norm.
+
+        By the phase: that of the direction and, (b, h, T, 1), its part along the direction, to be taken away. By the
+        size: S·∂S over the direction, and S·∂S.
+        """
+        cosine, sine = features.chunk(2, dim=-1)
         first, second = grad.chunk(2, dim=-1)
-        slope = math.pi / 4 * PHASE_SLOPE * (1 - torch.tanh(PHASE_SLOPE * direction).square())
-        return first * cosine + second * sine, (second * cosine - first * sine) * size * slope
+        slope = self._phase(tokens.direction).square_().mul_(-16 / math.pi**2).add_(1.0)
+        turned = torch.mul(second, cosine, out=self._buffer("grad_u", cosine)).addcmul_(first, sine, value=-1)
+        turned.mul_(slope).mul_(PHASE_SLOPE * math.pi / 4)
+        across = torch.mul(turned, tokens.direction, out=slope).sum(dim=-1, keepdim=True).neg_()
+        weighted = torch.mul(first, cosine, out=self._buffer("signed", cosine)).addcmul_(second, sine)
+        sign = torch.sign(tokens.direction, out=self._buffer("cosine", cosine))
+        return turned, across, torch.div(weighted, tokens.size, out=slope).mul_(sign), weighted
 
 
 def phase_of(direction: Tensor) -> Tensor:
@@ -142,7 +206,7 @@ def phase_of(direction: Tensor) -> Tensor:
 class NormAwareKernel(LinearKernel):
     """The published code's kernel."""
 
-    feature_map = NormAwareFeatures
+    feature_map: ClassVar[type[FeatureMap] | None] = NormAwareFeatures
     scaled = False
 
     def learned(self) -> tuple[Tensor | None, ...]:
@@ -155,7 +219,7 @@ class NormAwareKernel(LinearKernel):
         return torch.cat([F.relu(u) ** SHARPNESS, F.relu(-u) ** SHARPNESS], dim=-1)
 
     def query_features(self, u: Tensor) -> Mapping[str, Tensor]:
-        _, norm, direction = direction_of(u)
+        norm, direction = direction_of(u)
         size = power(direction.abs(), exponent_of(norm))
         return {self.name: torch.cat([size * (direction > 0), size * (direction < 0)], dim=-1)}
 
@@ -170,7 +234,7 @@ class CosineKernel(NormAwareKernel):
         return phased(u.abs() ** SHARPNESS, direction_of(u).direction)
 
     def query_features(self, u: Tensor) -> Mapping[str, Tensor]:
-        _, norm, direction = direction_of(u)
+        norm, direction = direction_of(u)
         return {self.name: phased(power(direction.abs(), exponent_of(norm)), direction)}
 
 

@@ -57,6 +57,10 @@ class FeatureMap(ABC):
         """What features and pull-backs of a block (b, h, T, d) are made of; `padding` (b, 1, T, 1) marks tokens to be
         taken as 0, whatever stands there."""
 
+    def query_tokens(self, block: Tensor) -> Any:
+        """The same of queries; those of keys unless a map says otherwise."""
+        return self.tokens(block)
+
     @abstractmethod
     def key_features(self, tokens: Any) -> Tensor:
         """(b, h, T, f) ≥ 0"""
@@ -142,7 +146,7 @@ class _LinearAttention(torch.autograd.Function):
             state[images] = sums / _count(k, key_mask, images)
             readouts = [_readout(state[images], streams) for streams in sets]
             for tokens in _token_blocks(q):
-                own = f.tokens(q[images, tokens].transpose(1, 2))
+                own = f.query_tokens(q[images, tokens].transpose(1, 2))
                 for index, streams in enumerate(sets):
                     features = f.query_features(own, index)
                     turned = blocks.turned(features, tokens)
@@ -168,7 +172,7 @@ class _LinearAttention(torch.autograd.Function):
             readouts = [_readout(state[images], streams) for streams in sets]
             grad_readouts = [torch.zeros_like(readout) for readout in readouts]
             for tokens in _token_blocks(q):
-                own = f.tokens(q[images, tokens].transpose(1, 2))
+                own = f.query_tokens(q[images, tokens].transpose(1, 2))
                 upstream = grad_out[images, tokens].transpose(1, 2)
                 grads = []
                 for index, streams in enumerate(sets):
