@@ -26,6 +26,7 @@ from models.nalaformer import for_both_halves
 from models.ops.polarity_attention import polarity_attention
 from models.ops.rotary import Grid, Rotary, rotary_table
 from models.options import AttentionOptions
+from utils.memory import saved_bytes
 from utils.precision import autocast, exact_float32
 
 Shape = tuple[int, int, int, int]
@@ -199,7 +200,7 @@ class Contender:
     def saved_bytes(self) -> int:
         """For the backward pass; parameters are not counted."""
         parameters = [tensor for name, tensor in self.inputs.items() if name in PARAMETERS]
-        return common.saved_bytes(self.forward, excluded=parameters)
+        return saved_bytes(self.forward, excluded=parameters)
 
     def peak_bytes(self) -> int | None:
         """Most memory that both passes need beyond the inputs, on a GPU; None on a CPU, which does not count it."""

@@ -29,6 +29,7 @@ from models.classifier import Classifier
 from models.ops.polarity_attention import polarity_attention
 from models.pola_pp import PolaPP
 from optimizer import build_optimizer
+from utils.memory import saved_bytes
 from utils.precision import exact_float32
 
 TIMM_SWIN = "swin_tiny_patch4_window7_224"
@@ -138,7 +139,7 @@ class Trainer(common.TrainingStep):
 
     def saved_bytes(self) -> int:
         """For the backward pass, parameters excluded."""
-        return common.saved_bytes(self.forward, excluded=self.bare_model.parameters())
+        return saved_bytes(self.forward, excluded=self.bare_model.parameters())
 
 
 def configuration(setting: Setting) -> CfgNode:

@@ -14,12 +14,13 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from benchmarks import attention, baseline, contenders, features, input_pipeline, model_step, training_loop
 from benchmarks.baseline import literal_pola_pp, literal_polarity_attention, patched_model_attention, patched_pola_pp
-from benchmarks.common import Spread, WrongResultError, interleaved, ratios, saved_bytes
+from benchmarks.common import Spread, WrongResultError, interleaved, ratios
 from benchmarks.contenders import KERNELS
 from data.sources.base import decode_fast
 from models.kernels import polarity
 from models.ops.polarity_attention import polarity_attention
 from models.pola_pp import PolaPP
+from utils.memory import saved_bytes
 
 CPU = torch.device("cpu")
 ROTATED = ("polarity_pp", "norm_aware", "nala_cosine")

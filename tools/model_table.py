@@ -1,7 +1,7 @@
-"""Print parameters and FLOPs of every official configuration as a Markdown table: python -m tools.model_table.
+"""Print size and cost of every official configuration as a Markdown table: python -m tools.model_table.
 
 FLOPs are those torch.utils.flop_counter sees in one forward pass of one image, a multiply-add counted as two; softmax
-attention is counted by its matrix products.
+attention is counted by its matrix products. Memory is what autograd holds for the backward pass of one float32 image.
 """
 
 import sys
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import image_size, load_config
 from models import build_model
+from utils.memory import saved_bytes
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -29,8 +30,16 @@ def measure(name: str) -> tuple[int, float, float]:
     return image_size(config)[0], parameters / 1e6, counter.get_total_flops() / 1e9
 
 
+def memory(name: str) -> float:
+    """MiB that training configs/`name`.yaml holds of an image for the backward pass, parameters not counted."""
+    config = load_config(str(CONFIGS / f"{name}.yaml"))
+    model = build_model(config)
+    image = torch.zeros(1, 3, *image_size(config))
+    return saved_bytes(lambda: model(image), excluded=model.parameters()) / 2**20
+
+
 if __name__ == "__main__":
-    sys.stdout.write("| config | size | parameters (M) | FLOPs (G) |\n|---|---|---|---|\n")
+    sys.stdout.write("| config | size | parameters (M) | FLOPs (G) | memory (MiB) |\n|---|---|---|---|---|\n")
     for path in sorted([*CONFIGS.glob("pola_*.yaml"), *CONFIGS.glob("nalaformer_*.yaml")]):
         side, parameters, flops = measure(path.stem)
-        sys.stdout.write(f"| `{path.stem}` | {side} | {parameters:.2f} | {flops:.2f} |\n")
+        sys.stdout.write(f"| `{path.stem}` | {side} | {parameters:.2f} | {flops:.2f} | {memory(path.stem):.0f} |\n")
