@@ -63,6 +63,8 @@ KINDS = {
     "focused": "linear, focused power 3 of relu(x)",
     "polarity": "polarity",
     "polarity_pp": "PolaFormer++'s polarity",
+    "norm_aware": "NaLaFormer's norm-aware",
+    "nala_cosine": "NaLaFormer's cosine",
 }
 UNGATED = "_no_gate"
 VARIANTS = {}
@@ -71,9 +73,11 @@ for _kind, _title in KINDS.items():
     VARIANTS[_kind] = Variant(_title, _options)
     VARIANTS[_kind + UNGATED] = Variant(f"{_title}, without gate", (*_options, "MODEL.LA.GATE", "False"))
 VARIANTS["polarity_open_gate"] = Variant("polarity, gate's bias from 1", ("MODEL.LA.GATE_BIAS", "1.0"))
-BODY = "MODEL.TYPE pola_pp MODEL.PPP.EMBED_DIMS [32,48] MODEL.PPP.DEPTHS [3,1] MODEL.PPP.NUM_HEADS [2,4]"
+BODY = "MODEL.PPP.EMBED_DIMS [32,48] MODEL.PPP.DEPTHS [3,1] MODEL.PPP.NUM_HEADS [2,4] MODEL.PPP.STAGE_TYPES LL"
 BODY += " MODEL.PPP.MLP_RATIOS [1.75,1.75] MODEL.PPP.PROJECTION 64 MODEL.PPP.LAYER_INIT_VALUES [1.0,1.0]"
-VARIANTS["pola_pp"] = Variant("PolaFormer++, whole body", (*BODY.split(), "MODEL.PPP.STAGE_TYPES", "LL"))
+BODIES = {"pola_pp": "PolaFormer++", "nalaformer": "NaLaFormer"}
+for _type, _family in BODIES.items():
+    VARIANTS[_type] = Variant(f"{_family}, whole body", ("MODEL.TYPE", _type, *BODY.split()))
 VARIANTS["polarity_fixed_exponent"] = Variant("polarity, exponent fixed at 3", ("MODEL.LA.LEARN_EXPONENT", "False"))
 NAMED = tuple(VARIANTS)  # those of docs/ablation.md; a kernel that is not among them is compared by its own name
 VARIANTS |= {name: Variant(name, ("MODEL.LA.ATTENTION", name)) for name in KERNELS if name not in NAMED}
@@ -319,6 +323,7 @@ def write_page(runs: Sequence[TrainingRun], docs: Path, jobs: int) -> Path:
             for dataset, variants in results.items()
         ],
         gates=gate_table(results),
+        seeds=len({run.seed for run in finished}),
         finished=len(finished),
         planned=len(runs),
         longest=max((entry["wall_s"] for entry in times), default=0.0),
