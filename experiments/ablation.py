@@ -285,9 +285,10 @@ def draw(results: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -
     """One panel a data set: every seed a dot, the mean a bar with the standard deviation over seeds."""
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(1.5 + 5.5 * len(results), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(results), squeeze=False, sharey=True)
     names = [name for name in VARIANTS if any(name in variants for variants in results.values())]
+    size = 1.5 + 5.5 * len(results), max(3.6, 1.0 + 0.2 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False, sharey=True)
     for axes, (dataset, variants) in zip(panels[0], results.items(), strict=True):
         for row, name in enumerate(names):
             values = list(variants.get(name, {}).values())
@@ -295,7 +296,7 @@ def draw(results: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -
                 continue
             colour = "tab:red" if name == BASELINE else "tab:blue"
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-            axes.errorbar(statistics.mean(values), row, xerr=deviation, fmt="|", markersize=18, capsize=4, color=colour)
+            axes.errorbar(statistics.mean(values), row, xerr=deviation, fmt="|", markersize=14, capsize=4, color=colour)
             axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.45)
         axes.set(title=DATASETS[dataset], xlabel="validation top-1 after the last epoch, %")
         axes.set_yticks(range(len(names)), [VARIANTS[name].title for name in names])
