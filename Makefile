@@ -5,7 +5,7 @@
 # BENCH=--compile make bench    also the compiled models (10 minutes more); BENCH is passed to benchmarks.model_step
 # make bench-input   set up, then time the input pipeline on one core (2 minutes); needs the optional simplejpeg, which it installs
 # make bench-training  set up, then time what the training loop and its checkpoints cost (5 minutes)
-# make ablation      set up, then compare kinds of attention on two small data sets (docs/ablation.md; 20 minutes); one of
+# make ablation      set up, then compare kinds of attention on two small data sets (docs/ablation.md; 40 minutes); one of
 #                    them is Fashion-MNIST (apt install dataset-fashion-mnist); ABLATION="--datasets digits" does without
 # make bench-maps    set up, then time the attention maps of one image (1 minute)
 # make bench-features  set up, then time feature pyramids against the plain forward pass (3 minutes)

@@ -243,7 +243,9 @@ KEYS: dict[str, Key] = {
         " output of a learned token before them",
     ),
     "MODEL.LRA.KERNEL_SIZE": Key(0, integer(0), "1-D depthwise convolution beside the attention, odd; 0: none"),
-    "MODEL.LRA.LEARN_SCALE": Key(True, boolean(), "learn a scale that divides queries and keys"),
+    "MODEL.LRA.LEARN_SCALE": Key(
+        True, boolean(), "learn a scale that divides queries and keys; without effect on kernels that have none"
+    ),
     "MODEL.LRA.ATTENTION_DROP": Key(
         0.0, real(0, 1, open_high=True), "dropout of attention weights; of softmax only, the others have none"
     ),

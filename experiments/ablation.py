@@ -63,6 +63,8 @@ KINDS = {
     "focused": "linear, focused power 3 of relu(x)",
     "polarity": "polarity",
     "polarity_pp": "PolaFormer++'s polarity",
+    "norm_aware": "NaLaFormer's norm-aware",
+    "nala_cosine": "NaLaFormer's cosine",
 }
 UNGATED = "_no_gate"
 VARIANTS = {}
@@ -71,9 +73,11 @@ for _kind, _title in KINDS.items():
     VARIANTS[_kind] = Variant(_title, _options)
     VARIANTS[_kind + UNGATED] = Variant(f"{_title}, without gate", (*_options, "MODEL.LA.GATE", "False"))
 VARIANTS["polarity_open_gate"] = Variant("polarity, gate's bias from 1", ("MODEL.LA.GATE_BIAS", "1.0"))
-BODY = "MODEL.TYPE pola_pp MODEL.PPP.EMBED_DIMS [32,48] MODEL.PPP.DEPTHS [3,1] MODEL.PPP.NUM_HEADS [2,4]"
+BODY = "MODEL.PPP.EMBED_DIMS [32,48] MODEL.PPP.DEPTHS [3,1] MODEL.PPP.NUM_HEADS [2,4] MODEL.PPP.STAGE_TYPES LL"
 BODY += " MODEL.PPP.MLP_RATIOS [1.75,1.75] MODEL.PPP.PROJECTION 64 MODEL.PPP.LAYER_INIT_VALUES [1.0,1.0]"
-VARIANTS["pola_pp"] = Variant("PolaFormer++, whole body", (*BODY.split(), "MODEL.PPP.STAGE_TYPES", "LL"))
+BODIES = {"pola_pp": "PolaFormer++", "nalaformer": "NaLaFormer"}
+for _type, _family in BODIES.items():
+    VARIANTS[_type] = Variant(f"{_family}, whole body", ("MODEL.TYPE", _type, *BODY.split()))
 VARIANTS["polarity_fixed_exponent"] = Variant("polarity, exponent fixed at 3", ("MODEL.LA.LEARN_EXPONENT", "False"))
 NAMED = tuple(VARIANTS)  # those of docs/ablation.md; a kernel that is not among them is compared by its own name
 VARIANTS |= {name: Variant(name, ("MODEL.LA.ATTENTION", name)) for name in KERNELS if name not in NAMED}
@@ -281,9 +285,10 @@ def draw(results: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -
     """One panel a data set: every seed a dot, the mean a bar with the standard deviation over seeds."""
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(1.5 + 5.5 * len(results), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(results), squeeze=False, sharey=True)
     names = [name for name in VARIANTS if any(name in variants for variants in results.values())]
+    size = 1.5 + 5.5 * len(results), max(3.6, 1.0 + 0.2 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False, sharey=True)
     for axes, (dataset, variants) in zip(panels[0], results.items(), strict=True):
         for row, name in enumerate(names):
             values = list(variants.get(name, {}).values())
@@ -291,7 +296,7 @@ def draw(results: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -
                 continue
             colour = "tab:red" if name == BASELINE else "tab:blue"
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-            axes.errorbar(statistics.mean(values), row, xerr=deviation, fmt="|", markersize=18, capsize=4, color=colour)
+            axes.errorbar(statistics.mean(values), row, xerr=deviation, fmt="|", markersize=14, capsize=4, color=colour)
             axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.45)
         axes.set(title=DATASETS[dataset], xlabel="validation top-1 after the last epoch, %")
         axes.set_yticks(range(len(names)), [VARIANTS[name].title for name in names])
@@ -319,6 +324,7 @@ def write_page(runs: Sequence[TrainingRun], docs: Path, jobs: int) -> Path:
             for dataset, variants in results.items()
         ],
         gates=gate_table(results),
+        seeds=len({run.seed for run in finished}),
         finished=len(finished),
         planned=len(runs),
         longest=max((entry["wall_s"] for entry in times), default=0.0),

@@ -100,7 +100,7 @@ class AttentionOptions:
         alpha: range of the learnable exponent p = 1 + alpha·sigmoid(power) (MODEL.LA.ALPHA).
         kernel_size: side of the depthwise convolution over v, odd; 0 leaves it out where the layout can do without it.
         learn_exponent: False fixes the exponent at 1 + alpha/2, where a learnable one starts (MODEL.LA.LEARN_EXPONENT).
-        learn_scale: learn what queries and keys are divided by.
+        learn_scale: learn what queries and keys are divided by, where the kernel divides them.
         gate: multiply the output by a gate made from the block's input (MODEL.LA.GATE).
         gate_bias: initial value of that gate's bias; None: what the body initialises biases with (MODEL.LA.GATE_BIAS).
         dropout: probability of leaving out a weight of softmax while training; linear kernels have no weights to drop.

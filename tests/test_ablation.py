@@ -66,7 +66,8 @@ def test_the_fresh_weights_of_a_seed_are_the_same_for_every_kind(tmp_path):
         torch.manual_seed(5)
         states[run.variant] = build_model(run.config, 10).state_dict()
     reference = states.pop("polarity")
-    del states["pola_pp"]  # another body
+    for body in ablation.BODIES:
+        del states[body]
     bias = states.pop("polarity_open_gate")["layers.0.blocks.0.attn.qkvg.bias"]
     assert bias.tolist() == [0.0] * 96 + [1.0] * 32 and not reference["layers.0.blocks.0.attn.qkvg.bias"].any()
     ungated = {kind: states.pop(kind + ablation.UNGATED) for kind in ablation.KINDS}
@@ -82,6 +83,33 @@ def test_the_fresh_weights_of_a_seed_are_the_same_for_every_kind(tmp_path):
         assert state.keys() == kept
         state = {name: value for name, value in state.items() if name not in rates}
         assert all(torch.equal(value, reference[name]) for name, value in state.items())
+
+
+def test_every_variant_trains_a_step_in_which_all_parameters_take_part(tmp_path):
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for run in plan(["digits"], VARIANTS, 1, tmp_path, ("MODEL.DROP_PATH_RATE", "0.0")):
+        torch.manual_seed(run.seed)
+        model = build_model(run.config, ablation.CLASSES).train()
+        before = torch.nn.functional.cross_entropy(model(images), torch.arange(4))
+        before.backward()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None and parameter.grad.isfinite().all(), (run.variant, name)
+                parameter -= 0.02 * parameter.grad
+            after = torch.nn.functional.cross_entropy(model(images), torch.arange(4))
+        assert after < before, run.variant
+
+
+def test_the_whole_bodies_have_polarity_s_size_and_their_own_linear_attention_throughout(tmp_path):
+    models = {
+        run.variant: build_model(run.config, ablation.CLASSES)
+        for run in plan(["digits"], ["polarity", *ablation.BODIES], 1, tmp_path, ())
+    }
+    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    for body, kernel in {"pola_pp": "polarity_pp", "nalaformer": "norm_aware"}.items():
+        attention = [module for name, module in models[body].named_modules() if name.endswith(".attn")]
+        assert [getattr(module, "name", "softmax") for module in attention] == [kernel] * 4
+        assert abs(sizes[body] / sizes["polarity"] - 1) < 0.05
 
 
 def test_the_page_holds_means_deviations_and_paired_differences_of_the_last_epochs(tmp_path):
@@ -112,6 +140,9 @@ def test_the_page_holds_means_deviations_and_paired_differences_of_the_last_epoc
     assert list(gates) == list(ablation.KINDS.values())
     paired = [final["digits", "elu_no_gate", seed] - final["digits", "elu", seed] for seed in range(3)]
     assert gates["linear, 1 + elu(x)"][0] == f"{statistics.mean(paired):.2f} ± {statistics.stdev(paired):.2f}"
+    before_the_picture = page.split("![")[0]
+    for said in ("**What can be concluded**", "digits and Fashion-MNIST", "variant: 3", "**What cannot**", "ImageNet"):
+        assert said in before_the_picture
     assert "Only" not in page and "exceeded" not in page and "shared the machine" not in page
 
 

@@ -10,6 +10,7 @@ import runpy
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from config import image_size, load_config
 from data.transforms import Normalise, evaluation_transform
 from models import build_model
 from models.attention_maps import attention_layers, record
+from models.kernels import KERNELS
 from models.nalaformer import NaLaFormer
 from models.pola_pp import PolaPP
 from models.pola_swin import PolaSwin
@@ -272,7 +274,8 @@ def test_norms_of_queries_make_exponents_and_rows(tmp_path):
     pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
     for model in (pyramid, windows):
         name = next(iter(attention_layers(model)))
-        found, seen = analyze.analyze(model, [pixels], [name], ["norm"])
+        found, seen = analyze.analyze(model, [pixels], [name], ["norm", "gate"])
+        assert not seen.gates and {m.metric for m in found} == {"norm"}  # one map for all channels: no halves
         norms, exponents, entropy = seen.norms[name]
         assert norms.shape == exponents.shape == entropy.shape == (1, 64)
         assert (
@@ -288,6 +291,25 @@ def test_norms_of_queries_make_exponents_and_rows(tmp_path):
         for place in (0, 13, 63):
             assert norms[0, place] == pytest.approx(q[places[place]].norm().item(), rel=1e-5)
         assert [path.name for path in analyze.draw_figures(tmp_path, model, found, seen)] == ["norm.png"]
+
+
+def test_a_query_without_matching_keys_does_not_count_in_the_correlation(monkeypatch):
+    norms, entropy = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[0.9, 0.7, torch.nan, 0.2]])
+    monkeypatch.setattr(analyze, "query_norms", lambda layer, queries: (norms, norms, entropy))
+    layer = SimpleNamespace(name="layers.0.blocks.0", kind="norm_aware", num_heads=1)
+    *_, last = analyze.OF_IMAGES["norm"](layer, torch.arange(4), 1e-3)
+    assert last.map == "correlation of norm and entropy"
+    assert last.value == pytest.approx(np.corrcoef([1, 2, 4], [0.9, 0.7, 0.2])[0, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, kernel in KERNELS.items() if not kernel.streams])
+def test_the_page_says_what_the_one_map_of_a_kernel_is(tmp_path, folder, kind):
+    config = load_config(str(folder / "tiny.yaml"), ["MODEL.LA.ATTENTION", kind])
+    torch.save({"model": build_model(config, 10).state_dict(), "config": config.dump()}, tmp_path / "one.pth")
+    arguments = [str(folder / "images" / "noise.png"), "--checkpoint", str(tmp_path / "one.pth")]
+    assert visualize_attention.main([*arguments, "--output", str(tmp_path / "maps")]) == 0
+    page = (tmp_path / "maps" / "index.html").read_text()
+    assert f"<li><b>{kind}</b>: " in page and f"{kind} + depthwise" in page
 
 
 def test_figures_hold_what_they_are_about(analysis):
@@ -334,7 +356,12 @@ def test_no_more_rows_than_asked_for_are_measured_and_images_are_averaged(folder
         ("visualize", "{folder}/absent.jpg", "absent.jpg: No such file or directory; name an image file or a folder"),
         ("visualize", "{folder}/empty", "holds no images"),
         ("analyze", "{image} --layers layers.9.blocks.0", "no attention layer 'layers.9.blocks.0', expected some of"),
-        ("analyze", "{image} --layers layers.3.blocks.0 --metrics gate", "none of layers.3.blocks.0 has it"),
+        (
+            "analyze",
+            "{image} --layers layers.3.blocks.0 --metrics gate",
+            "none of layers.3.blocks.0 has what that describes",
+        ),
+        ("analyze", "{image} --metrics norm", "norm: none of layers.0.blocks.0, "),
         ("analyze", "{folder}/no_image.jpg", "no_image.jpg: not an image in any format that is read"),
     ],
 )

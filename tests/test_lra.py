@@ -24,20 +24,24 @@ from data.loaders import build_loaders
 from data.samplers import TrainSampler
 from data.sources.base import DataError
 from data.sources.token_cache import open_cache
+from experiments.lra.runs import read_run
 from logger import read_metrics
 from lr_scheduler import build_scheduler
 from main import check
-from models import build_model
+from models import build_model, load
 from models.attention import PolaSequenceAttention
 from models.diagnostics import inspect_step
 from models.files import CheckpointError, load_checkpoint
+from models.kernels import KERNELS
 from models.options import AttentionOptions
 from tools.checkpoints import load_model
 from utils.faults.preemption import Preempted
 
 TASKS = ("listops", "text", "retrieval", "pathfinder", "image")
-ATTENTIONS = ("polarity", "softmax", "relu", "elu")
+ATTENTIONS = tuple(KERNELS)
 PLAIN = ["MODEL.LA.GATE", "False", "MODEL.LRA.LEARN_SCALE", "False"]
+FORMS: dict[str, dict[str, bool | float]] = {"gated": {}, "open": {"gate_bias": 1.0}, "plain": {"gate": False}}
+SCALELESS = ("polarity_pp", "norm_aware", "nala_cosine")
 SMALL = "MODEL.LRA.DIM 16 MODEL.LRA.MLP_DIM 32 MODEL.LRA.LENGTH 32 DATA.BATCH_SIZE 16 TRAIN.GLOBAL_BATCH 16"
 SHORT = f"{SMALL} TRAIN.STEPS 20 TRAIN.EVAL_STEPS 10 TRAIN.WARMUP_STEPS 5 PRINT_FREQ 1 SAVE_FREQ 1 CHECKPOINT.KEEP 9"
 
@@ -145,6 +149,36 @@ def test_polarity_attention_equals_its_explicit_matrix(gate, learn_scale):
     out = out + sum(padded[:, i : i + 12] * kernel[:, i] for i in range(3)) + module.dwc.bias
     expected = module.proj(out * g[0] if gate else out)
     assert torch.allclose(module(x, mask), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", SCALELESS)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_scale_has_no_effect_on_kernels_without_one(kind, form):
+    results = []
+    for learn_scale in (True, False):
+        module = attention(attention=kind, learn_scale=learn_scale, **FORMS[form])
+        assert not [name for name, _ in module.named_parameters() if name.endswith("scale")]
+        results.append(module(tokens(), torch.ones(2, 12, dtype=torch.bool)))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kind", ["norm_aware", "nala_cosine"])
+def test_norms_beyond_float16_are_trained_under_its_autocast(kind):
+    torch.manual_seed(0)
+    module = PolaSequenceAttention(32, 2, AttentionOptions(kind, kernel_size=0)).to(DEVICE)
+    with torch.no_grad():
+        module.qkvg.weight.mul_(60.0)
+    x = torch.randn(2, 40, 32, device=DEVICE)
+    x[0, :3] = 0.0
+    x.requires_grad_()
+    mask = torch.ones(2, 40, dtype=torch.bool, device=DEVICE)
+    mask[1, 20:] = False
+    with torch.autocast(DEVICE, torch.float16):
+        out = module(x, mask)
+    assert module.qkvg(x)[..., 32:64].abs().max() ** 3 > 65_504  # float16 could not hold the features of keys
+    out.float().square().mean().backward()
+    gradients = [x.grad, *(parameter.grad for parameter in module.parameters())]
+    assert out.isfinite().all() and all(grad.isfinite().all() and grad.any() for grad in gradients)
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
@@ -431,6 +465,27 @@ def test_every_task_trains_and_evaluates(tmp_path, task, preset, log):
     assert result["benchmark"] == "test" and result["result"]["images"] == 96
 
 
+@pytest.mark.parametrize("kind", SCALELESS)
+def test_kernels_of_the_family_train_evaluate_and_are_rebuilt_in_every_form(tmp_path, kind, log):
+    root = write_cache(tmp_path / "data", "listops", classes=2)
+    options = f"DATA.DATA_PATH {root} OUTPUT {tmp_path}/out {SHORT} MODEL.LA.ATTENTION {kind} TRAIN.BASE_LR 5.0e-3"
+    for form, given in {"gate": "", "gate from 1": "MODEL.LA.GATE_BIAS 1.0", "plain": " ".join(PLAIN)}.items():
+        for preset in ("", "_clean"):
+            own = f"{options} {given} TAG {form.replace(' ', '-')}"
+            run(lra(f"listops{preset}"), own)
+            folder = tmp_path / "out" / f"lra_listops{preset}" / form.replace(" ", "-")
+            losses = [record["loss"] for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
+            assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.01
+            run(lra(f"listops{preset}"), f"{own} EVAL_MODE True MODEL.RESUME {folder / 'max_acc.pth'}")
+            assert read_run(folder).attention == f"{kind}, {form}"
+            model = load(folder / "max_acc.pth")
+            attention = [module for module in model.modules() if isinstance(module, PolaSequenceAttention)]
+            assert [(module.name, module.options.gate, module.scale) for module in attention] == [
+                (kind, form != "plain", None)
+            ] * 2
+    assert f"{kind} attention" in log.text
+
+
 def test_two_processes_train_and_validate_as_one(tmp_path):
     """On pairs of documents, with a number of samples that neither the batch nor the processes divide."""
     root = write_cache(tmp_path / "data", "retrieval", classes=2, samples=99)
@@ -448,10 +503,13 @@ def test_two_processes_train_and_validate_as_one(tmp_path):
         assert theirs.get("top1") == ours.get("top1")
 
 
-def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["polarity", "norm_aware", "nala_cosine"])
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, kind):
     """Inside a stretch of EVAL_STEPS, which ends inside a pass through the data; with dropout and float16."""
     root = write_cache(tmp_path / "data", "listops", classes=10, samples=130)
-    options = f"DATA.DATA_PATH {root} OUTPUT {tmp_path}/out {SHORT} AMP True TRAIN.BASE_LR 1.0e-3"
+    options = (
+        f"DATA.DATA_PATH {root} OUTPUT {tmp_path}/out {SHORT} MODEL.LA.ATTENTION {kind} AMP True TRAIN.BASE_LR 1.0e-3"
+    )
     run(lra("listops"), f"{options} TAG whole")
     step = engine.epoch._optimizer_step
     for moment in (4, 9):

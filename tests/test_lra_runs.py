@@ -22,6 +22,7 @@ from test_prepare_lra import aan_release, cifar_folder, listops_release, pathfin
 from config import load_config
 from data.sources.token_cache import open_cache
 from experiments.lra import runs, table
+from models.kernels import KERNELS
 from tools import prepare_lra
 
 
@@ -71,6 +72,9 @@ def test_what_makes_another_model_or_protocol_makes_another_row():
         "polarity, α = 4, plain": PLAIN,
         "softmax, plain": plain,
         "polarity_pp, gate": ["MODEL.LA.ATTENTION", "polarity_pp"],  # it has no scale
+        "norm_aware, gate": ["MODEL.LA.ATTENTION", "norm_aware"],
+        "norm_aware, gate from 1": ["MODEL.LA.ATTENTION", "norm_aware", "MODEL.LA.GATE_BIAS", "1.0"],
+        "nala_cosine, plain": [*PLAIN, "MODEL.LA.ATTENTION", "nala_cosine"],
         "softmax, gate": [*plain, "MODEL.LA.GATE", "True"],
     }
     for name, options in names.items():
@@ -187,6 +191,15 @@ def test_short_listops_are_learned(tmp_path, steps):
     )
     assert best >= 45.0 and 20 < 100 * root_constant < 28
     assert seconds < 2 * 120  # two minutes of two cores
+
+
+def test_run_sh_says_what_it_runs_and_knows_every_paper_s_kernel():
+    script = (ROOT / "experiments" / "lra" / "run.sh").read_text()
+    defaults = dict(re.findall(r'^(\w+)="\$\{\1:?-(.*)\}"$', script, re.MULTILINE))
+    for name, default in defaults.items():
+        said = re.search(rf"^#   {name} .*$", script, re.MULTILINE)[0]
+        assert name == "PYTHON" or " " + (default or "(empty)") in said
+    assert {"polarity_pp", "norm_aware", "nala_cosine"} < set(defaults["OTHERS"].split()) < set(KERNELS)
 
 
 class Sweep:

@@ -14,7 +14,7 @@ from benchmarks.common import WrongResultError
 from data.transforms import Normalise
 from models.attention import PolaLinearAttention
 from models.attention_maps import LayerRecord, MapError, attention_layers, record
-from models.kernels import KERNELS
+from models.kernels import KERNELS, LinearKernel
 from models.nalaformer import NaLaFormer
 from models.pola_pp import PolaPP
 from models.pola_pvt import PolaPVT
@@ -56,9 +56,12 @@ MODELS = {
         for kind in KERNELS
         if kind != "polarity"
     },
-    "swin, padded windows of focused attention": lambda: PolaSwin(
-        img_size=(64, 32), depths=(1, 1, 1, 1), attn_type="LLSS", window_size=5, attention="focused", **SWIN
-    ),
+    **{
+        f"swin, shifted padded windows of {kind} attention": lambda kind=kind: PolaSwin(
+            img_size=(64, 32), depths=(2, 1, 1, 1), attn_type="LLSS", window_size=5, attention=kind, **SWIN
+        )
+        for kind in ("focused", "norm_aware", "nala_cosine")
+    },
     "pp, linear and softmax": lambda: PolaPP(img_size=(32, 64), depths=(1, 1, 1, 1), **PP),
     "nala, linear and softmax": lambda: NaLaFormer(img_size=(32, 64), depths=(1, 1, 1, 1), **PP),
     "pvt, softmax": lambda: PolaPVT(img_size=(64, 32), depths=(1, 1, 1, 1), attn_type="SSSS", **PVT),
@@ -271,6 +274,13 @@ def test_overlay_of_a_query_shows_the_mean_row_over_heads_of_the_patch_under_the
 def test_overlay_takes_the_deepest_polarity_layer(letters, layer):
     model = PolaPVT(img_size=(64, 64), depths=(1, 1, 1, 1), attn_type=letters, **PVT)
     assert last_linear_layer(model) == layer
+
+
+@pytest.mark.parametrize("kind", [kind for kind, kernel in KERNELS.items() if issubclass(kernel, LinearKernel)])
+def test_overlay_takes_the_deepest_layer_of_every_linear_attention(kind):
+    model = PolaPVT(img_size=(64, 64), depths=(1, 1, 1, 1), attn_type="LLSS", attention=kind, **PVT)
+    assert last_linear_layer(model) == "block2.0"
+    assert last_linear_layer(_model("nala, linear and softmax")) == "layers.1.blocks.0"
 
 
 def test_benchmark_times_no_rows_that_give_other_outputs_than_the_op(monkeypatch):

@@ -83,12 +83,14 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=-1) / (a.norm(dim=-1) * b.norm(dim=-1))
 
 
-def gate_halves(layer: LayerRecord) -> tuple[Tensor, Tensor]:
+def gate_halves(layer: LayerRecord) -> tuple[Tensor, Tensor] | None:
     """The gate's same-signed and opposite-signed channels of one image, (h, tokens, ⌊d/2⌋) each, padding left out.
 
-    Channel i of one half is paired with channel i of the other; for odd d the first half's last has no partner.
+    Channel i of one half is paired with channel i of the other; for odd d the first half's last has no partner. None
+    where there are no halves: without a gate, with one channel, and for kernels that apply one map to all channels.
     """
-    assert layer.g is not None
+    if layer.g is None or layer.v.shape[-1] < 2 or "opposite" not in layer.streams:
+        return None
     window, position = (layer.query_places >= 0).nonzero(as_tuple=True)
     gate = layer.g[0, window, :, position].transpose(0, 1)  # (h, tokens, d)
     opposite = gate[..., layer.channels("opposite").start :]
@@ -146,19 +148,20 @@ def _norm(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[Mea
         return
     norms, exponents, entropy = found
     for head in range(layer.num_heads):
+        real = ~entropy[head].isnan()  # rows of weight
         values = {
             "norm": (norms[head].mean(), math.inf),
             "exponent": (exponents[head].mean(), 4.5),
-            "correlation of norm and entropy": (correlation(norms[head], entropy[head].nan_to_num(1.0)), 1.0),
+            "correlation of norm and entropy": (correlation(norms[head, real], entropy[head, real]), 1.0),
         }
         for name, (value, limit) in values.items():
             yield Measurement(layer.name, layer.kind, head, "norm", name, value.item(), limit)
 
 
 def _gate(layer: LayerRecord, queries: Tensor, tolerance: float) -> Iterator[Measurement]:
-    if layer.g is None or layer.v.shape[-1] < 2:
+    if (halves := gate_halves(layer)) is None:
         return
-    same, opposite = gate_halves(layer)
+    same, opposite = halves
     pairs = {
         PAIRED: correlation(same.flatten(1), opposite.flatten(1)),
         TOKEN_MEANS: correlation(same.mean(dim=-1), opposite.mean(dim=-1)),
@@ -236,8 +239,8 @@ def analyze(
                 for found in measure(layer, chosen, tolerance):
                     key = (found.layer, found.head, found.metric, found.map)
                     collected.setdefault(key, []).append(found)
-            if "gate" in metrics and layer.g is not None and layer.v.shape[-1] > 1:
-                seen.gates[layer.name] = gate_halves(layer)
+            if "gate" in metrics and (halves := gate_halves(layer)) is not None:
+                seen.gates[layer.name] = halves
             if "norm" in metrics and (norms := query_norms(layer, chosen)) is not None:
                 seen.norms[layer.name] = norms
     averaged = [replace(each[0], value=math.fsum(m.value for m in each) / len(each)) for each in collected.values()]
@@ -462,7 +465,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if not measurements:
         raise MapError(
-            f"{', '.join(arguments.metrics)} describe polarity attention, and none of {', '.join(layers)} has it"
+            f"{', '.join(arguments.metrics)}: none of {', '.join(layers)} has what that describes;"
+            " docs/attention_maps.md says which kernels have"
         )
     arguments.output.mkdir(parents=True, exist_ok=True)
     table = arguments.output / "analysis.csv"

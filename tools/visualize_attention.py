@@ -50,6 +50,8 @@ MEANING = {
     "relu": "plain ReLU linear attention of this layer",
     "elu": "linear attention of this layer with 1 + ELU features",
     "focused": "focused linear attention of this layer",
+    "norm_aware": "NaLaFormer's linear attention: equal signs count, by a power that the query's norm makes",
+    "nala_cosine": "the same by NaLaFormer's paper: channels count by the cosine of the difference of their phases",
     DEPTHWISE: "with the depthwise convolution's weights added; colour follows the square root of the weight",
 }
 

@@ -13,10 +13,10 @@
 #
 #   TASKS    which tasks                                  listops text retrieval pathfinder image
 #   ALPHAS   polarity attention: ranges of its exponent   3 5 7
-#   OTHERS   what it is compared with                     softmax relu elu
-#   FORMS    of every attention: gated (gate and scale),  gated plain
-#            open (the same, its gate's bias begins at 1),
-#            plain (neither)
+#   OTHERS   what it is compared with                     polarity_pp norm_aware nala_cosine softmax relu elu
+#   FORMS    of every attention: gated (gate and, where   gated plain
+#            the kernel has one, scale), open (the same,
+#            its gate's bias begins at 1), plain (neither)
 #   KERNELS  polarity: widths of its depthwise branch     0           (0: without; "0 5" runs both)
 #   SEEDS                                                 0 1 2
 #   PRESET   skyformer or clean                           skyformer
@@ -37,7 +37,7 @@ if [[ -z "${DATA:-}" ]]; then
 fi
 TASKS="${TASKS:-listops text retrieval pathfinder image}"
 ALPHAS="${ALPHAS-3 5 7}"
-OTHERS="${OTHERS-softmax relu elu}"
+OTHERS="${OTHERS-polarity_pp norm_aware nala_cosine softmax relu elu}"
 FORMS="${FORMS:-gated plain}"
 KERNELS="${KERNELS:-0}"
 SEEDS="${SEEDS:-0 1 2}"
