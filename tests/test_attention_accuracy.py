@@ -36,7 +36,7 @@ INTERPRETED_PAIRS = [(1, 49), (63, 1), (130, 196)]
 # Every number of channels in float32; the other types at a power of two, at one more and at a large one. The slow test
 # has them all, each at every pair.
 INTERPRETED_SIZES = [*((d, torch.float32) for d in CHANNELS), *itertools.product((32, 33, 96), DTYPES[1:])]
-BACKENDS = ["eager", "triton"]
+BACKENDS = ["eager", "native", "triton"]
 DRAWS_OF_ONE_KEY = 32
 DRAWS_INTERPRETED = 4
 
@@ -65,20 +65,22 @@ def _check_shape(backend, N, n, d, dtype, masked, surroundings=False, draws=1):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", CHANNELS)
-def test_eager_in_the_usual_range(d, dtype):
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_the_usual_range(backend, d, dtype):
     """A quarter of the pairs for each d and dtype; over all of them, every pair with and without a mask."""
     turn = 3 * CHANNELS.index(d) + DTYPES.index(dtype)
     for i in range(turn % 4, len(PAIRS), 4):
         N, n = PAIRS[i]
-        _check_shape("eager", N, n, d, dtype, masked=turn // 4 % 2 == 0, surroundings=N in (7, 196))
+        _check_shape(backend, N, n, d, dtype, masked=turn // 4 % 2 == 0, surroundings=N in (7, 196))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", CHANNELS)
-def test_eager_at_every_pair_of_lengths(d, dtype):
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_every_pair_of_lengths(backend, d, dtype):
     for N, n, masked in itertools.product(LENGTHS, LENGTHS, (False, True)):
-        _check_shape("eager", N, n, d, dtype, masked)
+        _check_shape(backend, N, n, d, dtype, masked)
 
 
 @pytest.mark.parametrize(

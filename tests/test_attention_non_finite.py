@@ -16,7 +16,7 @@ from models.options import AttentionOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what numpy says of NaN in Triton's interpreter
 
-BACKENDS = ["eager", "triton", "reference"]
+BACKENDS = ["eager", "native", "triton", "reference"]
 VALUES = [math.nan, math.inf, -math.inf]
 IMAGE, TOKEN, HEAD, CHANNEL = 1, 3, 1, 2
 # The element of each input that is not finite; the gradient that arrives is one of them.

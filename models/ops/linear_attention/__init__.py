@@ -6,10 +6,11 @@ from torch.fx import Proxy
 
 from .. import is_exporting
 from .derivatives import beyond_plain, refusal
-from .eager import FeatureMap, Scratch, Stream, fill, linear_attention_eager, split_by_sign, sum_over_tokens
+from .eager import Blocks, FeatureMap, Scratch, Stream, fill, linear_attention_eager, split_by_sign, sum_over_tokens
 from .reference import linear_attention_reference
 
 __all__ = [
+    "Blocks",
     "FeatureMap",
     "Scratch",
     "Stream",

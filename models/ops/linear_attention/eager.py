@@ -93,6 +93,7 @@ def linear_attention_eager(
     key_mask: Tensor | None = None,
     rotary: Rotary | None = None,
     eps: float = 1e-6,
+    blocks_of: type["Blocks"] | None = None,
 ) -> Tensor:
     """rot(f(q)) · (mean of rot(f(k))ᵀv) / (f(q) · (mean of f(k)) + eps) for each stream; differentiable once.
 
@@ -104,13 +105,15 @@ def linear_attention_eager(
         key_mask: (B, n) bool, True for a real key; masked keys contribute nothing, and means divide by the real ones.
         rotary: turns of the tokens, as many queries as keys; normalisers are not turned. None: none.
         eps: positive, added to the normalisers.
+        blocks_of: how blocks of tokens are handled; None: `Blocks`.
 
     Returns:
         (B, N, h, d) in the dtype of q, computed in float32, or float64 for float64.
     """
     turns = None if rotary is None else torch.stack(rotary)  # an operator's arguments are tensors
     with without_autocast(q.device):
-        out: Tensor = _LinearAttention.apply(q, k, v, position, key_mask, turns, feature_map, eps, *learned)
+        arguments = (q, k, v, position, key_mask, turns, feature_map, blocks_of or Blocks, eps)
+        out: Tensor = _LinearAttention.apply(*arguments, *learned)
         return out
 
 
@@ -125,11 +128,12 @@ class _LinearAttention(torch.autograd.Function):
         key_mask: Tensor | None,
         turns: Tensor | None,
         feature_map: Callable[..., FeatureMap],
+        blocks_of: type["Blocks"],
         eps: float,
         *learned: Tensor | None,
     ) -> Tensor:
         B, _, h, d = q.shape
-        blocks = _Blocks(q, position, key_mask, turns)
+        blocks = blocks_of(q, position, key_mask, turns)
         scratch = blocks.scratch
         f = feature_map(scratch, *learned)
         sets = f.sets(d)
@@ -150,11 +154,10 @@ class _LinearAttention(torch.autograd.Function):
                 for index, streams in enumerate(sets):
                     features = f.query_features(own, index)
                     turned = blocks.turned(features, tokens)
-                    numerators, normalisers = blocks.read(features, turned, readouts[index], len(streams))
-                    result = _divide_streams(numerators, normalisers + eps, streams, out=numerators)
-                    out[images, tokens, :, _channels(streams)] = result.transpose(1, 2)
+                    product = blocks.read(features, turned, readouts[index], len(streams))
+                    blocks.divide(*product, streams, eps, out[images, tokens, :, _channels(streams)].transpose(1, 2))
         ctx.save_for_backward(q, k, v, position, key_mask, turns, state, *learned)
-        ctx.feature_map, ctx.eps = feature_map, eps
+        ctx.feature_map, ctx.blocks_of, ctx.eps = feature_map, blocks_of, eps
         return out
 
     @staticmethod
@@ -162,7 +165,7 @@ class _LinearAttention(torch.autograd.Function):
         check_backward("eager", grad_out)
         q, k, v, position, key_mask, turns, state, *learned = ctx.saved_tensors
         d = q.shape[-1]
-        blocks = _Blocks(q, position, key_mask, turns)
+        blocks = ctx.blocks_of(q, position, key_mask, turns)
         scratch = blocks.scratch
         f = ctx.feature_map(scratch, *learned)
         sets = f.sets(d)
@@ -178,13 +181,8 @@ class _LinearAttention(torch.autograd.Function):
                 for index, streams in enumerate(sets):
                     features = f.query_features(own, index)
                     turned = blocks.turned(features, tokens)
-                    numerators, normalisers = blocks.read(features, turned, readouts[index], len(streams))
-                    normalisers = normalisers + ctx.eps
-                    part = upstream[..., _channels(streams)]
-                    grad_numerators = _divide_streams(part, normalisers, streams, out=scratch("upstream", *part.shape))
-                    weighted = torch.mul(numerators, grad_numerators, out=scratch("weighted", *part.shape))
-                    grad_normalisers = -_sum_per_stream(weighted, streams) / normalisers
-                    grad_product = grad_numerators, grad_normalisers
+                    product = blocks.read(features, turned, readouts[index], len(streams))
+                    grad_product = blocks.divide_backward(*product, streams, ctx.eps, upstream[..., _channels(streams)])
                     grad_readouts[index] += blocks.grad_readout(features, turned, *grad_product)
                     grad_features = blocks.grad_features(features, readouts[index], *grad_product, tokens)
                     grads.append(f.query_backward(own, index, features, grad_features))
@@ -211,7 +209,7 @@ class _LinearAttention(torch.autograd.Function):
             grad_k,
             grad_v,
             None if grad_position is None else grad_position.to(position.dtype),
-            *(None,) * 4,
+            *(None,) * 5,
             *(
                 None if parameter is None or grad is None else grad.to(parameter.dtype)
                 for parameter, grad in zip(learned, f.gradients(), strict=True)
@@ -219,7 +217,7 @@ class _LinearAttention(torch.autograd.Function):
         )
 
 
-class _Blocks:
+class Blocks:
     """Blocks of tokens as the features want them, and the products that features and readouts make."""
 
     def __init__(self, q: Tensor, position: Tensor | None, key_mask: Tensor | None, turns: Tensor | None) -> None:
@@ -275,10 +273,25 @@ class _Blocks:
         out = self.scratch("product", *features.shape[:3], rows - streams)
         return _product(turned, values.mT, out), _product(features, means.mT)
 
+    def divide(
+        self, numerators: Tensor, normalisers: Tensor, streams: Sequence[Stream], eps: float, out: Tensor
+    ) -> None:
+        """Each stream's numerators over its normaliser, into `out` (b, h, T, ·)."""
+        out.copy_(_divide_streams(numerators, normalisers + eps, streams, out=numerators))
+
+    def divide_backward(
+        self, numerators: Tensor, normalisers: Tensor, streams: Sequence[Stream], eps: float, grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of numerators and normalisers from that of their quotients."""
+        normalisers = normalisers + eps
+        grad_numerators = _divide_streams(grad, normalisers, streams, out=self.scratch("upstream", *grad.shape))
+        weighted = torch.mul(numerators, grad_numerators, out=self.scratch("weighted", *grad.shape))
+        return grad_numerators, -_sum_per_stream(weighted, streams) / normalisers
+
     def grad_readout(self, features: Tensor, turned: Tensor, numerators: Tensor, normalisers: Tensor) -> Tensor:
         """From the gradients of what `read` returns."""
         if turned is features:
-            return _product(self._joined(numerators, normalisers).mT, features)
+            return _product(self.joined(numerators, normalisers).mT, features)
         return torch.cat([_product(numerators.mT, turned), _product(normalisers.mT, features)], dim=2)
 
     def grad_features(
@@ -287,12 +300,12 @@ class _Blocks:
         """Likewise."""
         grad = self.scratch("grad_features", *features.shape)
         if self.rotary is None:
-            return _product(self._joined(numerators, normalisers), readout, grad)
+            return _product(self.joined(numerators, normalisers), readout, grad)
         values, means = readout.split([numerators.shape[-1], normalisers.shape[-1]], dim=2)
         grad = self.turned_back(_product(numerators, values, grad), tokens)
         return grad.addcmul_(normalisers, means) if means.shape[2] == 1 else grad + _product(normalisers, means)
 
-    def _joined(self, numerators: Tensor, normalisers: Tensor) -> Tensor:
+    def joined(self, numerators: Tensor, normalisers: Tensor) -> Tensor:
         shape = (*numerators.shape[:3], numerators.shape[-1] + normalisers.shape[-1])
         return torch.cat([numerators, normalisers], dim=-1, out=self.scratch("grad_product", *shape))
 

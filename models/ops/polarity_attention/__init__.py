@@ -10,16 +10,18 @@ from torch import Tensor
 from .. import is_exporting
 from ..linear_attention.derivatives import beyond_plain, refusal
 from .eager import polarity_attention_eager
+from .native import polarity_attention_native
+from .native import reason_against as _reason_against_native
 from .reference import polarity_attention_reference
 
-BACKENDS = ("eager", "triton", "reference")
+BACKENDS = ("eager", "native", "triton", "reference")
 ENVIRONMENT_VARIABLE = "POLARITY_ATTENTION_BACKEND"
 # What auto means in this process: a backend by name, or by device, dtype and channels.
 AUTO = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 
 
 def choose_backend(backend: str, device: torch.device, dtype: torch.dtype = torch.float32, channels: int = 1) -> str:
-    """The implementation that runs on tensors of this kind: the one named, or for auto triton where it can, else eager.
+    """The implementation that runs on tensors of this kind: the one named, or for auto triton or native where they can.
 
     Raises ValueError for an unknown name, and for a named backend that cannot run, with the reason.
     """
@@ -27,18 +29,21 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype = torc
     if backend == "auto":
         backend, by = AUTO, ENVIRONMENT_VARIABLE
     if backend == "auto":
-        return (
-            "triton" if device.type == "cuda" and _reason_against_triton(device, dtype, channels) is None else "eager"
-        )
+        fast = {"cuda": "triton", "cpu": "native"}.get(device.type, "eager")
+        return "eager" if _reason_against(fast, device, dtype, channels) else fast
     if backend not in BACKENDS:
         raise ValueError(f"{by} {backend!r} is no backend of polarity attention, expected auto, {', '.join(BACKENDS)}")
-    if backend == "triton" and (reason := _reason_against_triton(device, dtype, channels)):
-        raise ValueError(f"polarity attention's triton backend cannot run: {reason}")
+    if reason := _reason_against(backend, device, dtype, channels):
+        raise ValueError(f"polarity attention's {backend} backend cannot run: {reason}")
     return backend
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once instead of tracing into what asks the device
-def _reason_against_triton(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
+def _reason_against(backend: str, device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
+    if backend == "native":
+        return _reason_against_native(device)
+    if backend != "triton":
+        return None
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     from .triton_op import reason_against  # not every platform has Triton
@@ -58,7 +63,9 @@ def _backend_of_call(backend: str, q: Tensor, k: Tensor, *others: Tensor | None)
     reason = beyond_plain(q, k, *others)
     if reason is not None and chosen != "reference" and (AUTO if backend == "auto" else backend) != "auto":
         raise ValueError(refusal(chosen, reason))
-    return "reference" if reason is not None or q.numel() == 0 or k.numel() == 0 else chosen
+    if reason is not None or q.numel() == 0 or k.numel() == 0:
+        return "reference"
+    return "eager" if chosen == "native" and torch.compiler.is_compiling() else chosen
 
 
 def _implementation(backend: str) -> Callable[..., Tensor]:
@@ -66,7 +73,11 @@ def _implementation(backend: str) -> Callable[..., Tensor]:
         from .triton_op import polarity_attention_triton
 
         return polarity_attention_triton
-    return {"eager": polarity_attention_eager, "reference": polarity_attention_reference}[backend]
+    return {
+        "eager": polarity_attention_eager,
+        "native": polarity_attention_native,
+        "reference": polarity_attention_reference,
+    }[backend]
 
 
 def polarity_attention(
@@ -96,8 +107,8 @@ def polarity_attention(
         key_mask: (B, n) bool, True for a real key. Masked keys contribute nothing, and both means divide by the number
             of real keys. A row without real keys gives 0.
         eps: positive, added to both normalisers.
-        backend: auto, eager, triton or reference (README.md). Gradients flow to every tensor but key_mask; eager and
-            triton are differentiable once, by a plain backward pass, so that auto takes reference inside torch.func
+        backend: auto, eager, native, triton or reference (README.md). Gradients flow to every tensor but key_mask; all
+            but reference are differentiable once, by a plain backward pass, so that auto takes reference inside torch.func
             and where forward-mode AD gives an input a tangent.
 
     Returns:
