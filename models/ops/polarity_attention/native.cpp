@@ -26,13 +26,16 @@ template <class T> struct Rows {
   T* at(int64_t b, int64_t h, int64_t n) const { return data + b * image + h * head + n * token; }
 };
 
-// work(part, b, h, first, last) for each part of at most `length` tokens of each image and head, shared by all threads
-template <class F> void over_parts(const Tensor& like, int64_t length, const F& work) {
+// work(part, b, n, h) for every token and head; parts of at most `length` tokens of an image are shared by all threads,
+// and a part goes through memory as queries and keys lie there: token by token, all heads
+template <class F> void over_tokens(const Tensor& like, int64_t length, const F& work) {
   const int64_t H = like.size(1), N = like.size(2), parts = (N + length - 1) / length;
-  at::parallel_for(0, like.size(0) * H * parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % parts * length;
-      work(i, i / parts / H, i / parts % H, first, std::min(N, first + length));
+  at::parallel_for(0, like.size(0) * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t b = part / parts, first = part % parts * length;
+      for (int64_t n = first; n < std::min(N, first + length); ++n) {
+        for (int64_t h = 0; h < H; ++h) work(part, b, h, n);
+      }
     }
   });
 }
@@ -56,48 +59,43 @@ void features(const Tensor& x, const Tensor& factor, const Tensor& power, const 
   const Rows<T> results(out);
   const T *factors = factor.const_data_ptr<T>(), *powers = power.const_data_ptr<T>();
   const int64_t d = x.size(3), W = Vec<T>::size();
-  over_parts(x, length, [&](int64_t, int64_t b, int64_t h, int64_t first, int64_t last) {
+  over_tokens(x, length, [&](int64_t, int64_t b, int64_t h, int64_t n) {
     const Vec<T> zero(T(0));
-    for (int64_t n = first; n < last; ++n) {
-      for (int64_t c = 0; c < d; c += W) {
-        const int64_t count = std::min(W, d - c), at = h * d + c;
-        const Sharpened<T> s(tokens.at(b, h, n) + c, factors + at, powers + at, count);
-        const Vec<T> size = s.slope * s.u.abs();
-        T* result = results.at(b, h, n) + c;
-        Vec<T>::blendv(size, zero, s.u <= zero).store(result, count);
-        Vec<T>::blendv(size, zero, s.u >= zero).store(result + d, count);
-      }
+    for (int64_t c = 0; c < d; c += W) {
+      const int64_t count = std::min(W, d - c), at = h * d + c;
+      const Sharpened<T> s(tokens.at(b, h, n) + c, factors + at, powers + at, count);
+      const Vec<T> size = s.slope * s.u.abs();
+      T* result = results.at(b, h, n) + c;
+      Vec<T>::blendv(size, zero, s.u <= zero).store(result, count);
+      Vec<T>::blendv(size, zero, s.u >= zero).store(result + d, count);
     }
   });
 }
 
-// From the gradient of the features to that of x, into out; moments (parts, 2, d): Σ u·∂/∂u without the factor p over a
-// part's tokens, and the same with each term times log2|u|
+// From the gradient of the features to that of x, into out; adds to moments (parts, 2, h, d) Σ u·∂/∂u without the factor
+// p over a part's tokens, and the same with each term times log2|u|
 template <class T, class X>
 void features_backward(const Tensor& x, const Tensor& factor, const Tensor& power, const Tensor& grad,
                        const Tensor& out, const Tensor& moments, int64_t length) {
   const Rows<X> tokens(x);
   const Rows<T> grads(grad), results(out);
   const T *factors = factor.const_data_ptr<T>(), *powers = power.const_data_ptr<T>();
-  const int64_t d = x.size(3), W = Vec<T>::size();
+  const int64_t d = x.size(3), channels = x.size(1) * d, W = Vec<T>::size();
   T* sums = moments.data_ptr<T>();
-  over_parts(x, length, [&](int64_t part, int64_t b, int64_t h, int64_t first, int64_t last) {
+  over_tokens(x, length, [&](int64_t part, int64_t b, int64_t h, int64_t n) {
     const Vec<T> zero(T(0)), one(T(1));
     for (int64_t c = 0; c < d; c += W) {
       const int64_t count = std::min(W, d - c), at = h * d + c;
+      const Sharpened<T> s(tokens.at(b, h, n) + c, factors + at, powers + at, count);
+      const T* own = grads.at(b, h, n) + c;
+      Vec<T> chosen = Vec<T>::blendv(Vec<T>::loadu(own, count), Vec<T>::loadu(own + d, count).neg(), s.u < zero);
+      chosen = Vec<T>::blendv(chosen, zero, s.u == zero) * s.slope;
       const Vec<T> outer = (Vec<T>::loadu(powers + at, count) + one) * Vec<T>::loadu(factors + at, count);
-      Vec<T> moment = zero, log_moment = zero;
-      for (int64_t n = first; n < last; ++n) {
-        const Sharpened<T> s(tokens.at(b, h, n) + c, factors + at, powers + at, count);
-        const T* own = grads.at(b, h, n) + c;
-        Vec<T> chosen = Vec<T>::blendv(Vec<T>::loadu(own, count), Vec<T>::loadu(own + d, count).neg(), s.u < zero);
-        chosen = Vec<T>::blendv(chosen, zero, s.u == zero) * s.slope;
-        (chosen * outer).store(results.at(b, h, n) + c, count);
-        moment = moment + chosen * s.u;
-        log_moment = log_moment + chosen * s.u * s.log;
-      }
-      moment.store(sums + part * 2 * d + c, count);
-      log_moment.store(sums + (part * 2 + 1) * d + c, count);
+      (chosen * outer).store(results.at(b, h, n) + c, count);
+      const Vec<T> moment = chosen * s.u;
+      T* sum = sums + part * 2 * channels + at;
+      (Vec<T>::loadu(sum, count) + moment).store(sum, count);
+      (Vec<T>::loadu(sum + channels, count) + moment * s.log).store(sum + channels, count);
     }
   });
 }
@@ -108,15 +106,13 @@ void divide(const Tensor& numerators, const Tensor& normalisers, at::IntArrayRef
             int64_t length) {
   const Rows<T> tops(numerators), bottoms(normalisers);
   const Rows<X> results(out);
-  over_parts(out, length, [&](int64_t, int64_t b, int64_t h, int64_t first, int64_t last) {
-    for (int64_t n = first; n < last; ++n) {
-      const T* top = tops.at(b, h, n);
-      X* result = results.at(b, h, n);
-      int64_t c = 0;
-      for (size_t stream = 0; stream < ends.size(); ++stream) {
-        const T bottom = bottoms.at(b, h, n)[stream] + T(eps);
-        for (; c < ends[stream]; ++c) result[c] = static_cast<X>(top[c] / bottom);
-      }
+  over_tokens(out, length, [&](int64_t, int64_t b, int64_t h, int64_t n) {
+    const T* top = tops.at(b, h, n);
+    X* result = results.at(b, h, n);
+    int64_t c = 0;
+    for (size_t stream = 0; stream < ends.size(); ++stream) {
+      const T bottom = bottoms.at(b, h, n)[stream] + T(eps);
+      for (; c < ends[stream]; ++c) result[c] = static_cast<X>(top[c] / bottom);
     }
   });
 }
@@ -128,23 +124,21 @@ void divide_backward(const Tensor& numerators, const Tensor& normalisers, at::In
   const Rows<T> tops(numerators), bottoms(normalisers), results(out);
   const Rows<X> grads(grad);
   const int64_t channels = grad.size(3), W = Vec<T>::size();
-  over_parts(grad, length, [&](int64_t, int64_t b, int64_t h, int64_t first, int64_t last) {
-    for (int64_t n = first; n < last; ++n) {
-      const T* top = tops.at(b, h, n);
-      const X* own = grads.at(b, h, n);
-      T* result = results.at(b, h, n);
-      int64_t start = 0;
-      for (size_t stream = 0; stream < ends.size(); start = ends[stream++]) {
-        const T bottom = bottoms.at(b, h, n)[stream] + T(eps);
-        for (int64_t c = start; c < ends[stream]; ++c) result[c] = static_cast<T>(own[c]) / bottom;
-        Vec<T> sums(T(0));
-        for (int64_t c = start; c < ends[stream]; c += W) {
-          const int64_t count = std::min(W, ends[stream] - c);
-          sums = sums + Vec<T>::loadu(top + c, count) * Vec<T>::loadu(result + c, count);
-        }
-        const auto add = [](Vec<T> a, Vec<T> b) { return a + b; };
-        result[channels + stream] = -at::vec::vec_reduce_all<T>(add, sums) / bottom;
+  over_tokens(grad, length, [&](int64_t, int64_t b, int64_t h, int64_t n) {
+    const T* top = tops.at(b, h, n);
+    const X* own = grads.at(b, h, n);
+    T* result = results.at(b, h, n);
+    int64_t start = 0;
+    for (size_t stream = 0; stream < ends.size(); start = ends[stream++]) {
+      const T bottom = bottoms.at(b, h, n)[stream] + T(eps);
+      for (int64_t c = start; c < ends[stream]; ++c) result[c] = static_cast<T>(own[c]) / bottom;
+      Vec<T> sums(T(0));
+      for (int64_t c = start; c < ends[stream]; c += W) {
+        const int64_t count = std::min(W, ends[stream] - c);
+        sums = sums + Vec<T>::loadu(top + c, count) * Vec<T>::loadu(result + c, count);
       }
+      const auto add = [](Vec<T> a, Vec<T> b) { return a + b; };
+      result[channels + stream] = -at::vec::vec_reduce_all<T>(add, sums) / bottom;
     }
   });
 }

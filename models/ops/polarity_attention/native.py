@@ -1,6 +1,6 @@
 """Polarity attention on a CPU with native.cpp: what is no matrix product takes one pass over a block.
 
-python -m models.ops.polarity_attention.native    build it for this machine, with the C++ compiler (CXX, else g++)
+`python -m models.ops.polarity_attention` builds it for this machine, with the C++ compiler (CXX, else g++).
 
 Nothing is built by importing or by training: what was built before is taken, from a file whose name has the source, the
 processor's vectors and PyTorch's version in it. Under torch.compile the functions of eager.py are traced instead, which
@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
@@ -52,7 +51,7 @@ def reason_against(device: torch.device) -> str | None:
     """Why it cannot take tensors of this device, or None."""
     if device.type != "cpu":
         return f"it computes on a CPU, the queries are on {device.type}"
-    return None if is_loaded() else f"{library()} is not there: `python -m {__name__}` builds it with a C++ compiler"
+    return None if is_loaded() else f"{library()} is not there: `python -m {__package__}` builds it with a C++ compiler"
 
 
 @cache
@@ -138,10 +137,10 @@ class NativePolarityFeatures(PolarityFeatures):
 
     def key_backward(self, tokens: Tensor, features: Tensor, grad: Tensor) -> Tensor:
         b, h, T, d = tokens.shape
-        out = self.scratch("grad_u", *tokens.shape)
-        moments = self.scratch("moments", b, h, math.ceil(T / LENGTH), 2, d)
+        out = self.scratch("grad_u", b, T, h, d).transpose(1, 2)
+        moments = self.scratch("moments", b * math.ceil(T / LENGTH), 2, h, d).zero_()
         torch.ops.polaformer_native.features_backward(tokens, *self.parameters, grad, out, moments, LENGTH)
-        moment, log_moment = moments.sum(dim=(0, 2))[:, :, None].unbind(1)
+        moment, log_moment = moments.sum(dim=0)[:, :, None]
         self.moment += moment
         self.log_moment += math.log(2) * log_moment
         return out
@@ -162,10 +161,3 @@ def polarity_attention_native(
         q, k, v, NativePolarityFeatures, (exponent, scale),
         position=position, key_mask=key_mask, eps=eps, blocks_of=NativeBlocks,
     )  # fmt: skip
-
-
-if __name__ == "__main__":
-    try:
-        sys.stdout.write(f"built {build()}\n")
-    except RuntimeError as error:
-        sys.exit(str(error))
