@@ -170,6 +170,15 @@ def test_a_small_data_set_may_have_one_unreadable_image_by_default(folder):
         list(loaders(folder, "DATA.MAX_UNREADABLE", "0").train)
 
 
+def test_repeats_of_an_unreadable_image_count_once_over_all_processes(folder):
+    """They are dealt to different processes, whose counts are summed."""
+    (folder / "train" / "cat" / "0.jpg").write_bytes(b"")
+    dataset = loaders(folder, "AUG.REPEATS", "3").train.loader.dataset
+    victim = dataset.source.labels.tolist().index(2)
+    samples = dataset.__getitems__([Draw(0, victim, repeat) for repeat in range(3)])
+    assert [len(sample.unreadable) for sample in samples] == [1, 0, 0]
+
+
 def test_tools_folders_are_no_classes(folder):
     (folder / "train" / ".ipynb_checkpoints").mkdir()
     assert loaders(folder).classes == ("ant", "bee", "cat")
@@ -454,27 +463,48 @@ def test_evaluation_shards_neither_drop_nor_duplicate(size, world):
     assert sorted(itertools.chain(*shards)) == list(range(size))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_repeated_augmentation_deals_an_image_s_repeats_to_the_ranks(world_size):
+@pytest.mark.parametrize("repeats", [2, 3, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [24, 25, 257])
+def test_repeated_augmentation_deals_an_image_s_repeats_to_the_ranks(size, world_size, repeats):
     """The same draws, all ranks together, for every number of processes, from every start; as many as without."""
-    size, repeats = 24, 3
 
     def draws(rank: int, epoch: int, start: int = 0, world: int = world_size) -> list[Draw]:
         sampler = TrainSampler(size, rank=rank, world_size=world, seed=5, repeats=repeats)
         sampler.set_epoch(epoch, start)
-        assert len(sampler) == size // world
+        assert len(sampler) == len(TrainSampler(size, rank=rank, world_size=world, seed=5)) == size // world
         return list(sampler)
 
     for epoch in (0, 1):
         dealt = [draw for one in zip(*(draws(rank, epoch) for rank in range(world_size)), strict=True) for draw in one]
-        assert dealt == draws(0, epoch, world=1)
-        assert [draw.repeat for draw in dealt] == [0, 1, 2] * 8
+        assert dealt == draws(0, epoch, world=1)[: size // world_size * world_size]
+        assert [draw.repeat for draw in dealt] == [place % repeats for place in range(len(dealt))]
         images = [draw.position for draw in dealt]
-        assert images[::3] == images[1::3] == images[2::3] and len(set(images)) == 8
+        assert images == [image for image in images[::repeats] for _ in range(repeats)][: len(images)]
+        assert len(set(images)) == -(-len(images) // repeats)
         assert draws(world_size - 1, epoch, 2) == draws(world_size - 1, epoch)[2:]
     assert draws(0, 0) != draws(0, 1) and {draw.epoch for draw in draws(0, 1)} == {1}
-    plain = TrainSampler(size, rank=0, world_size=1, seed=5)
-    assert [draw.position for draw in plain][:8] == [draw.position for draw in draws(0, 0, world=1)][::3]
+    plain = [draw.position for draw in TrainSampler(size, rank=0, world_size=1, seed=5)]
+    repeated = [draw.position for draw in draws(0, 0, world=1)][::repeats]
+    assert plain[: len(repeated)] == repeated
+
+
+def test_repeats_go_on_over_epochs_of_a_number_of_steps():
+    """TRAIN.STEPS: passes follow each other without remainder, whatever the number of processes."""
+    streams = []
+    for world_size in (1, 2):
+        samplers = [
+            TrainSampler(7, rank=rank, world_size=world_size, seed=5, samples=10 // world_size, repeats=3)
+            for rank in range(world_size)
+        ]
+        stream = []
+        for epoch in range(4):
+            for sampler in samplers:
+                sampler.set_epoch(epoch)
+            stream += [draw for one in zip(*samplers, strict=True) for draw in one]
+        streams.append(stream)
+    assert streams[0] == streams[1] and len(streams[0]) == 40
+    assert sorted(draw.position for draw in streams[0][:21]) == sorted([*range(7)] * 3)
 
 
 def test_repeats_of_an_image_are_augmented_differently_and_reproducibly():

@@ -20,6 +20,7 @@ from optimizer import build_optimizer, load_optimizer_state, parameter_groups
 
 NALA = ROOT / "tests" / "fixtures" / "nala"
 SIZES = ("xt", "t", "s", "b", "l")
+IMAGENET = 1_281_167  # training images
 CHECKPOINT = NALA / "checkpoint_nala_tiny.pth"
 
 
@@ -95,7 +96,10 @@ def test_moments_find_their_parameters_in_either_order_of_the_groups(undecayed_f
 def test_the_recipe(size):
     config = load_config(config_file(f"nalaformer_{size}"))
     batch = {"t": 2048}.get(size, 1024)
-    assert make_plan(config, 8).global_batch == batch
+    plan = make_plan(config, 8)
+    assert plan.global_batch == batch
+    # as many steps as the published sampler's ⌊images/256⌋·256/8 samples make, on all of ImageNet
+    assert IMAGENET // 8 // plan.per_process == IMAGENET // 256 * 256 // 8 // plan.per_process
     train = config.TRAIN
     assert (train.BASE_LR, train.WARMUP_LR, train.MIN_LR, train.SCALE_WARMUP_MIN_LR) == (5e-4, 1e-6, 1e-5, False)
     assert (train.WARMUP_EPOCHS, train.EPOCHS, train.COOLDOWN_EPOCHS, train.WEIGHT_DECAY) == (5, 300, 0, 0.05)
