@@ -208,8 +208,9 @@ def _check_epoch(config: CfgNode, loaders: Loaders, continuation: dict[str, Any]
         raise CheckpointError(
             f"{source} lies inside an epoch of {continuation['images']} images drawn with SEED {continuation['seed']};"
             f" now there are {mine['images']} and SEED is {mine['seed']} (AUG.REPEATS was"
-            f" {continuation.get('repeats', mine['repeats'])}, is {mine['repeats']}), so its rest would be other images."
-            " Restore them, or continue from a checkpoint between two epochs with --opts TRAIN.AUTO_RESUME False --resume FILE"
+            f" {continuation.get('repeats', mine['repeats'])}, is {mine['repeats']}), so its rest would be other images"
+            ". Restore them, or continue from a checkpoint between two epochs with --opts TRAIN.AUTO_RESUME False"
+            " --resume FILE"
         )
 
 

@@ -124,7 +124,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny, options, monkeypatch
 def test_stopped_anywhere_any_number_of_times_equals_uninterrupted(tmp_path, text, options, monkeypatch):
     """SIGTERM inside an epoch, at the last step, in the validation; every part continues from what it saved.
 
-    Of NaLaFormer's recipe each part has another number of loader processes, which does not matter to an image's repeats.
+    With NaLaFormer's recipe each part has another number of loader processes.
     """
     tiny = write_tiny(tmp_path, text)
     options += " TRAIN.EPOCHS 2 DATA.TRAIN_FRACTION 0.5"
