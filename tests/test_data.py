@@ -373,6 +373,20 @@ def test_evaluation_can_keep_the_aspect_ratio():
     assert wide(photograph).shape == (3, 64, 224)
 
 
+@pytest.mark.parametrize(("size", "ratio"), [*((side, 0.875) for side in (160, 192, 200, 224)), (240, 1.0), (288, 1.0)])
+def test_evaluation_of_nalaformer_is_that_of_its_script(size, ratio):
+    """The shorter side to int(256/224·size), above 224 pixels to the size itself; pixel for pixel."""
+    options = ["DATA.IMG_SIZE", str(size), "TEST.CROP_RATIO", str(ratio)]
+    config = load_config(config_file("nalaformer_xt"), options)
+    transform = evaluation_transform(config, image_size(config))
+    shorter = int(256 / 224 * size) if size <= 224 else size
+    resize = transforms.Resize(shorter, transforms.InterpolationMode.BICUBIC)
+    expected = transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
+    photograph = Image.fromarray(load_sample_images().images[0])  # 427×640
+    for shape in ((640, 427), (427, 640), (301, 200), (97, 131), (300, 300), (shorter, shorter + 1)):
+        assert torch.equal(transform(photograph.resize(shape)), expected(photograph.resize(shape))), shape
+
+
 def test_non_square_and_small_sizes():
     image = Image.fromarray(load_sample_images().images[0])
     for option, shape in (("[64,96]", (3, 64, 96)), ("128", (3, 128, 128))):

@@ -10,13 +10,16 @@ import pytest
 import timm
 import torch
 from conftest import RELEASED, ROOT, config_file, fill_with_recipe, read_json
+from PIL import Image
 from safetensors.torch import save_file
+from timm.data import create_transform, resolve_model_data_config
 from timm.models import _registry as timm_registry
 from timm.models import create_feature_extractor, group_parameters, save_for_hf
 from torch import Tensor
 from torchvision.models import feature_extraction
 
-from config import load_config
+from config import image_size, load_config
+from data.transforms import Normalise, evaluation_transform
 from engine.training import place
 from models import build_model, list_models
 from models.files import CheckpointError, load_checkpoint
@@ -164,6 +167,17 @@ def test_default_configuration_describes_the_model(model):
     assert data["interpolation"] == "bicubic" and data["crop_mode"] == (
         "center" if model.family == "NaLaFormer" else "squash"
     )
+
+
+@every_model
+def test_timms_transform_makes_the_pixels_of_the_configuration(name):
+    config = load_config(config_file(CONFIGS[name]))
+    with torch.device("meta"):
+        theirs = create_transform(**resolve_model_data_config(timm.create_model(name)))
+    ours, normalise = evaluation_transform(config, image_size(config)), Normalise(torch.device("cpu"))
+    for shape in ((330, 470), (301, 200), (256, 256)):
+        image = Image.fromarray(torch.randint(256, (*shape, 3), dtype=torch.uint8).numpy())
+        assert torch.allclose(theirs(image), normalise(ours(image)[None])[0], atol=1e-5)
 
 
 def test_intermediates_are_the_stages_of_the_forward_pass(model):
