@@ -173,7 +173,8 @@ def test_default_configuration_describes_the_model(model):
 def test_timms_transform_makes_the_pixels_of_the_configuration(name):
     config = load_config(config_file(CONFIGS[name]))
     with torch.device("meta"):
-        theirs = create_transform(**resolve_model_data_config(timm.create_model(name)))
+        described = resolve_model_data_config(timm.create_model(name))
+    theirs = create_transform(**described)
     ours, normalise = evaluation_transform(config, image_size(config)), Normalise(torch.device("cpu"))
     for shape in ((330, 470), (301, 200), (256, 256)):
         image = Image.fromarray(torch.randint(256, (*shape, 3), dtype=torch.uint8).numpy())
