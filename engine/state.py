@@ -332,13 +332,16 @@ def resume(config: CfgNode, training: Training, loaders: Loaders) -> Start:
         checkpoint = load_checkpoint(source)
         progress, interval = restore(config, training, loaders, checkpoint, source)
         inside = f" and {progress.done} of {training.steps_per_epoch} steps" if progress.done else ""
+        of_average = ""
+        if training.ema and (key := BESTS["ema"].key) in checkpoint:
+            of_average = f", of the average {percent(checkpoint, key):.3f} %"
         logger.info(
             "continues from %s: %d epochs%s finished, best top-1 %.3f %%%s",
             source,
             progress.epoch,
             inside,
             percent(checkpoint, BESTS["model"].key),
-            f", of the average {percent(checkpoint, BESTS['ema'].key):.3f} %" if training.ema else "",
+            of_average,
         )
     elif config.MODEL.PRETRAINED:
         source = config.MODEL.PRETRAINED

@@ -330,6 +330,14 @@ def test_an_average_over_more_steps_than_the_run_has_is_said(start, log, options
     assert (line in log.text) == warned
 
 
+def test_a_decay_for_512_images_is_said_and_advised_as_it_is_written(start, log):
+    start("EMA.ENABLE True EMA.DECAY 0.9999 EMA.DECAY_PER_512 True")
+    said = re.search(r"EMA.DECAY 0.9999 averages over about 79996 steps.* a decay of at most (\S+), lets", log.text)
+    log.clear()
+    start(f"EMA.ENABLE True EMA.DECAY {said[1]} EMA.DECAY_PER_512 True")
+    assert "averages over" not in log.text and float(said[1]) ** (64 / 512) == pytest.approx(1 - 10 / 44, rel=1e-3)
+
+
 def test_the_guard_reads_nothing_back_per_step(start, monkeypatch):
     """Between log lines no value leaves the device: .item(), .tolist(), bool() and float() are forbidden."""
     _, training, loaders = start(f"{PLAIN} PRINT_FREQ 1000 EMA.ENABLE True")

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import recipe
 import torch
-from conftest import ROOT, config_file, read_json, recipe_input
+from conftest import ROOT, config_file, folder_of, read_json, recipe_input, run
 from golden import assert_attention, assert_entries, assert_golden
+from run_files import epoch_file
+from test_pola_pp import evaluate_file
 
 from config import load_config, make_plan
 from models import build_model
-from models.files import load_checkpoint, weights_of
+from models.files import CheckpointError, load_checkpoint, weights_of
 from models.loading import load_weights
 from models.nalaformer import NaLaFormer, NalaMapAttention, NalaSoftmaxAttention
 from models.options import AttentionOptions
@@ -122,3 +124,67 @@ def test_what_is_published_of_xt_and_t_is_not_what_was_reported():
             }.items()
         }
     assert [round(size / 1e6, 2) for size in sizes.values()] == [6.14, 7.83, 14.93]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of the published script in runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_its_file_is_evaluated_by_model_and_average(tiny_nala, log):
+    both = evaluate_file(tiny_nala, CHECKPOINT)
+    assert f"evaluated {CHECKPOINT} (sha256 " in log.text and f"evaluated EMA weights of {CHECKPOINT} (" in log.text
+    assert both.keys() == {"eval_val", "eval_val_ema"} and both["eval_val"] != both["eval_val_ema"]
+    content = load_checkpoint(CHECKPOINT)
+    weights = dict(content["model"])
+    file = tiny_nala.parent / "other.pth"
+    for bare in (weights, {"model": weights}, {"module." + name: value for name, value in weights.items()}):
+        torch.save(bare, file)
+        assert evaluate_file(tiny_nala, file) == {"eval_val": both["eval_val"]}
+    for word, name in (("ema", "eval_val_ema"), ("model", "eval_val")):
+        named = tiny_nala.parent / f"{word}.pth"
+        named.write_bytes(CHECKPOINT.read_bytes())
+        assert evaluate_file(tiny_nala, named, f"MODEL.WEIGHTS {word}") == {name: both[name]}
+
+
+@pytest.mark.parametrize("kind", ["model", "model_ema"])
+def test_a_missing_or_strange_entry_of_its_file_is_named(tiny_nala, kind):
+    """Also of a family that differs in few names, and in either set of weights."""
+    content, file = load_checkpoint(CHECKPOINT), tiny_nala.parent / "spoilt.pth"
+    weights = content[kind]
+    for name in ("layers.0.RoPE.angle", "norm.num_batches_tracked", "layers.1.blocks.0.attn.ln.bias"):
+        torch.save({**content, kind: {key: value for key, value in weights.items() if key != name}}, file)
+        with pytest.raises(CheckpointError, match=rf"spoilt.pth does not fit NaLaFormer.*(.|\n)*missing \(1\): {name}"):
+            evaluate_file(tiny_nala, file)
+    torch.save({**content, kind: {**weights, "layers.0.RoPE_linear.angle": torch.zeros(8)}}, file)
+    with pytest.raises(CheckpointError, match=r"unexpected \(1\): layers.0.RoPE_linear.angle"):
+        evaluate_file(tiny_nala, file)
+    torch.save({**content, kind: {**weights, "proj.weight": weights["proj.weight"][..., None, None]}}, file)
+    with pytest.raises(CheckpointError, match=r"proj.weight"):  # a convolution, as PolaFormer++ has
+        evaluate_file(tiny_nala, file)
+
+
+def test_a_run_continues_from_its_file(tiny_nala, log):
+    run(tiny_nala, f"MODEL.RESUME {CHECKPOINT}")
+    assert "2 epochs finished, best top-1 25.000 %\n" in log.text  # of both: the file does not say whose
+    assert "epoch 2 [" in log.text and "epoch 1 [" not in log.text
+    before, after = load_checkpoint(CHECKPOINT), load_checkpoint(epoch_file(folder_of(tiny_nala), 3))
+    steps = after["step"] // 3
+    (taken,) = {entry["step"].item() for entry in before["optimizer"]["state"].values()}
+    assert {entry["step"].item() for entry in after["optimizer"]["state"].values()} == {taken + steps}
+    for kind in ("model", "model_ema"):
+        assert after[kind]["norm.num_batches_tracked"] == before["model"]["norm.num_batches_tracked"] + steps
+        assert not torch.equal(after[kind]["norm.running_mean"], before[kind]["norm.running_mean"])
+    (rate,) = {group["lr"] for group in after["optimizer"]["param_groups"]}  # the schedule's at epoch 2, for the next
+    assert rate == pytest.approx(5e-6 + (4e-3 / 8 - 5e-6) * 0.5 * (1 + np.cos(np.pi * 2 / 3)))
+
+
+def test_a_run_starts_from_the_weights_of_its_file(tiny_nala, log):
+    weights = load_checkpoint(CHECKPOINT)
+    for word, kind in (("auto", "model"), ("ema", "model_ema")):
+        start = f"MODEL.PRETRAINED {CHECKPOINT} MODEL.WEIGHTS {word} TAG {word}"
+        run(tiny_nala, f"{start} TRAIN.EPOCHS 1 TRAIN.BASE_LR 0 TRAIN.WARMUP_LR 0 TRAIN.MIN_LR 0")
+        assert f"starts from the weights of {CHECKPOINT}" in log.text
+        tuned = load_checkpoint(epoch_file(folder_of(tiny_nala).parent / word, 1))
+        for part in ("model", "model_ema"):
+            assert torch.equal(tuned[part]["head.weight"], weights[kind]["head.weight"])
