@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from data.transforms import Normalise
 from models.attention_maps import LayerRecord, MapError, attention_layers, kernel_in, record
+from models.kernels import LinearKernel
 from models.layers import Grid
 
 # −1 to 1: negative weights blue, none dark, positive from violet over orange to light yellow.
@@ -62,9 +63,9 @@ def token_at(point: tuple[float, float], size: tuple[int, int], grid: Grid) -> i
 
 
 def last_linear_layer(model: nn.Module) -> str:
-    """The deepest layer whose kernel has streams, as polarity's has, or the deepest of all where there is none."""
+    """The deepest layer of linear attention, or the deepest of all where there is none."""
     layers = attention_layers(model)
-    linear = [name for name, module in layers.items() if kernel_in(module).streams]
+    linear = [name for name, module in layers.items() if isinstance(kernel_in(module), LinearKernel)]
     return linear[-1] if linear else list(layers)[-1]
 
 
