@@ -9,10 +9,15 @@ import recipe
 import torch
 from conftest import ROOT, config_file, folder_of, read_json, recipe_input, run
 from golden import assert_attention, assert_entries, assert_golden
+from literal_nala import nalaformer_logits
 from run_files import epoch_file
 from test_pola_pp import evaluate_file
 
 from config import load_config, make_plan
+from data.loaders import build_loaders
+from engine.epoch import train_one_epoch
+from engine.training import build_training
+from logger import MetricsWriter
 from models import build_model
 from models.files import CheckpointError, load_checkpoint, weights_of
 from models.loading import load_weights
@@ -69,8 +74,12 @@ def test_a_checkpoint_of_the_published_script_gives_its_logits(caplog):
         load_weights(model, state, "nala")
         scale = expected[f"logits_{kind}_f64"].std()
         with torch.no_grad():
-            exact = model.double()(images.double()).numpy()
-        assert np.abs(exact - expected[f"logits_{kind}_f64"]).max() < 1e-10 * scale
+            exact = model.double()(images.double())
+            literal = nalaformer_logits(
+                model.state_dict(), images.double(), depths=[1, 2, 1, 1], num_heads=[1, 2, 2, 2]
+            )
+        for logits in (exact, literal):
+            assert np.abs(logits.numpy() - expected[f"logits_{kind}_f64"]).max() < 1e-10 * scale
 
 
 @pytest.mark.parametrize("undecayed_first", [False, True])
@@ -188,3 +197,76 @@ def test_a_run_starts_from_the_weights_of_its_file(tiny_nala, log):
         tuned = load_checkpoint(epoch_file(folder_of(tiny_nala).parent / word, 1))
         for part in ("model", "model_ema"):
             assert torch.equal(tuned[part]["head.weight"], weights[kind]["head.weight"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training, step by step
+# ---------------------------------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "T": "MODEL.PPP.MLP_RATIOS [4.0,4.0,4.0,4.0] MODEL.PPP.LAYER_INIT_VALUES [1.0,1.0,1.0,1.0]",
+    "B": "MODEL.PPP.NUM_HEADS [1,1,2,2] MODEL.PPP.LAYER_INIT_VALUES [1.0,1.0,1.0e-6,1.0e-6]",
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_a_run_in_float64_is_that_of_the_literal_model(tiny_nala, options):
+    """Losses, weights, running statistics and average of the whole recipe but stochastic depth, over four epochs of two
+    steps: the images that the run mixed, AdamW of PyTorch, and the schedule as the specification has it."""
+    options += (
+        " DATA.TRAIN_FRACTION 0.1 DATA.BATCH_SIZE 60 TRAIN.EPOCHS 4 MODEL.DROP_PATH_RATE 0 TRAIN.WARMUP_LR 1.0e-5"
+    )
+    config = load_config(str(tiny_nala), options.split())
+    plan = make_plan(config)
+    loaders = build_loaders(config, plan)
+    model = build_model(config, 10).double()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    average = {name: value.clone() for name, value in state.items()}
+    training = build_training(config, plan, model, loaders, torch.device("cpu"))
+    prepare, criterion, batches, losses = training.prepare, training.criterion, [], []
+
+    def kept(images, labels):
+        batches.append(prepare(images, labels))
+        return batches[-1]
+
+    def seen(logits, targets):
+        losses.append(criterion(logits, targets))
+        return losses[-1]
+
+    training.prepare, training.criterion = kept, seen
+    for epoch in range(4):
+        train_one_epoch(config, training, loaders.train, epoch, MetricsWriter(None))
+    assert len(batches) == 8 and training.ema.module.head.weight.dtype == torch.float64
+
+    names = {name for name, _ in model.named_parameters()}
+    groups = ([], [])
+    for name in names:
+        state[name].requires_grad_()
+        groups[state[name].ndim == 1 or name.endswith(".bias")].append(state[name])
+    decayed, plain = (
+        {"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.05, 0.0), strict=True)
+    )
+    optimizer = torch.optim.AdamW([plain, decayed])
+    base, low, first, decay = 4e-3 * 60 / 512, 5e-6, 1e-5, 0.9 ** (60 / 512)
+    schedule = [first, *(low + 0.5 * (base - low) * (1 + np.cos(np.pi * t / 4)) for t in (1, 2, 3))]
+    sizes = {"depths": config.MODEL.PPP.DEPTHS, "num_heads": config.MODEL.PPP.NUM_HEADS}
+    for step, (images, targets) in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule[max(0, step // 2 - 1)]
+        logits = nalaformer_logits(state, images, training=True, **sizes)
+        loss = -(targets * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
+        assert losses[step].item() == pytest.approx(loss.item(), rel=1e-9)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for name, value in state.items():
+            if value.is_floating_point():
+                average[name] = decay * average[name] + (1 - decay) * value.detach()
+    for found, expected in ((model, state), (training.ema.module, average)):
+        for name, value in found.state_dict().items():
+            if expected[name].is_floating_point():
+                assert (value - expected[name]).abs().max() < 1e-9, name
+    assert (model.head.weight - average["head.weight"]).abs().max() > 1e-4
+    with torch.no_grad():
+        logits = model.eval()(images)
+        assert torch.allclose(logits, nalaformer_logits(state, images, **sizes), rtol=0, atol=1e-9)
