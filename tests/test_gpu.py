@@ -166,7 +166,7 @@ def test_a_trained_step_in_bfloat16_is_close_to_that_in_float32(name):
             loss = torch.nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         losses.append(loss.item())
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double())
         model.zero_grad()
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and gradients[1].isfinite().all()
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.98
@@ -175,7 +175,7 @@ def test_a_trained_step_in_bfloat16_is_close_to_that_in_float32(name):
 @pytest.mark.parametrize("text", [TINY_PPP, TINY_NALA], ids=["PolaFormer++", "NaLaFormer"])
 def test_synchronised_batch_norm_trains_and_its_weights_are_those_of_the_rest(tmp_path, text):
     """In a process group, where it exchanges; of one process, where it equals BatchNorm."""
-    tiny = write_tiny(tmp_path, text.replace("SYNC_BN: True, ", ""))
+    tiny = write_tiny(tmp_path, text)
     for tag in ("True", "False"):
         options = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
         arguments = ["--cfg", tiny, "--opts", "TRAIN.EPOCHS", "1", "TRAIN.SYNC_BN", tag, "TAG", tag]
