@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from conftest import TINY, TINY_PPP
+from conftest import TINY, TINY_NALA, TINY_PPP
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -241,8 +241,9 @@ def test_a_skipped_step_leaves_running_statistics_and_their_average_as_they_were
     assert all(value.isfinite().all() for state in seen for entries in state for value in entries)
 
 
-def test_synchronised_batch_norm_keeps_names_and_is_left_out_on_a_cpu(start, log):
-    config, training, loaders = start("TRAIN.SYNC_BN True TRAIN.EPOCHS 1", TINY_PPP)
+@pytest.mark.parametrize("text", [TINY_PPP, TINY_NALA], ids=["PolaFormer++", "NaLaFormer"])
+def test_synchronised_batch_norm_keeps_names_and_is_left_out_on_a_cpu(start, log, text):
+    config, training, loaders = start("TRAIN.SYNC_BN True TRAIN.EPOCHS 1", text)
     log.set_level("INFO", get_logger().name)
     wrap(config, training)
     assert log.text.count("TRAIN.SYNC_BN is left out: PyTorch's SyncBatchNorm trains on GPUs alone") == 1
