@@ -190,7 +190,8 @@ def driven(mode: str, *arguments: str | Path) -> str:
 def test_two_processes_interrupted_and_resumed_equal_uninterrupted(tmp_path, text):
     """Of a model with BatchNorm, whose running statistics each rank has of its own, and validates by rank 0's."""
     tiny = write_tiny(tmp_path, text)
-    arguments = ["--cfg", tiny, "--opts", *AUGMENTED.split(), "TRAIN.EPOCHS", "2", "DATA.NUM_WORKERS", "2"]
+    options = f"{AUGMENTED} TRAIN.EPOCHS 2 DATA.NUM_WORKERS 2 CHECKPOINT.EVERY_STEPS 3 CHECKPOINT.KEEP 9"
+    arguments = ["--cfg", tiny, "--opts", *options.split()]
     told = driven("tell-statistics", *arguments, "--tag", "whole")
     digests = {rank: re.findall(rf"statistics of rank {rank}: (\w+) (\w+)", told) for rank in (0, 1)}
     for first, second in zip(digests[0], digests[1], strict=True):
@@ -204,6 +205,12 @@ def test_two_processes_interrupted_and_resumed_equal_uninterrupted(tmp_path, tex
     assert_same_run(root / "whole", root / "parts", 2)
     assert_same_predictions(root / "whole", root / "parts")
     assert len(load_checkpoint(epoch_file(root / "whole", 2))["rng"]) == 2
+    (root / "inside").mkdir()  # as if both had been killed in the middle of the second epoch
+    for name in ("metrics.jsonl", "ckpt_epoch_1_step_3.pth", "ckpt_epoch_1_step_3.pth.json"):
+        (root / "inside" / name).write_bytes((root / "whole" / name).read_bytes())
+    resumed = run_main(*arguments, "--tag", "inside", processes=2)
+    assert "1 epochs and 3 of 5 steps finished" in resumed.stdout
+    assert_same_run(root / "whole", root / "inside", 2)
 
 
 def test_a_finished_run_says_so_evaluates_and_exits_0(tiny):
