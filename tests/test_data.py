@@ -503,6 +503,35 @@ def test_repeated_augmentation_deals_an_image_s_repeats_to_the_ranks(size, world
     assert plain[: len(repeated)] == repeated
 
 
+def test_steps_of_repeated_augmentation_are_the_same_images_for_any_processes_and_workers(folder, monkeypatch):
+    """And of any number of passes, from an epoch's middle too: pixel for pixel, of all ranks together."""
+
+    def steps(world_size: int, workers: int, batch: int, start: int = 0) -> list[Counter]:
+        options = f"AUG.REPEATS 3 DATA.NUM_WORKERS {workers} DATA.BATCH_SIZE {batch} TRAIN.GLOBAL_BATCH 12"
+        ranks = []
+        for rank in range(world_size):
+            with monkeypatch.context() as patched:
+                patched.setattr("utils.distributed.rank", lambda rank=rank: rank)
+                config = load_config(config_file("nalaformer_xt"), f"DATA.DATA_PATH {folder} {options}".split())
+                plan = make_plan(config, world_size)
+                train = build_loaders(config, plan).train
+            found: list[Counter] = []
+            for epoch in (0, 1):
+                train.set_epoch(epoch, start * plan.accumulation)
+                batches = [Counter(image.numpy().tobytes() for image in images) for images, _ in train]
+                passes = plan.accumulation
+                found += [sum(batches[i : i + passes], Counter()) for i in range(0, len(batches), passes)]
+            train.close()
+            ranks.append(found)
+        return [sum(one, Counter()) for one in zip(*ranks, strict=True)]
+
+    expected = steps(1, 0, 12)
+    assert [step.total() for step in expected] == [12] * 4 and all(len(step) == 12 for step in expected)
+    for world_size, workers, batch in ((1, 3, 4), (2, 1, 6), (3, 0, 4), (3, 0, 2)):
+        assert steps(world_size, workers, batch) == expected, (world_size, workers, batch)
+    assert steps(2, 0, 6, start=1) == expected[1::2]
+
+
 def test_repeats_go_on_over_epochs_of_a_number_of_steps():
     """TRAIN.STEPS: passes follow each other without remainder, whatever the number of processes."""
     streams = []
