@@ -115,7 +115,7 @@ def build_scheduler(
         return EpochCosineLRScheduler(
             optimizer,
             steps_per_epoch=steps_per_epoch,
-            t_initial=plan.epochs - (warmup // steps_per_epoch if prefix else 0),
+            t_initial=max(1, plan.epochs - (warmup // steps_per_epoch if prefix else 0)),
             lr_min=min_lr,
             warmup_t=warmup // steps_per_epoch,
             warmup_lr_init=warmup_lr,

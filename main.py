@@ -1,4 +1,4 @@
-"""Train, evaluate or time Pola-Swin, Pola-PVT and PolaFormer++: the story of a run, from top to bottom.
+"""Train, evaluate or time Pola-Swin, Pola-PVT, PolaFormer++ and NaLaFormer: the story of a run, from top to bottom.
 
 python main.py --cfg configs/quickstart.yaml                                  one process, CPU or one GPU
 torchrun --nproc_per_node=8 main.py --cfg configs/pola_swin_t.yaml --data-path IMAGENET --amp

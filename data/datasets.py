@@ -70,7 +70,8 @@ class TrainDataset(Dataset[Sample]):
                     raise too_many_unreadable(len(unreadable), len(self), self.max_unreadable, unreadable) from error
                 index = (index + 1) % len(self)
         randomness.start(draw)
-        return Sample(self.transform(image), int(self.source.labels[index]), tuple(unreadable))
+        skipped = () if draw.repeat else tuple(unreadable)  # its repeats, on other processes, would count it again
+        return Sample(self.transform(image), int(self.source.labels[index]), skipped)
 
 
 def too_many_unreadable(count: int, size: int, allowed: int, names: Iterable[str]) -> DataError:

@@ -83,6 +83,7 @@ def checkpoint_state(
             "global_batch": training.plan.global_batch,
             "images": loaders.train.num_images if loaders.train else 0,
             "seed": config.SEED,
+            "repeats": config.AUG.REPEATS,
             "world_size": distributed.world_size(),
         },
         **{best.key: 0.0 for best in BESTS.values()},  # CheckpointWriter puts in what the best files hold
@@ -154,7 +155,7 @@ def restore(
 def _continuation(checkpoint: dict[str, Any], source: str) -> dict[str, Any]:
     """What only files of ours hold: where inside an epoch they were written, and what must not have changed since."""
     stored = checkpoint.get("continuation") or {}
-    numbers = ("done", "skipped", "global_batch", "images", "seed", "world_size")
+    numbers = ("done", "skipped", "global_batch", "images", "seed", "repeats", "world_size")
     if not isinstance(stored, dict) or not all(_is_count(stored.get(name, 0)) for name in numbers):
         raise CheckpointError(f"{source}: its `continuation` is damaged; --pretrained starts from its weights")
     return stored
@@ -201,13 +202,15 @@ def _check_plan(config: CfgNode, training: Training, continuation: dict[str, Any
 def _check_epoch(config: CfgNode, loaders: Loaders, continuation: dict[str, Any], source: str) -> None:
     """Refuse to continue inside an epoch whose order of images was another one."""
     assert loaders.train is not None
-    mine = {"images": loaders.train.num_images, "seed": config.SEED}
+    mine = {"images": loaders.train.num_images, "seed": config.SEED, "repeats": config.AUG.REPEATS}
     changed = [name for name, value in mine.items() if continuation.get(name, value) != value]
     if continuation.get("done") and changed:
         raise CheckpointError(
             f"{source} lies inside an epoch of {continuation['images']} images drawn with SEED {continuation['seed']};"
-            f" now there are {mine['images']} and SEED is {mine['seed']}, so its rest would be other images. Restore"
-            " them, or continue from a checkpoint between two epochs with --opts TRAIN.AUTO_RESUME False --resume FILE"
+            f" now there are {mine['images']} and SEED is {mine['seed']} (AUG.REPEATS was"
+            f" {continuation.get('repeats', mine['repeats'])}, is {mine['repeats']}), so its rest would be other images"
+            ". Restore them, or continue from a checkpoint between two epochs with --opts TRAIN.AUTO_RESUME False"
+            " --resume FILE"
         )
 
 
@@ -329,13 +332,16 @@ def resume(config: CfgNode, training: Training, loaders: Loaders) -> Start:
         checkpoint = load_checkpoint(source)
         progress, interval = restore(config, training, loaders, checkpoint, source)
         inside = f" and {progress.done} of {training.steps_per_epoch} steps" if progress.done else ""
+        of_average = ""
+        if training.ema and (key := BESTS["ema"].key) in checkpoint:
+            of_average = f", of the average {percent(checkpoint, key):.3f} %"
         logger.info(
             "continues from %s: %d epochs%s finished, best top-1 %.3f %%%s",
             source,
             progress.epoch,
             inside,
             percent(checkpoint, BESTS["model"].key),
-            f", of the average {percent(checkpoint, BESTS['ema'].key):.3f} %" if training.ema else "",
+            of_average,
         )
     elif config.MODEL.PRETRAINED:
         source = config.MODEL.PRETRAINED

@@ -161,17 +161,16 @@ def build_training(
 
 
 def _build_average(config: CfgNode, plan: Plan, model: TrainableModel, steps_per_epoch: int) -> ModelEmaV3:
-    decay, steps = config.EMA.DECAY, plan.last_epoch * steps_per_epoch
-    if config.EMA.DECAY_PER_512:
-        decay **= plan.global_batch / 512
+    share = plan.global_batch / 512 if config.EMA.DECAY_PER_512 else 1.0
+    decay, steps = config.EMA.DECAY**share, plan.last_epoch * steps_per_epoch
     if not config.EMA.WARMUP and (span := 1 / (1 - decay)) > steps:
         get_logger().warning(
             "EMA.DECAY %g averages over about %.0f steps, and the run has %d: the average stays near the first weights;"
-            " EMA.WARMUP True, or a decay of at most %g, lets it follow",
-            decay,
+            " EMA.WARMUP True, or a decay of at most %.4g, lets it follow",
+            config.EMA.DECAY,
             span,
             steps,
-            round(max(0.0, 1 - 10 / steps), 4),
+            max(0.0, 1 - 10 / steps) ** (1 / share),
         )
     return ModelEmaV3(model, decay=decay, use_warmup=config.EMA.WARMUP)
 

@@ -24,6 +24,15 @@ from config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+PYRAMID = {
+    "embed_dims": (16, 32),
+    "depths": (1, 1),
+    "num_heads": (1, 2),
+    "mlp_ratios": (2, 2),
+    "projection": 40,
+    "layer_init_values": (1, 1),
+    "stage_types": "LS",
+}
 SIZES = {
     "pola_swin_tiny": {"embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2), "attn_type": "LS"},
     "pola_pvt_tiny": {
@@ -33,15 +42,8 @@ SIZES = {
         "mlp_ratios": (2, 2),
         "attn_type": "LS",
     },
-    "pola_pp_b0": {
-        "embed_dims": (16, 32),
-        "depths": (1, 1),
-        "num_heads": (1, 2),
-        "mlp_ratios": (2, 2),
-        "projection": 40,
-        "layer_init_values": (1, 1),
-        "stage_types": "LS",
-    },
+    "pola_pp_b0": PYRAMID,
+    "nalaformer_xt": PYRAMID,
 }
 
 
@@ -277,7 +279,8 @@ def _sharded(name: str) -> None:
 def scripted(name: str) -> None:
     model = small(name)
     refusal = "Expected inferred type to be interface type|Unknown type annotation|is not a valid constant"
-    with pytest.raises((AssertionError, TypeError, ValueError), match=refusal):
+    refusal += "|expected type comment"  # it takes a comment for mypy for one
+    with pytest.raises((AssertionError, RuntimeError, TypeError, ValueError), match=refusal):
         torch.jit.script(model)
 
 
@@ -344,14 +347,20 @@ def counted(name: str) -> None:
     from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
     from torch.utils.flop_counter import FlopCounterMode
 
-    documented = {"pola_swin_tiny": (4.62, 4.61), "pola_pvt_tiny": (2.26, 2.26), "pola_pp_b0": (0.64, 0.64)}[name]
+    documented = {
+        "pola_swin_tiny": (4.62, 4.61),
+        "pola_pvt_tiny": (2.26, 2.26),
+        "pola_pp_b0": (0.64, 0.64),
+        "nalaformer_xt": (0.63, 0.62),
+    }[name]
     model, images = timm.create_model(name).eval(), torch.ones(1, 3, 224, 224)
     analysis = FlopCountAnalysis(model, images)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
     found = analysis.total() / 1e9, counter.get_total_flops() / 2e9
     assert (round(found[0], 2), round(found[1], 2)) == documented
-    assert abs(found[0] - found[1]) < 0.01 * found[1]
+    norms = sum(count for operator, count in analysis.by_operator().items() if operator.endswith("norm")) / 1e9
+    assert abs(found[0] - norms - found[1]) < 0.01 * found[1]
     assert ActivationCountAnalysis(model, images).total() > 0
 
 

@@ -168,6 +168,13 @@ AUG: {AUTO_AUGMENT: none, COLOR_JITTER: 0.0}
 PRINT_FREQ: 5
 """
 
+# NaLaFormer of its checkpoint fixture's sizes, trained as its recipe says.
+TINY_NALA = TINY_PPP.replace("pola_pp", "nalaformer").replace("polarity_pp", "norm_aware")
+TINY_NALA = TINY_NALA.replace("BASE_LR: 4.0e-3", "BASE_LR: 4.0e-3, SCALE_WARMUP_MIN_LR: False, CLIP_GRAD: null")
+TINY_NALA = TINY_NALA.replace("CLIP_GRAD: null", "CLIP_GRAD: null, SYNC_BN: True, LR_SCHEDULER: {PER_EPOCH: True}")
+TINY_NALA = TINY_NALA.replace("DECAY: 0.9", "DECAY: 0.9, DECAY_PER_512: True")
+TINY_NALA = TINY_NALA.replace("AUG: {", "TEST: {RESIZE: shorter}\nAUG: {REPEATS: 3, ")
+
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
@@ -182,6 +189,12 @@ def tiny(tmp_path: Path) -> Path:
 def tiny_ppp(tmp_path: Path) -> Path:
     """As `tiny`, of a small PolaFormer++."""
     return write_tiny(tmp_path, TINY_PPP)
+
+
+@pytest.fixture
+def tiny_nala(tmp_path: Path) -> Path:
+    """As `tiny`, of a small NaLaFormer and its recipe."""
+    return write_tiny(tmp_path, TINY_NALA)
 
 
 def write_tiny(folder: Path, text: str = TINY) -> Path:

@@ -170,6 +170,15 @@ def test_a_small_data_set_may_have_one_unreadable_image_by_default(folder):
         list(loaders(folder, "DATA.MAX_UNREADABLE", "0").train)
 
 
+def test_repeats_of_an_unreadable_image_count_once_over_all_processes(folder):
+    """They are dealt to different processes, whose counts are summed."""
+    (folder / "train" / "cat" / "0.jpg").write_bytes(b"")
+    dataset = loaders(folder, "AUG.REPEATS", "3").train.loader.dataset
+    victim = dataset.source.labels.tolist().index(2)
+    samples = dataset.__getitems__([Draw(0, victim, repeat) for repeat in range(3)])
+    assert [len(sample.unreadable) for sample in samples] == [1, 0, 0]
+
+
 def test_tools_folders_are_no_classes(folder):
     (folder / "train" / ".ipynb_checkpoints").mkdir()
     assert loaders(folder).classes == ("ant", "bee", "cat")
@@ -364,6 +373,20 @@ def test_evaluation_can_keep_the_aspect_ratio():
     assert wide(photograph).shape == (3, 64, 224)
 
 
+@pytest.mark.parametrize(("size", "ratio"), [*((side, 0.875) for side in (160, 192, 200, 224)), (240, 1.0), (288, 1.0)])
+def test_evaluation_of_nalaformer_is_that_of_its_script(size, ratio):
+    """The shorter side to int(256/224·size), above 224 pixels to the size itself; pixel for pixel."""
+    options = ["DATA.IMG_SIZE", str(size), "TEST.CROP_RATIO", str(ratio)]
+    config = load_config(config_file("nalaformer_xt"), options)
+    transform = evaluation_transform(config, image_size(config))
+    shorter = int(256 / 224 * size) if size <= 224 else size
+    resize = transforms.Resize(shorter, transforms.InterpolationMode.BICUBIC)
+    expected = transforms.Compose([resize, transforms.CenterCrop(size), transforms.PILToTensor()])
+    photograph = Image.fromarray(load_sample_images().images[0])  # 427×640
+    for shape in ((640, 427), (427, 640), (301, 200), (97, 131), (300, 300), (shorter, shorter + 1)):
+        assert torch.equal(transform(photograph.resize(shape)), expected(photograph.resize(shape))), shape
+
+
 def test_non_square_and_small_sizes():
     image = Image.fromarray(load_sample_images().images[0])
     for option, shape in (("[64,96]", (3, 64, 96)), ("128", (3, 128, 128))):
@@ -454,27 +477,77 @@ def test_evaluation_shards_neither_drop_nor_duplicate(size, world):
     assert sorted(itertools.chain(*shards)) == list(range(size))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_repeated_augmentation_deals_an_image_s_repeats_to_the_ranks(world_size):
+@pytest.mark.parametrize("repeats", [2, 3, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [24, 25, 257])
+def test_repeated_augmentation_deals_an_image_s_repeats_to_the_ranks(size, world_size, repeats):
     """The same draws, all ranks together, for every number of processes, from every start; as many as without."""
-    size, repeats = 24, 3
 
     def draws(rank: int, epoch: int, start: int = 0, world: int = world_size) -> list[Draw]:
         sampler = TrainSampler(size, rank=rank, world_size=world, seed=5, repeats=repeats)
         sampler.set_epoch(epoch, start)
-        assert len(sampler) == size // world
+        assert len(sampler) == len(TrainSampler(size, rank=rank, world_size=world, seed=5)) == size // world
         return list(sampler)
 
     for epoch in (0, 1):
         dealt = [draw for one in zip(*(draws(rank, epoch) for rank in range(world_size)), strict=True) for draw in one]
-        assert dealt == draws(0, epoch, world=1)
-        assert [draw.repeat for draw in dealt] == [0, 1, 2] * 8
+        assert dealt == draws(0, epoch, world=1)[: size // world_size * world_size]
+        assert [draw.repeat for draw in dealt] == [place % repeats for place in range(len(dealt))]
         images = [draw.position for draw in dealt]
-        assert images[::3] == images[1::3] == images[2::3] and len(set(images)) == 8
+        assert images == [image for image in images[::repeats] for _ in range(repeats)][: len(images)]
+        assert len(set(images)) == -(-len(images) // repeats)
         assert draws(world_size - 1, epoch, 2) == draws(world_size - 1, epoch)[2:]
     assert draws(0, 0) != draws(0, 1) and {draw.epoch for draw in draws(0, 1)} == {1}
-    plain = TrainSampler(size, rank=0, world_size=1, seed=5)
-    assert [draw.position for draw in plain][:8] == [draw.position for draw in draws(0, 0, world=1)][::3]
+    plain = [draw.position for draw in TrainSampler(size, rank=0, world_size=1, seed=5)]
+    repeated = [draw.position for draw in draws(0, 0, world=1)][::repeats]
+    assert plain[: len(repeated)] == repeated
+
+
+def test_steps_of_repeated_augmentation_are_the_same_images_for_any_processes_and_workers(folder, monkeypatch):
+    """And of any number of passes, from an epoch's middle too: pixel for pixel, of all ranks together."""
+
+    def steps(world_size: int, workers: int, batch: int, start: int = 0) -> list[Counter]:
+        options = f"AUG.REPEATS 3 DATA.NUM_WORKERS {workers} DATA.BATCH_SIZE {batch} TRAIN.GLOBAL_BATCH 12"
+        ranks = []
+        for rank in range(world_size):
+            with monkeypatch.context() as patched:
+                patched.setattr("utils.distributed.rank", lambda rank=rank: rank)
+                config = load_config(config_file("nalaformer_xt"), f"DATA.DATA_PATH {folder} {options}".split())
+                plan = make_plan(config, world_size)
+                train = build_loaders(config, plan).train
+            found: list[Counter] = []
+            for epoch in (0, 1):
+                train.set_epoch(epoch, start * plan.accumulation)
+                batches = [Counter(image.numpy().tobytes() for image in images) for images, _ in train]
+                passes = plan.accumulation
+                found += [sum(batches[i : i + passes], Counter()) for i in range(0, len(batches), passes)]
+            train.close()
+            ranks.append(found)
+        return [sum(one, Counter()) for one in zip(*ranks, strict=True)]
+
+    expected = steps(1, 0, 12)
+    assert [step.total() for step in expected] == [12] * 4 and all(len(step) == 12 for step in expected)
+    for world_size, workers, batch in ((1, 3, 4), (2, 1, 6), (3, 0, 4), (3, 0, 2)):
+        assert steps(world_size, workers, batch) == expected, (world_size, workers, batch)
+    assert steps(2, 0, 6, start=1) == expected[1::2]
+
+
+def test_repeats_go_on_over_epochs_of_a_number_of_steps():
+    """TRAIN.STEPS: passes follow each other without remainder, whatever the number of processes."""
+    streams = []
+    for world_size in (1, 2):
+        samplers = [
+            TrainSampler(7, rank=rank, world_size=world_size, seed=5, samples=10 // world_size, repeats=3)
+            for rank in range(world_size)
+        ]
+        stream = []
+        for epoch in range(4):
+            for sampler in samplers:
+                sampler.set_epoch(epoch)
+            stream += [draw for one in zip(*samplers, strict=True) for draw in one]
+        streams.append(stream)
+    assert streams[0] == streams[1] and len(streams[0]) == 40
+    assert sorted(draw.position for draw in streams[0][:21]) == sorted([*range(7)] * 3)
 
 
 def test_repeats_of_an_image_are_augmented_differently_and_reproducibly():

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from conftest import TINY, TINY_PPP
+from conftest import TINY, TINY_NALA, TINY_PPP
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -241,8 +241,9 @@ def test_a_skipped_step_leaves_running_statistics_and_their_average_as_they_were
     assert all(value.isfinite().all() for state in seen for entries in state for value in entries)
 
 
-def test_synchronised_batch_norm_keeps_names_and_is_left_out_on_a_cpu(start, log):
-    config, training, loaders = start("TRAIN.SYNC_BN True TRAIN.EPOCHS 1", TINY_PPP)
+@pytest.mark.parametrize("text", [TINY_PPP, TINY_NALA], ids=["PolaFormer++", "NaLaFormer"])
+def test_synchronised_batch_norm_keeps_names_and_is_left_out_on_a_cpu(start, log, text):
+    config, training, loaders = start("TRAIN.SYNC_BN True TRAIN.EPOCHS 1", text)
     log.set_level("INFO", get_logger().name)
     wrap(config, training)
     assert log.text.count("TRAIN.SYNC_BN is left out: PyTorch's SyncBatchNorm trains on GPUs alone") == 1
@@ -328,6 +329,14 @@ def test_an_average_over_more_steps_than_the_run_has_is_said(start, log, options
     start(f"EMA.ENABLE True {options}")
     line = "EMA.DECAY 0.9999 averages over about 10000 steps, and the run has 44: the average stays near the first"
     assert (line in log.text) == warned
+
+
+def test_a_decay_for_512_images_is_said_and_advised_as_it_is_written(start, log):
+    start("EMA.ENABLE True EMA.DECAY 0.9999 EMA.DECAY_PER_512 True")
+    said = re.search(r"EMA.DECAY 0.9999 averages over about 79996 steps.* a decay of at most (\S+), lets", log.text)
+    log.clear()
+    start(f"EMA.ENABLE True EMA.DECAY {said[1]} EMA.DECAY_PER_512 True")
+    assert "averages over" not in log.text and float(said[1]) ** (64 / 512) == pytest.approx(1 - 10 / 44, rel=1e-3)
 
 
 def test_the_guard_reads_nothing_back_per_step(start, monkeypatch):

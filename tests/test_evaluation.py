@@ -16,6 +16,7 @@ from conftest import (
     RELEASED,
     RELEASED_OPTIONS,
     TINY,
+    TINY_NALA,
     TINY_PPP,
     config_file,
     folder_of,
@@ -226,16 +227,20 @@ def test_without_stored_names_the_counts_must_be_equal(tiny, animals):
         run(tiny, f"{OWN} EVAL_MODE True MODEL.RESUME {path} DATA.DATA_PATH {animals('a', 'b', root='two')}")
 
 
+ROTARY = {"pola_pp": TINY_PPP, "nalaformer": TINY_NALA}  # without tables of positions
+
+
 @pytest.mark.parametrize(
     "type_name, name",
     [
         ("pola_swin", "layers.0.blocks.0.attn.qkvg.weight"),
         ("pola_pvt_tiny", "block1.0.attn.qg.weight"),
         ("pola_pp", "layers.0.blocks.0.attn.qkvg.weight"),
+        ("nalaformer", "layers.0.blocks.0.attn.qkvg.weight"),
     ],
 )
 def test_fine_tuning_into_other_classes_and_size(tmp_path, animals, log, type_name, name):
-    tiny = write_tiny(tmp_path, TINY_PPP if type_name == "pola_pp" else TINY)
+    tiny = write_tiny(tmp_path, ROTARY.get(type_name, TINY))
     model = f"MODEL.TYPE {type_name} MODEL.DROP_PATH_RATE 0"
     config = load_config(str(tiny), model.split())
     source = build_model(config, 10)
@@ -246,7 +251,7 @@ def test_fine_tuning_into_other_classes_and_size(tmp_path, animals, log, type_na
     options += " TRAIN.WARMUP_LR 0 TRAIN.MIN_LR 0 EMA.ENABLE True"
     run(tiny, options)
     assert "head: 10 classes in the file, 2 here; starts anew" in log.text
-    assert ("resized to" in log.text) == (type_name != "pola_pp") and f"starts from the weights of {path}" in log.text
+    assert ("resized to" in log.text) == (type_name not in ROTARY) and f"starts from the weights of {path}" in log.text
     tuned = load_checkpoint(epoch_file(folder_of(tiny), 1))
     assert torch.equal(tuned["model"][name], source.state_dict()[name])  # rate 0: the file's weights, unchanged
     assert torch.equal(tuned["model_ema"][name], source.state_dict()[name])
@@ -289,7 +294,8 @@ def test_throughput_needs_no_data_and_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_throughput_of_polaformer_pp_at_any_size(log):
+@pytest.mark.parametrize("cfg, name", [("pola_pp_b0", "pola_b0_patch4_224"), ("nalaformer_xt", "nalaformer_xt")])
+def test_throughput_of_a_rotary_pyramid_at_any_size(cfg, name, log):
     small = "MODEL.PPP.EMBED_DIMS [8,8,16,16] MODEL.PPP.NUM_HEADS [1,1,2,2] MODEL.PPP.PROJECTION 32 DATA.BATCH_SIZE 2"
-    run(config_file("pola_pp_b0"), f"THROUGHPUT_MODE True DATA.IMG_SIZE 47 {small}")
-    assert "throughput of pola_b0_patch4_224, batch 2, float32, size 47: median " in log.text
+    run(config_file(cfg), f"THROUGHPUT_MODE True DATA.IMG_SIZE 47 {small}")
+    assert f"throughput of {name}, batch 2, float32, size 47: median " in log.text

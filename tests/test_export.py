@@ -159,8 +159,9 @@ def test_other_kinds_of_attention_are_traced_as_they_compute(tmp_path, kind):
     assert deviation_from_eager(source, source.program.module()).relative < 1e-5
 
 
-def test_a_small_pola_pp_is_exported_by_its_average(tmp_path, capsys):
-    path = write_checkpoint(tmp_path / "model.pth", SMALL_PP, cfg="pola_pp_b0")
+@pytest.mark.parametrize("name, family", [("pola_pp_b0", "PolaFormer++"), ("nalaformer_xt", "NaLaFormer")])
+def test_a_small_rotary_pyramid_is_exported_by_its_average(name, family, tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "model.pth", SMALL_PP, cfg=name)
     arguments = ["--checkpoint", str(path), "--output", str(tmp_path / "out"), "--ema", "--release", "--format"]
     assert main([*arguments, "torch-export", "safetensors", "hub"]) == 0, capsys.readouterr().out
     expected = logits_of(path, images(2), ema=True)
@@ -168,8 +169,8 @@ def test_a_small_pola_pp_is_exported_by_its_average(tmp_path, capsys):
     for file in (released, tmp_path / "out" / "small_pp.safetensors"):
         assert torch.equal(logits_of(file, images(2)), expected)
     folder = tmp_path / "out" / "small_pp"
-    assert json.loads((folder / "config.json").read_text())["architecture"] == "pola_pp_b0"
-    assert "A PolaFormer++ image classifier" in (folder / "README.md").read_text()
+    assert json.loads((folder / "config.json").read_text())["architecture"] == name
+    assert f"A {family} image classifier" in (folder / "README.md").read_text()
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.no_grad():
         assert torch.equal(model(images(2)), expected)
@@ -380,6 +381,8 @@ def test_it_runs_as_a_script_whose_help_shows_an_example():
         ("pola_swin_b_384", ""),
         ("pola_pp_b0", ""),
         ("pola_pp_b0", "MODEL.PPP.STAGE_TYPES SLSL DATA.IMG_SIZE [256,192]"),
+        ("nalaformer_xt", ""),
+        ("nalaformer_xt", "MODEL.PPP.STAGE_TYPES SLSL DATA.IMG_SIZE [256,192]"),
         ("pola_swin_t", "MODEL.LA.ATTN_TYPE MLSS1 DATA.IMG_SIZE [192,256] MODEL.SWIN.WINDOW_SIZE 32"),
         ("pola_pvt_t", "MODEL.LA.ATTN_TYPE LSLS MODEL.LA.PVT_LA_SR_RATIOS 8421 DATA.IMG_SIZE [256,192]"),
     ],
@@ -401,7 +404,7 @@ def test_official_models_export_in_every_format(cfg, options, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny", "pola_pp_b0"])
+@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny", "pola_pp_b0", "nalaformer_xt"])
 def test_torchscript_graphs_follow_their_input_at_any_batch(name, tmp_path):
     """torch.jit.trace, and the ONNX exporter that builds on it, which timm's own onnx_export.py uses."""
     model = timm.create_model(name, img_size=64, num_classes=4).eval()
@@ -419,7 +422,7 @@ def test_torchscript_graphs_follow_their_input_at_any_batch(name, tmp_path):
         assert (torch.from_numpy(session.run(None, {"x": x.numpy()})[0]) - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny", "pola_pp_b0"])
+@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny", "pola_pp_b0", "nalaformer_xt"])
 def test_an_exported_program_has_the_gradients_of_the_model(name):
     model = timm.create_model(name, img_size=64, num_classes=4, drop_path_rate=0.0)
     x = torch.randn(2, 3, 64, 64)

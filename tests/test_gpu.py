@@ -10,7 +10,7 @@ import signal
 import pytest
 import torch
 from attention_accuracy import make_inputs, run
-from conftest import config_file, fill_with_recipe, recipe_input, run_main
+from conftest import TINY, TINY_NALA, TINY_PPP, config_file, fill_with_recipe, recipe_input, run_main, write_tiny
 from test_resume import EVERYTHING, assert_same_run
 
 import engine.epoch
@@ -35,6 +35,11 @@ pytestmark = [
 ]
 
 
+every_body = pytest.mark.parametrize(
+    "text", [TINY, TINY_PPP, TINY_NALA], ids=["PolaFormer", "PolaFormer++", "NaLaFormer"]
+)
+
+
 def _training(tiny, options: str = ""):
     config = load_config(str(tiny), options.split())
     seed_everything(config.SEED)
@@ -42,6 +47,17 @@ def _training(tiny, options: str = ""):
     device = torch.device("cuda", 0)
     model = place(build_model(config, loaders.num_classes), device)
     return config, build_training(config, make_plan(config), model, loaders, device), loaders
+
+
+@pytest.mark.parametrize(("name", "bound"), [("pola_pp_b0", 5e-5), ("nalaformer_xt", 2e-5)])
+def test_float32_logits_of_rotary_pyramids_equal_those_of_the_cpu(name, bound):
+    """Relative to the logits' spread: the recipe's weights make them large."""
+    model = fill_with_recipe(build_model(load_config(config_file(name)))).eval()
+    images = recipe_input(224)
+    with torch.inference_mode(), exact_float32():
+        expected = model.double()(images.double())
+        logits = model.float().cuda()(images.cuda())
+    assert (logits.cpu() - expected).abs().max() < bound * expected.std()
 
 
 @pytest.mark.parametrize("name", ["pola_swin_t", "pola_pvt_t"])
@@ -55,8 +71,10 @@ def test_float32_logits_equal_those_of_the_cpu(name):
 
 
 @pytest.mark.parametrize("options", ["", "AMP True", "AMP True AMP_DTYPE float16", "TRAIN.OPTIMIZER.NAME sgd"])
-def test_a_step_never_waits_for_the_device(tiny, options):
+@every_body
+def test_a_step_never_waits_for_the_device(tmp_path, text, options):
     """CUDA itself raises on any synchronisation between log lines."""
+    tiny = write_tiny(tmp_path, text)
     _, training, loaders = _training(tiny, f"{options} EMA.ENABLE True DATA.PIN_MEMORY True")
     stream, guard, interval = iter(loaders.train), FiniteGuard(training), Interval(training.device)
     engine.epoch._optimizer_step(training, stream, guard, interval, 0)  # lazy initialisation may wait
@@ -114,7 +132,9 @@ def test_training_and_evaluation_on_the_device(tiny):
     assert (on_gpu.correct1, on_gpu.correct5) == (on_cpu.correct1, on_cpu.correct5)
 
 
-def test_a_run_stopped_inside_an_epoch_equals_the_unbroken_one(tiny, monkeypatch):
+@every_body
+def test_a_run_stopped_inside_an_epoch_equals_the_unbroken_one(tmp_path, text, monkeypatch):
+    tiny = write_tiny(tmp_path, text)
     options = f"{EVERYTHING} AMP True DETERMINISTIC True TRAIN.EPOCHS 2".split()
     main.main(load_config(str(tiny), [*options, "TAG", "whole"]))
     step, count = engine.epoch._optimizer_step, 0
@@ -134,14 +154,34 @@ def test_a_run_stopped_inside_an_epoch_equals_the_unbroken_one(tiny, monkeypatch
     assert_same_run(root / "whole", root / "parts", 2)
 
 
-def test_synchronised_batch_norm_trains_and_its_weights_are_those_of_the_rest(tiny_ppp):
+@pytest.mark.parametrize("name", ["pola_pp_b0", "nalaformer_xt"])
+def test_a_trained_step_in_bfloat16_is_close_to_that_in_float32(name):
+    """Loss and every gradient of a rotary pyramid in training, as AMP computes it, on the same weights and images."""
+    torch.manual_seed(0)
+    model = build_model(load_config(config_file(name), ["MODEL.DROP_PATH_RATE", "0"]), 10).cuda().train()
+    images, labels = torch.randn(16, 3, 224, 224, device="cuda"), torch.arange(16, device="cuda") % 10
+    losses, gradients = [], []
+    for enabled in (False, True):
+        with exact_float32(), torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double())
+        model.zero_grad()
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and gradients[1].isfinite().all()
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("text", [TINY_PPP, TINY_NALA], ids=["PolaFormer++", "NaLaFormer"])
+def test_synchronised_batch_norm_trains_and_its_weights_are_those_of_the_rest(tmp_path, text):
     """In a process group, where it exchanges; of one process, where it equals BatchNorm."""
+    tiny = write_tiny(tmp_path, text)
     for tag in ("True", "False"):
         options = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-        arguments = ["--cfg", tiny_ppp, "--opts", "TRAIN.EPOCHS", "1", "TRAIN.SYNC_BN", tag, "TAG", tag]
+        arguments = ["--cfg", tiny, "--opts", "TRAIN.EPOCHS", "1", "TRAIN.SYNC_BN", tag, "TAG", tag]
         result = run_main(*arguments, launcher=options)
         assert "SYNC_BN" not in result.stdout
-    root = tiny_ppp.parent / "out" / "tiny"
+    root = tiny.parent / "out" / "tiny"
     states = [load_checkpoint(root / tag / "ckpt_epoch_1.pth")["model"] for tag in ("True", "False")]
     assert list(states[0]) == list(states[1])
     for name, value in states[0].items():

@@ -22,7 +22,7 @@ SMALL = (
     "DATA.IMG_SIZE 32 MODEL.NUM_CLASSES 3 MODEL.SWIN.EMBED_DIM 8 MODEL.SWIN.DEPTHS [2,1,1,1]"
     " MODEL.SWIN.NUM_HEADS [1,2,2,2] TRAIN.EPOCHS 10 TRAIN.WARMUP_EPOCHS 2"
 )
-NAMES = ["pola_swin_t", "pola_pvt_t", "pola_pp_b0"]
+NAMES = ["pola_swin_t", "pola_pvt_t", "pola_pp_b0", "nalaformer_xt"]
 
 
 def _config(name: str, options: str = ""):

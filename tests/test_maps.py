@@ -271,8 +271,11 @@ def test_overlay_of_a_query_shows_the_mean_row_over_heads_of_the_patch_under_the
 
 
 @pytest.mark.parametrize("letters, layer", [("LLSS", "block2.0"), ("SSSS", "block4.0"), ("LLLL", "block4.0")])
-def test_overlay_takes_the_deepest_polarity_layer(letters, layer):
-    model = PolaPVT(img_size=(64, 64), depths=(1, 1, 1, 1), attn_type=letters, **PVT)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_overlay_takes_the_deepest_linear_layer(letters, layer, kernel):
+    model = PolaPVT(img_size=(64, 64), depths=(1, 1, 1, 1), attn_type=letters, attention=kernel, **PVT)
+    if kernel == "softmax":
+        layer = "block4.0"
     assert last_linear_layer(model) == layer
 
 

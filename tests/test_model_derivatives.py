@@ -18,7 +18,7 @@ from models.options import AttentionOptions
 SWIN = {"embed_dim": 8, "depths": (1, 2, 2, 1), "num_heads": (1, 2, 2, 4), "softmax_window_size": 4}
 PVT = {"embed_dims": (8, 8, 12, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4), "attn_type": "LLSS"}
 PP = {"embed_dims": (8, 8, 12, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4), "projection": 20}
-SIZES = {"pola_swin_tiny": SWIN | {"window_size": 10}, "pola_pvt_tiny": PVT, "pola_pp_b0": PP}
+SIZES = {"pola_swin_tiny": SWIN | {"window_size": 10}, "pola_pvt_tiny": PVT, "pola_pp_b0": PP, "nalaformer_xt": PP}
 IMAGES = torch.randn(2, 3, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 

@@ -50,7 +50,7 @@ def test_classifier_interface(type_name):
     assert model(images).shape == (2, model.num_features)
 
 
-@pytest.mark.parametrize("type_name", ["pola_swin", "pola_pvt_tiny", "polab0"])
+@pytest.mark.parametrize("type_name", ["pola_swin", "pola_pvt_tiny", "polab0", "nalaformer"])
 def test_checkpointing_changes_memory_not_numbers(type_name):
     gradients = []
     for use_checkpoint in ("False", "True"):
@@ -65,7 +65,7 @@ def test_checkpointing_changes_memory_not_numbers(type_name):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("type_name", ["pola_swin", "pola_pvt_tiny", "polab0"])
+@pytest.mark.parametrize("type_name", ["pola_swin", "pola_pvt_tiny", "polab0", "nalaformer"])
 def test_drop_rates_act_in_training_only(type_name):
     for options in (("MODEL.DROP_RATE", "0.3", "MODEL.DROP_PATH_RATE", "0"), ("MODEL.DROP_PATH_RATE", "0.5")):
         model = small(type_name, *options)
@@ -190,7 +190,7 @@ def test_a_rectangular_file_without_configuration_is_refused():
         load_pretrained(small("pola_pvt_tiny"), {"model": source.state_dict()}, "file.pth")
 
 
-@pytest.mark.parametrize("type_name", ["pola_swin", "pola_pvt_tiny", "polab0"])
+@pytest.mark.parametrize("type_name", ["pola_swin", "pola_pvt_tiny", "polab0", "nalaformer"])
 def test_new_class_count_gets_a_fresh_head(type_name):
     source = fill_with_recipe(small(type_name))
     target = small(type_name, "MODEL.NUM_CLASSES", "4")

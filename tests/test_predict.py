@@ -29,6 +29,7 @@ SMALL_PP = (
     "MODEL.TYPE pola_pp MODEL.PPP.EMBED_DIMS [8,16] MODEL.PPP.DEPTHS [1,1] MODEL.PPP.NUM_HEADS [1,2]"
     " MODEL.PPP.STAGE_TYPES LS MODEL.PPP.PROJECTION 24 MODEL.PPP.MLP_RATIOS [2,2] MODEL.PPP.LAYER_INIT_VALUES [1,1]"
 )
+SMALL_NALA = f"{SMALL_PP.replace('pola_pp', 'nalaformer')} TEST.RESIZE shorter"
 ANIMALS = ("ant", "bee", "cat", "dog", "eel", "fox")
 
 
@@ -72,7 +73,9 @@ def predictions(capsys, *arguments, code=0):
 # -- numbers
 
 
-@pytest.mark.parametrize("options", ["", "TEST.RESIZE shorter", "TEST.CROP False TEST.IMG_SIZE 64", SMALL_PP])
+@pytest.mark.parametrize(
+    "options", ["", "TEST.RESIZE shorter", "TEST.CROP False TEST.IMG_SIZE 64", SMALL_PP, SMALL_NALA]
+)
 def test_predictions_are_those_of_the_evaluation(animals, capsys, tmp_path, options):
     path = write_checkpoint(tmp_path / "model.pth", list(ANIMALS), options=options)
     result = predictions(capsys, "--checkpoint", path, animals / "val", "--topk", "6", "--batch-size", "4")

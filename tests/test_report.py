@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
-from conftest import TINY, folder_of, jpeg, run, run_tool, write_tiny
+from conftest import TINY, TINY_NALA, TINY_PPP, folder_of, jpeg, run, run_tool, write_tiny
 from lra_caches import write_cache
 from test_lra import SHORT, lra
 
@@ -243,9 +243,11 @@ def test_an_evaluation_stands_in_for_predictions_that_are_missing(tmp_path):
     assert page == whole and page.count("<img") == 4 and "Hardest images" in page
 
 
-def test_a_run_of_pola_pp_shows_where_its_deepest_linear_layer_looks(tiny_ppp):
-    run(tiny_ppp, "TRAIN.EPOCHS 1")
-    page = render([run_of(folder_of(tiny_ppp))], images=2)
+@pytest.mark.parametrize("text", [TINY_PPP, TINY_NALA], ids=["PolaFormer++", "NaLaFormer"])
+def test_a_run_of_a_rotary_pyramid_shows_where_its_deepest_linear_layer_looks(tmp_path, text):
+    tiny = write_tiny(tmp_path, text)
+    run(tiny, "TRAIN.EPOCHS 1")
+    page = render([run_of(folder_of(tiny))], images=2)
     assert "where layers.1.blocks.1 looks" in page and page.count("<img") == 4
 
 

@@ -20,6 +20,7 @@ from conftest import (
     RELEASED_OPTIONS,
     ROOT,
     TINY,
+    TINY_NALA,
     TINY_PPP,
     config_file,
     folder_of,
@@ -115,12 +116,16 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny, options, monkeypatch
         # slow: loader processes are in the first, mixed precision in the last
         pytest.param(TINY, "AMP True DATA.NUM_WORKERS 4 AUG.REPROB 0.5", marks=pytest.mark.slow),
         (TINY, "AMP True AMP_DTYPE float16 PRINT_FREQ 7"),
-        (TINY_PPP, EVERYTHING),
+        pytest.param(TINY_PPP, EVERYTHING, marks=pytest.mark.slow),  # its BatchNorm and average are in the last
+        (TINY_NALA, f"{AUGMENTED} AUG.REPROB 0.5"),
     ],
-    ids=["everything", "bfloat16", "float16", "PolaFormer++"],
+    ids=["everything", "bfloat16", "float16", "PolaFormer++", "NaLaFormer"],
 )
 def test_stopped_anywhere_any_number_of_times_equals_uninterrupted(tmp_path, text, options, monkeypatch):
-    """SIGTERM inside an epoch, at the last step, in the validation; every part continues from what it saved."""
+    """SIGTERM inside an epoch, at the last step, in the validation; every part continues from what it saved.
+
+    With NaLaFormer's recipe each part has another number of loader processes.
+    """
     tiny = write_tiny(tmp_path, text)
     options += " TRAIN.EPOCHS 2 DATA.TRAIN_FRACTION 0.5"
     run(tiny, f"{options} TAG whole")
@@ -140,15 +145,17 @@ def test_stopped_anywhere_any_number_of_times_equals_uninterrupted(tmp_path, tex
     # optimizer steps: 3 into the epoch, 1 further, to its last one; then the validation's second batch; then epoch 1
     steps = len(read_metrics_steps(folder_of(tiny).parent / "whole"))
     positions = []
-    for name, moment in (("step", 3), ("step", 1), ("step", steps - 4), ("batch", 2), ("step", 5), ("step", 4)):
+    moments = (("step", 3), ("step", 1), ("step", steps - 4), ("batch", 2), ("step", 5), ("step", 4))
+    for part, (name, moment) in enumerate(moments):
         count = 0
+        workers = f"DATA.NUM_WORKERS {(0, 1, 3)[part % 3]}" if text == TINY_NALA else ""
         with monkeypatch.context() as patched:
             if name == "step":
                 patched.setattr(engine.epoch, "_optimizer_step", signalled_after(moment, step))
             else:
                 patched.setattr(engine.evaluation.AccuracyCounter, "update", signalled_after(moment, forward))
             with pytest.raises(Preempted, match="told to stop by SIGTERM: saved"):
-                run(tiny, f"{options} TAG parts")
+                run(tiny, f"{options} {workers} TAG parts")
         positions.append(newest_checkpoint(folder_of(tiny).parent / "parts", read_position).path.name)
     assert positions == [
         f"ckpt_epoch_{epoch}_step_{done}.pth"
@@ -177,22 +184,33 @@ def driven(mode: str, *arguments: str | Path) -> str:
     return result.stdout
 
 
-def test_two_processes_interrupted_and_resumed_equal_uninterrupted(tiny_ppp):
+@pytest.mark.parametrize(
+    "text", [pytest.param(TINY_PPP, marks=pytest.mark.slow), TINY_NALA], ids=["PolaFormer++", "NaLaFormer"]
+)
+def test_two_processes_interrupted_and_resumed_equal_uninterrupted(tmp_path, text):
     """Of a model with BatchNorm, whose running statistics each rank has of its own, and validates by rank 0's."""
-    arguments = ["--cfg", tiny_ppp, "--opts", *AUGMENTED.split(), "TRAIN.EPOCHS", "2", "DATA.NUM_WORKERS", "2"]
+    tiny = write_tiny(tmp_path, text)
+    options = f"{AUGMENTED} TRAIN.EPOCHS 2 DATA.NUM_WORKERS 2 CHECKPOINT.EVERY_STEPS 3 CHECKPOINT.KEEP 9"
+    arguments = ["--cfg", tiny, "--opts", *options.split()]
     told = driven("tell-statistics", *arguments, "--tag", "whole")
     digests = {rank: re.findall(rf"statistics of rank {rank}: (\w+) (\w+)", told) for rank in (0, 1)}
     for first, second in zip(digests[0], digests[1], strict=True):
         assert first[0] == first[1] == second[1] != second[0]
     assert len(digests[0]) == 2
     driven("stop-at-epoch-1", *arguments, "--tag", "parts")
-    root = folder_of(tiny_ppp).parent
+    root = folder_of(tiny).parent
     assert epoch_file(root / "parts", 1).exists() and not epoch_file(root / "parts", 2).exists()
     resumed = run_main(*arguments, "--tag", "parts", processes=2)
     assert "1 epochs finished" in resumed.stdout
     assert_same_run(root / "whole", root / "parts", 2)
     assert_same_predictions(root / "whole", root / "parts")
     assert len(load_checkpoint(epoch_file(root / "whole", 2))["rng"]) == 2
+    (root / "inside").mkdir()  # as if both had been killed in the middle of the second epoch
+    for name in ("metrics.jsonl", "ckpt_epoch_1_step_3.pth", "ckpt_epoch_1_step_3.pth.json"):
+        (root / "inside" / name).write_bytes((root / "whole" / name).read_bytes())
+    resumed = run_main(*arguments, "--tag", "inside", processes=2)
+    assert "1 epochs and 3 of 5 steps finished" in resumed.stdout
+    assert_same_run(root / "whole", root / "inside", 2)
 
 
 def test_a_finished_run_says_so_evaluates_and_exits_0(tiny):

@@ -134,6 +134,14 @@ def test_one_rate_for_an_epoch_is_the_schedule_s_at_the_epoch_before():
     assert rates[0] == rates[9] == 1e-6 < rates[10] == rates[14]
 
 
+@pytest.mark.parametrize("per_epoch", [False, True])
+@pytest.mark.parametrize("warmup", [10, 12])
+def test_a_warm_up_as_long_as_the_run_leaves_no_curve(per_epoch, warmup):
+    options = {"LR_SCHEDULER__PER_EPOCH": per_epoch, "LR_SCHEDULER__WARMUP_PREFIX": True, "WARMUP_EPOCHS": warmup}
+    rates = _rates(45, **options)
+    assert all(a <= b for a, b in itertools.pairwise(rates)) and rates[0] < rates[45]
+
+
 def test_a_batch_that_leaves_the_recipe_says_what_that_makes_of_the_rates(tiny, log, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"BASE: [{tiny}]\nTRAIN: {{GLOBAL_BATCH: 64, EPOCHS: 1}}\n")

@@ -530,8 +530,11 @@ def test_absent_library_is_explained(tmp_path, monkeypatch):
         loaders(root, train=False)
 
 
-def test_a_training_set_smaller_than_a_step_is_explained(tmp_path):
+def test_settings_that_shards_cannot_serve_are_explained(tmp_path):
     root = write_shards(write_shards(tmp_path / "set", [8, 8]), [8], split="val")
+    for options in ("AUG.REPEATS 3", "DATA.TRAIN_FRACTION 0.5"):
+        with pytest.raises(DataError, match=f"{options.split()[0]} needs images that can be read in any order; shards"):
+            loaders(root, *options.split())
     with pytest.raises(DataError, match=r"16 training images on 1 processes are less than one step of 1 × 32 images"):
         loaders(root, "DATA.BATCH_SIZE", "32")
 

@@ -307,6 +307,8 @@ def test_an_epoch_does_not_continue_with_other_images(tiny, monkeypatch):
         run(tiny)
     with pytest.raises(CheckpointError, match="inside an epoch of 1442 images drawn with SEED 0; now there are 1442"):
         run(tiny, "SEED 1")
+    with pytest.raises(CheckpointError, match=r"\(AUG.REPEATS was 1, is 3\), so its rest would be other images"):
+        run(tiny, "AUG.REPEATS 3")
     with pytest.raises(CheckpointError, match=r"trained with 64 images per step .*, this run would use 32"):
         run(tiny, "DATA.BATCH_SIZE 32")
     with pytest.raises(CheckpointError, match="lies inside an epoch of 64 images per step"):

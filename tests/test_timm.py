@@ -10,13 +10,16 @@ import pytest
 import timm
 import torch
 from conftest import RELEASED, ROOT, config_file, fill_with_recipe, read_json
+from PIL import Image
 from safetensors.torch import save_file
+from timm.data import create_transform, resolve_model_data_config
 from timm.models import _registry as timm_registry
 from timm.models import create_feature_extractor, group_parameters, save_for_hf
 from torch import Tensor
 from torchvision.models import feature_extraction
 
-from config import load_config
+from config import image_size, load_config
+from data.transforms import Normalise, evaluation_transform
 from engine.training import place
 from models import build_model, list_models
 from models.files import CheckpointError, load_checkpoint
@@ -38,19 +41,16 @@ CONFIGS = {
 }
 every_model = pytest.mark.parametrize("name", list_models())
 both_families = pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny"])
-every_family = pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny", "pola_pp_b0"])
-
+ROTARY = ("pola_pp_b0", "nalaformer_xt")  # a projection before the head, no position tables, no dropout inside
+FAMILIES = ("pola_swin_tiny", "pola_pvt_tiny", *ROTARY)
+every_family = pytest.mark.parametrize("name", FAMILIES)
 
 # Small enough for tests of behaviour that does not depend on width or depth.
+PYRAMID = {"embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 2, 2), "depths": (1, 2, 1, 2), "projection": 40}
 SMALL = {
     "pola_swin_tiny": {"embed_dim": 12, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 4)},
     "pola_pvt_tiny": {"embed_dims": (8, 16, 20, 24), "num_heads": (1, 2, 2, 2), "depths": (1, 2, 1, 2)},
-    "pola_pp_b0": {
-        "embed_dims": (8, 16, 24, 32),
-        "num_heads": (1, 2, 2, 2),
-        "depths": (1, 2, 1, 2),
-        "projection": 40,
-    },
+    **dict.fromkeys(ROTARY, PYRAMID),
 }
 
 
@@ -93,7 +93,7 @@ def test_a_registered_model_is_that_of_its_configuration(name):
 @every_family
 def test_weights_of_one_construction_load_into_the_other(name):
     options, arguments = f"DATA.IMG_SIZE {SIZE} MODEL.LA.ALPHA 3", {"alpha": 3}
-    if name == "pola_pp_b0":
+    if name in ROTARY:
         options = f"DATA.IMG_SIZE {SIZE} MODEL.PPP.STAGE_TYPES SLLS MODEL.PPP.DEPTHS [1,1,2,1]"
         arguments = {"stage_types": "SLLS", "depths": (1, 1, 2, 1)}
     elif name == "pola_swin_tiny":  # Pola-PVT's widths are no keys
@@ -120,7 +120,7 @@ def test_head_can_be_replaced(name):
         model.reset_classifier(0, "")
         tokens = model(x)
         assert tokens.shape[2] == model.head_hidden_size
-        if name != "pola_pp_b0":  # which projects its tokens before they are pooled
+        if name not in ROTARY:  # which project their tokens before they are pooled
             assert torch.equal(tokens, model.forward_features(x))
         for pool, expected in {
             "max": tokens.amax(dim=1),
@@ -167,6 +167,18 @@ def test_default_configuration_describes_the_model(model):
     assert data["interpolation"] == "bicubic" and data["crop_mode"] == (
         "center" if model.family == "NaLaFormer" else "squash"
     )
+
+
+@every_model
+def test_timms_transform_makes_the_pixels_of_the_configuration(name):
+    config = load_config(config_file(CONFIGS[name]))
+    with torch.device("meta"):
+        described = resolve_model_data_config(timm.create_model(name))
+    theirs = create_transform(**described)
+    ours, normalise = evaluation_transform(config, image_size(config)), Normalise(torch.device("cpu"))
+    for shape in ((330, 470), (301, 200), (256, 256)):
+        image = Image.fromarray(torch.randint(256, (*shape, 3), dtype=torch.uint8).numpy())
+        assert torch.allclose(theirs(image), normalise(ours(image)[None])[0], atol=1e-5)
 
 
 def test_intermediates_are_the_stages_of_the_forward_pass(model):
@@ -346,7 +358,7 @@ def test_feature_extractors_by_torch_fx(name, make, shape):
     options = {
         "pola_swin_tiny": {"window_size": 5},
         "pola_pvt_tiny": {"attn_type": "LSLL", "sr_ratios": (2, 1, 1, 1)},
-        "pola_pp_b0": {"stage_types": "LSLS"},
+        **{key: {"stage_types": "LSLS"} for key in ROTARY},
     }
     model = small(name, img_size=shape, **options[name])
     stage = model.feature_info[1]["module"]
@@ -360,7 +372,7 @@ def test_feature_extractors_by_torch_fx(name, make, shape):
 
 @every_family
 def test_traced_training_graph_keeps_dropout_and_stochastic_depth(name):
-    inside = {} if name == "pola_pp_b0" else {"proj_drop_rate": 0.1}
+    inside = {} if name in ROTARY else {"proj_drop_rate": 0.1}
     model = create(name, **SMALL[name], drop_path_rate=0.5, drop_rate=0.2, **inside).train()
     traced = feature_extraction.create_feature_extractor(model, train_return_nodes=["head"], eval_return_nodes=["head"])
     outputs = []
@@ -399,15 +411,16 @@ def test_resized_model_is_the_one_built_for_that_size(name, shape):
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (37, 90), (1, 1)])
-def test_rotary_positions_need_no_size(shape):
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_positions_need_no_size(name, shape):
     """Any image whose maps are not empty, as the model stands: what it was described with computes nothing."""
-    model, built = small("pola_pp_b0"), small("pola_pp_b0", img_size=shape)
+    model, built = small(name), small(name, img_size=shape)
     assert built.state_dict().keys() == model.state_dict().keys() and not model.position_grids()
     with torch.no_grad():
         maps = model.forward_intermediates(images(*shape), intermediates_only=True)
         assert torch.equal(model(images(*shape)), built(images(*shape)))
         model.set_input_size(shape)
-        assert model.img_size == shape and torch.equal(model(images()), small("pola_pp_b0")(images()))
+        assert model.img_size == shape and torch.equal(model(images()), small(name)(images()))
     height, width = shape
     for stage, found in enumerate(maps):  # sides are rounded up
         assert found.shape[2:] == (-(-height // 2 ** (stage + 2)), -(-width // 2 ** (stage + 2)))
@@ -474,7 +487,7 @@ def test_drop_rate_acts_before_the_head_only(name):
     tokens = model.forward_features(images())
     assert torch.equal(tokens, model.forward_features(images()))
     assert (model.forward_head(tokens, pre_logits=True) == 0).float().mean() > 0.2
-    if name != "pola_pp_b0":  # which has no other dropout
+    if name not in ROTARY:
         inner = create(name, **SMALL[name], proj_drop_rate=0.3).train()
         assert not torch.equal(inner.forward_features(images()), inner.forward_features(images()))
     deep = create(name, **SMALL[name], drop_path_rate=0.5).train()
@@ -644,6 +657,7 @@ def test_released_file_loads_by_timm_and_by_torch_hub(monkeypatch):
     [
         *((name, kernel) for name in ("pola_swin_tiny", "pola_pvt_tiny") for kernel in KERNELS),
         ("pola_pp_b0", "polarity_pp"),
+        ("nalaformer_xt", "norm_aware"),
     ],
 )
 def test_every_module_with_parameters_is_called(name, attention):
@@ -658,7 +672,7 @@ def test_every_module_with_parameters_is_called(name, attention):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny", "pola_pp_b0"])
+@every_family
 def test_a_model_in_half_precision_computes_and_trains_on_a_cpu(name, dtype):
     model, images = timm.create_model(name, img_size=64, num_classes=4), torch.randn(2, 3, 64, 64)
     expected = model.eval()(images)
@@ -673,7 +687,7 @@ def test_a_model_in_half_precision_computes_and_trains_on_a_cpu(name, dtype):
 @pytest.mark.parametrize(
     "begin", ["to_empty", "device argument", "weights assigned", "nothing after that", "buffers lost"]
 )
-@pytest.mark.parametrize("name", ["pola_swin_tiny", "pola_pvt_tiny", "pola_pp_b0"])
+@every_family
 def test_buffers_that_no_file_holds_are_right_after_any_beginning(name, begin):
     size = {"img_size": 96, "num_classes": 4}  # maps that windows do not divide: masks for padding and shift
     model, images = timm.create_model(name, **size).eval(), torch.randn(1, 3, 96, 96)
