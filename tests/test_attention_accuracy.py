@@ -25,7 +25,7 @@ from conftest import DEVICE
 
 from models.ops import polarity_attention as package
 from models.ops.linear_attention import eager as core
-from models.ops.polarity_attention import eager, polarity_attention, triton_op
+from models.ops.polarity_attention import eager, native, polarity_attention, triton_op
 from models.ops.polarity_attention import triton as kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log2(0) in the interpreter is meant
@@ -270,18 +270,20 @@ def _one_key_off(function):
     return wrapped
 
 
-def _plant_in_eager(error, monkeypatch):
+def _plant_in_blocks(backend, error, monkeypatch):
+    """In eager or native."""
+    feature_map = {"eager": eager.PolarityFeatures, "native": native.NativePolarityFeatures}[backend]
     if error == "a wrong sign of the negative features":
-        features = eager.PolarityFeatures.key_features
+        features = feature_map.key_features
 
         def wrong(self, tokens):
             positive, negative = features(self, tokens).chunk(2, dim=-1)
             return torch.cat([positive, -negative], dim=-1)
 
-        monkeypatch.setattr(eager.PolarityFeatures, "key_features", wrong)
+        monkeypatch.setattr(feature_map, "key_features", wrong)
     elif error == "a wrong sign of a gradient":
-        backward = eager.PolarityFeatures.key_backward
-        monkeypatch.setattr(eager.PolarityFeatures, "key_backward", lambda self, *rest: -backward(self, *rest))
+        backward = feature_map.key_backward
+        monkeypatch.setattr(feature_map, "key_backward", lambda self, *rest: -backward(self, *rest))
     elif error in ("no swap of the halves", BACKWARD_SWAP):
         name = "_readout" if error != BACKWARD_SWAP else "_readout_backward"
         read = getattr(core, name)
@@ -291,7 +293,8 @@ def _plant_in_eager(error, monkeypatch):
 
         monkeypatch.setattr(core, name, wrong)
     else:
-        monkeypatch.setattr(package, "polarity_attention_eager", _one_key_off(eager.polarity_attention_eager))
+        name = f"polarity_attention_{backend}"
+        monkeypatch.setattr(package, name, _one_key_off(getattr(package, name)))
 
 
 def _plant_in_triton(error, monkeypatch):
@@ -325,7 +328,10 @@ def _plant_in_triton(error, monkeypatch):
 @pytest.mark.parametrize(("backend", "error"), [*itertools.product(BACKENDS, ERRORS), ("eager", BACKWARD_SWAP)])
 def test_a_planted_error_is_noticed(backend, error, monkeypatch):
     _check(backend)
-    (_plant_in_eager if backend == "eager" else _plant_in_triton)(error, monkeypatch)
+    if backend == "triton":
+        _plant_in_triton(error, monkeypatch)
+    else:
+        _plant_in_blocks(backend, error, monkeypatch)
     with pytest.raises(AssertionError, match="exceeds"):
         _check(backend)
 

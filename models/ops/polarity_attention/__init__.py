@@ -107,9 +107,9 @@ def polarity_attention(
         key_mask: (B, n) bool, True for a real key. Masked keys contribute nothing, and both means divide by the number
             of real keys. A row without real keys gives 0.
         eps: positive, added to both normalisers.
-        backend: auto, eager, native, triton or reference (README.md). Gradients flow to every tensor but key_mask; all
-            but reference are differentiable once, by a plain backward pass, so that auto takes reference inside torch.func
-            and where forward-mode AD gives an input a tangent.
+        backend: auto, eager, native, triton or reference (README.md). Gradients flow to every tensor but key_mask; only
+            reference is differentiable more than once and in other ways than by a plain backward pass, so that auto
+            takes it inside torch.func and where forward-mode AD gives an input a tangent.
 
     Returns:
         (B, N, h, d) in the dtype of q; 0 without keys. Features, state and normaliser are computed in float32, or

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def is_loaded() -> bool:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        logger.warning("polarity attention's native backend is left out: %s (remove that file and build it again)", error)
+        logger.warning("the native backend is left out: %s (remove that file, and build it again)", error)
         return False
     return True
 
@@ -125,17 +126,17 @@ class NativePolarityFeatures(PolarityFeatures):
         super().__init__(scratch, exponent, scale)
         self.parameters = self.inverse_scale[:, 0].contiguous(), (self.exponent - 1)[:, 0].contiguous()
 
-    def tokens(self, block: Tensor, padding: Tensor | None = None) -> Tensor:
+    def tokens(self, block: Tensor, padding: Tensor | None = None) -> Any:
         if padding is None and block.stride(-1) == 1:
             return block
         return fill(self.scratch("u", *block.shape).copy_(block), padding)
 
-    def key_features(self, tokens: Tensor) -> Tensor:
+    def key_features(self, tokens: Any) -> Tensor:
         out = self.scratch("features", *tokens.shape[:-1], 2 * tokens.shape[-1])
         torch.ops.polaformer_native.features(tokens, *self.parameters, out, LENGTH)
         return out
 
-    def key_backward(self, tokens: Tensor, features: Tensor, grad: Tensor) -> Tensor:
+    def key_backward(self, tokens: Any, features: Tensor, grad: Tensor) -> Tensor:
         b, h, T, d = tokens.shape
         out = self.scratch("grad_u", b, T, h, d).transpose(1, 2)
         moments = self.scratch("moments", b * math.ceil(T / LENGTH), 2, h, d).zero_()
