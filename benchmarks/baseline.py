@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from models.attention import PolaMapAttention
 from models.kernels import polarity
+from models.nalaformer import NalaMapAttention
 from models.ops.rotary import Grid
 from models.pola_pp import PolaPP
 
@@ -181,3 +182,13 @@ def patched_model_attention(op: Callable[..., Tensor]) -> AbstractContextManager
 def patched_pola_pp() -> AbstractContextManager[object]:
     """Inside, every PolaFormer++ computes literally."""
     return mock.patch.object(PolaPP, "forward", literal_pola_pp)
+
+
+def patched_nalaformer() -> AbstractContextManager[object]:
+    """Inside, the linear attention of every NaLaFormer computes literally."""
+
+    def attend(self: Any, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
+        return literal_norm_aware_attention(q, k, v, grid=grid).flatten(2)
+
+    return mock.patch.object(NalaMapAttention, "attend", attend)

@@ -1,10 +1,10 @@
 """Time a training step of whole models, ours and literal ones: python -m benchmarks.model_step.
 
 A step is forward pass, cross entropy, backward pass and optimizer step on synthetic images, each contender on its own
-copy of the same weights. The baseline is our model with the literal op; PolaFormer++'s is literal as a whole, and timm
-models of about its size run beside it. A gate comes first: both sides give the same logits in float32. Eager contenders
-are interleaved in one process; with --compile each compiled model runs in a fresh process, interleaved with the eager
-baseline there.
+copy of the same weights. The baseline is our model with the literal op, PolaFormer++'s literal as a whole; timm models
+of about their size run beside PolaFormer++ and NaLaFormer. A gate comes first: both sides give the same logits in
+float32. Eager contenders are interleaved in one process; with --compile each compiled model runs in a fresh process,
+interleaved with the eager baseline there.
 README.md beside this file says what is counted and how results are named.
 """
 
@@ -22,10 +22,16 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from benchmarks import common
-from benchmarks.baseline import literal_polarity_attention, patched_model_attention, patched_pola_pp
+from benchmarks.baseline import (
+    literal_polarity_attention,
+    patched_model_attention,
+    patched_nalaformer,
+    patched_pola_pp,
+)
 from benchmarks.common import DTYPES, MEBIBYTE, Bar, Outcome, Spread, WrongResultError, in_fresh_process, ratios
 from models import build_model
 from models.classifier import Classifier
+from models.nalaformer import NaLaFormer
 from models.ops.polarity_attention import polarity_attention
 from models.pola_pp import PolaPP
 from optimizer import build_optimizer
@@ -34,7 +40,15 @@ from utils.precision import exact_float32
 
 TIMM_SWIN = "swin_tiny_patch4_window7_224"
 OPS: dict[str, Callable[..., Tensor]] = {"baseline": literal_polarity_attention, "ours": polarity_attention}
-TIMM_PEERS = {"pola_pp_b0": ("fastvit_t12", "pvt_v2_b0"), "pola_pp_b2": ("pvt_v2_b1", "fastvit_sa24")}
+# Of other bodies the polarity op is patched.
+LITERAL_BODIES: dict[type[nn.Module], Callable[[], AbstractContextManager[object]]] = {
+    PolaPP: patched_pola_pp,
+    NaLaFormer: patched_nalaformer,
+}
+TIMM_PEERS = {
+    **dict.fromkeys(("pola_pp_b0", "nalaformer_xt"), ("fastvit_t12", "pvt_v2_b0")),
+    **dict.fromkeys(("pola_pp_b2", "nalaformer_t"), ("pvt_v2_b1", "fastvit_sa24")),
+}
 LOGITS_ERROR = 1e-5  # largest relative L2 difference of float32 logits that passes the gate
 
 # Baseline's float32 eager step over ours, batch 8, 224², on a CPU; by model, then (precision, compiled).
@@ -125,8 +139,8 @@ class Trainer(common.TrainingStep):
         super().__init__(model, optimizer, images, labels, DTYPES[precision])
 
     def attention(self) -> AbstractContextManager[object]:
-        if isinstance(self.bare_model, PolaPP):
-            return patched_pola_pp() if self.side == "baseline" else nullcontext()
+        if patched := LITERAL_BODIES.get(type(self.bare_model)):
+            return patched() if self.side == "baseline" else nullcontext()
         return patched_model_attention(OPS[self.side])
 
     def logits(self) -> Tensor:

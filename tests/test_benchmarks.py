@@ -326,15 +326,18 @@ def test_a_training_step_of_both_sides_saves_less_with_ours():
     assert 1.25 in [bar.bound for bar in full_size]
 
 
-def test_a_polaformer_pp_is_timed_beside_timm_models_of_its_size():
-    setting = model_step.Setting("pola_pp_b0", 2, 32, repeats=1, device="cpu", threads=None)
+@pytest.mark.parametrize(
+    ("model", "parameters", "peer"), [("pola_pp_b0", 7_548_712, 0.01), ("nalaformer_xt", 6_142_248, 0.2)]
+)
+def test_rotary_pyramids_are_timed_beside_timm_models_of_their_size(model, parameters, peer):
+    setting = model_step.Setting(model, 2, 32, repeats=1, device="cpu", threads=None)
     record = model_step.measure_eager(setting, ["float32"])
     assert 0 < record["logits_error"] < 1e-5  # both sides were computed
     assert record["saved_bytes"]["ours"] < record["saved_bytes"]["baseline"]
     sizes = {step["side"]: step["parameters"] for step in record["contenders"]}
-    assert list(sizes) == ["baseline", "ours", *model_step.TIMM_PEERS["pola_pp_b0"]]
-    assert sizes["ours"] == sizes["baseline"] == 7_548_712
-    assert sizes["fastvit_t12"] == pytest.approx(sizes["ours"], rel=0.01)
+    assert list(sizes) == ["baseline", "ours", *model_step.TIMM_PEERS[model]]
+    assert sizes["ours"] == sizes["baseline"] == parameters
+    assert sizes["fastvit_t12"] == pytest.approx(7.55e6, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
