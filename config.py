@@ -214,7 +214,9 @@ KEYS: dict[str, Key] = {
         " Pola-Swin and Pola-PVT, PyTorch's in others",
     ),
     "MODEL.LA.BACKEND": Key(
-        "auto", text(), "implementation of linear attention: auto, eager or reference, and of polarity attention triton"
+        "auto",
+        text(),
+        "implementation of linear attention: auto, eager or reference, of polarity attention also native, triton",
     ),
     "MODEL.PPP.EMBED_DIMS": Key([32, 64, 128, 384], sequence(integer(1)), "channels per stage (PolaFormer++)"),
     "MODEL.PPP.DEPTHS": Key([2, 2, 2, 2], sequence(integer(1)), "blocks per stage (PolaFormer++)"),

@@ -31,6 +31,7 @@ from benchmarks.contenders import (
     require_correct,
     softmax_attention,
 )
+from models.ops.polarity_attention import native
 
 LENGTHS = [2**power for power in range(8, 17)]
 HEADS_OF_LENGTHS = (3, 32)
@@ -123,7 +124,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--kernel", choices=KERNELS, default="polarity", help="default: polarity")
     add("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     add("--shapes", nargs="+", type=_shape, metavar="B,N,h,d", help="default: those of the bars")
-    add("--backends", nargs="+", metavar="NAME", help="default: eager, and triton on a GPU")
+    add(
+        "--backends",
+        nargs="+",
+        metavar="NAME",
+        help="default: eager, and native where it was built, or triton on a GPU",
+    )
     what = "also time baseline and backends under torch.compile, at all shapes or only at the first"
     add("--compile", nargs="?", choices=("first", "all"), const="all", help=what)
     add("--repeats", type=_repeats, default=9, help="timed rounds, at least 9")
@@ -134,7 +140,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.dtype = options.dtype or {"cpu": "float32", "cuda": "bfloat16"}[options.device]
     kernel = KERNELS[options.kernel]
     options.shapes = options.shapes or kernel.shapes[options.device]
-    options.backends = options.backends or kernel.backends[options.device]
+    if options.backends is None:
+        left_out = () if native.is_loaded() else ("native",)
+        options.backends = [name for name in kernel.backends[options.device] if name not in left_out]
     there = {*kernel.backends[options.device], "reference"}
     if strange := [name for name in options.backends if name not in there]:
         expected = ", ".join(sorted(there))
@@ -170,10 +178,13 @@ def measure_shape(shape: Shape, setting: Setting, compiled: bool, copy_bytes_per
     (B, N, h, d), dtype, device = shape, setting.dtype, setting.device
     ops = setting.sides
     if compiled:
-        compiled_backends = {name: torch.compile(op, fullgraph=True) for name, op in setting.backends.items()}
+        compilable = {name: op for name, op in ops.items() if name != "native"}  # compiled, that is eager
+        compiled_backends = {
+            name: torch.compile(op, fullgraph=True) for name, op in compilable.items() if name != "baseline"
+        }
         require_correct(compiled_backends, (h, d), dtype, device, (setting.surroundings,), setting.kernel)
         torch.compiler.reset()  # so that the timed shape is compiled for itself, not as a second one with dynamic sizes
-        ops |= {f"{name}, compiled": torch.compile(op, fullgraph=True) for name, op in ops.items()}
+        ops |= {f"{name}, compiled": torch.compile(op, fullgraph=True) for name, op in compilable.items()}
     contenders = setting.contenders(shape, ops, softmax=True)
     widths = {"query_features": 2 * d, "key_features": 2 * d, "values": d}
     features = {name: torch.rand(B * h, N, width, device=device).to(dtype) for name, width in widths.items()}
@@ -262,14 +273,11 @@ def shape_bars(
             measured = contenders[other]["total_ms"].median / ours["total_ms"].median
             bars.append(Bar(f"{label}: {fastest}, forward + backward over {other}", measured, bound))
 
-    def speedup(name: str, bound: float | None) -> None:
-        if bound is not None and name in contenders:
-            what = f"{label}: {name}, forward + backward over baseline"
-            bars.append(Bar(what, contenders[name]["speedup"].median, bound))
-
     if device.type == "cpu" and dtype == "float32":
-        speedup(fastest, kernel.speedups.get(shape))
-        speedup("eager, compiled", kernel.compiled_speedups.get(shape))
+        for name, bounds in kernel.speedups.items():
+            if shape in bounds and name in contenders:
+                what = f"{label}: {name}, forward + backward over baseline"
+                bars.append(Bar(what, contenders[name]["speedup"].median, bounds[shape]))
     if device.type == "cuda" and dtype == "bfloat16" and fastest == "triton":
         if shape == GPU_SHAPE:
             bars.append(Bar(f"{label}: triton, times the memory floor", ours["times_floor"], 1.4, "at most"))

@@ -2,7 +2,7 @@
 
 A step is forward pass, cross entropy, backward pass and optimizer step on synthetic images, each contender on its own
 copy of the same weights. The baseline is our model with the literal op, PolaFormer++'s literal as a whole; timm models
-of about their size run beside PolaFormer++ and NaLaFormer. A gate comes first: both sides give the same logits in
+of about the same size run beside them. A gate comes first: both sides give the same logits in
 float32. Eager contenders are interleaved in one process; with --compile each compiled model runs in a fresh process,
 interleaved with the eager baseline there.
 README.md beside this file says what is counted and how results are named.
@@ -32,7 +32,7 @@ from benchmarks.common import DTYPES, MEBIBYTE, Bar, Outcome, Spread, WrongResul
 from models import build_model
 from models.classifier import Classifier
 from models.nalaformer import NaLaFormer
-from models.ops.polarity_attention import polarity_attention
+from models.ops.polarity_attention import choose_backend, polarity_attention
 from models.pola_pp import PolaPP
 from optimizer import build_optimizer
 from utils.memory import saved_bytes
@@ -45,7 +45,9 @@ LITERAL_BODIES: dict[type[nn.Module], Callable[[], AbstractContextManager[object
     PolaPP: patched_pola_pp,
     NaLaFormer: patched_nalaformer,
 }
-TIMM_PEERS = {
+TIMM_PEERS: dict[str, tuple[str, ...]] = {
+    "pola_swin_t": (TIMM_SWIN,),
+    "pola_pvt_t": ("pvt_v2_b1",),
     **dict.fromkeys(("pola_pp_b0", "nalaformer_xt"), ("fastvit_t12", "pvt_v2_b0")),
     **dict.fromkeys(("pola_pp_b2", "nalaformer_t"), ("pvt_v2_b1", "fastvit_sa24")),
 }
@@ -53,9 +55,10 @@ LOGITS_ERROR = 1e-5  # largest relative L2 difference of float32 logits that pas
 
 # Baseline's float32 eager step over ours, batch 8, 224², on a CPU; by model, then (precision, compiled).
 CPU_STEP_BARS: dict[str, dict[tuple[str, bool], float]] = {
-    "pola_pvt_t": {("float32", False): 1.25, ("float32", True): 1.4, ("bfloat16", False): 2.2, ("bfloat16", True): 2.9},
-    "pola_swin_t": {("float32", False): 1.2, ("float32", True): 1.4, ("bfloat16", False): 2.5, ("bfloat16", True): 3.1},
+    "pola_pvt_t": {("float32", False): 1.5, ("float32", True): 1.4, ("bfloat16", False): 2.35},
+    "pola_swin_t": {("float32", False): 1.38, ("float32", True): 1.4},
 }
+PEER_BAR = 1.05  # our step over that of the peer, float32 on a CPU, of models whose bars these are
 SAVED_BYTES_BARS = {"pola_pvt_t": 0.64, "pola_swin_t": 0.65}
 THROUGHPUT_BARS = {224: 1.0, 512: 1.3}  # images per second of Pola-Swin-T over timm's Swin-T, bfloat16, on a GPU
 
@@ -197,10 +200,12 @@ def measure_eager(setting: Setting, precisions: Sequence[str]) -> dict[str, Any]
     if "float32" not in precisions:
         del trainers["ours", "float32"]
     for name in TIMM_PEERS.get(setting.model, ()):
-        peer = timm.create_model(name, drop_path_rate=config.MODEL.DROP_PATH_RATE)
+        size: dict[str, Any] = {"img_size": setting.image_size} if name == TIMM_SWIN else {}
+        peer = timm.create_model(name, drop_path_rate=config.MODEL.DROP_PATH_RATE, **size)
         trainers |= {(name, each): Trainer(peer, config, images, "ours", each) for each in precisions}
     contenders = {(*key, False): trainer for key, trainer in trainers.items()}
-    return {**step_record(setting, contenders), **record}
+    backend = choose_backend("auto", images.device)  # of polarity attention, in "ours"
+    return {**step_record(setting, contenders), **record, "backend": backend}
 
 
 def measure_compiled(setting: Setting, side: str, precision: str) -> dict[str, Any]:
@@ -290,6 +295,13 @@ def step_bars(record: Mapping[str, Any]) -> list[Bar]:
             continue
         what = f"{model}: step, {precision}, {'compiled' if compiled else 'eager'}, over eager float32 baseline"
         bars.append(Bar(what, step["speedup_over_float32_baseline"].median, bound))
+    steps = {step["side"]: step["step_ms"].median for step in record["contenders"] if step["precision"] == "float32"}
+    if record["device"] == "cpu" and model in CPU_STEP_BARS and "ours" in steps:
+        peers = [name for name in TIMM_PEERS[model] if name in steps]
+        bars += [
+            Bar(f"{model}: step, float32, over {name}", steps["ours"] / steps[name], PEER_BAR, "at most")
+            for name in peers
+        ]
     return bars
 
 

@@ -299,11 +299,16 @@ def test_bars_apply_where_they_are_meant():
     contenders = {
         "baseline": contender(1.0, 10.0, 100),
         "eager": contender(2.5, 4.0, 20),
+        "native": contender(4.4, 2.3, 20),
         "triton": contender(11.0, 0.9, 30),
         "softmax": contender(0.1, 100.0, 50),
     }
-    cpu = {"shape": [8, 3136, 3, 32], "contenders": {name: contenders[name] for name in ("baseline", "eager")}}
-    assert [(bar.bound, bar.met) for bar in attention.shape_bars(cpu, CPU, "float32")] == [(2.4, True), (0.25, True)]
+    cpu = {
+        "shape": [8, 3136, 3, 32],
+        "contenders": {name: contenders[name] for name in ("baseline", "eager", "native")},
+    }
+    bars = attention.shape_bars(cpu, CPU, "float32")
+    assert [(bar.bound, bar.met) for bar in bars] == [(2.4, True), (4.5, False), (0.25, True)]
     assert [bar.bound for bar in attention.shape_bars(cpu, CPU, "bfloat16")] == [0.25]
     pp = {**cpu, "shape": [8, 784, 2, 64]}
     bars = attention.shape_bars(pp, CPU, "float32", KERNELS["polarity_pp"])
@@ -316,20 +321,19 @@ def test_bars_apply_where_they_are_meant():
 def test_a_training_step_of_both_sides_saves_less_with_ours():
     setting = model_step.Setting("pola_pvt_t", 1, 32, repeats=1, device="cpu", threads=None)
     record = model_step.measure_eager(setting, ["float32", "bfloat16"])
-    assert record["saved_bytes"]["ours"] < record["saved_bytes"]["baseline"]
+    assert record["saved_bytes"]["ours"] < record["saved_bytes"]["baseline"] and record["backend"] == "eager"
     assert [(step["side"], step["precision"]) for step in record["contenders"]] == [
-        (side, precision) for precision in ("float32", "bfloat16") for side in ("baseline", "ours")
+        *((side, precision) for precision in ("float32", "bfloat16") for side in ("baseline", "ours")),
+        *(("pvt_v2_b1", precision) for precision in ("float32", "bfloat16")),
     ]
     assert model_step.step_bars(record) == []  # they are for batch 8 at 224²
     full_size = model_step.step_bars({**record, "batch_size": 8, "image_size": 224})
-    assert full_size[0].bound == 0.64
-    assert 1.25 in [bar.bound for bar in full_size]
+    assert (full_size[0].bound, full_size[-1].bound, full_size[-1].direction) == (0.64, 1.05, "at most")
+    assert 1.5 in [bar.bound for bar in full_size]
 
 
-@pytest.mark.parametrize(
-    ("model", "parameters", "peer"), [("pola_pp_b0", 7_548_712, 0.01), ("nalaformer_xt", 6_142_248, 0.2)]
-)
-def test_rotary_pyramids_are_timed_beside_timm_models_of_their_size(model, parameters, peer):
+@pytest.mark.parametrize(("model", "parameters"), [("pola_pp_b0", 7_548_712), ("nalaformer_xt", 6_142_248)])
+def test_rotary_pyramids_are_timed_beside_timm_models_of_their_size(model, parameters):
     setting = model_step.Setting(model, 2, 32, repeats=1, device="cpu", threads=None)
     record = model_step.measure_eager(setting, ["float32"])
     assert 0 < record["logits_error"] < 1e-5  # both sides were computed

@@ -59,6 +59,7 @@ NOT_RUN = {
     "*experiments.ablation*": "needs the runs; tests/test_ablation.py",
     "python -m benchmarks.*": "minutes; tests/test_benchmarks.py",
     "*--device cuda*": "needs a GPU",
+    "*.ops.polarity_attention": "runs a compiler; tests/test_native.py",
     "*tools.model_table": "the test of the tables counts every model",
     "*tools.readme_picture": "trains for minutes and needs scikit-image",
 }

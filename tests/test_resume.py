@@ -317,6 +317,15 @@ def test_schedule_keys_changed_since_are_honoured_and_named(tiny, log):
     assert optimizer["param_groups"][0]["weight_decay"] == 0.1
 
 
+def test_another_backend_is_named_and_goes_on(tiny, log):
+    run(tiny, "TRAIN.EPOCHS 1")
+    run(tiny, "TRAIN.EPOCHS 2 MODEL.LA.BACKEND reference")
+    backends = [f"polarity attention backend: {name}" for name in ("eager", "reference")]
+    assert "was computed with {}, and goes on with {}: to rounding".format(*backends) in log.text
+    run(tiny, "TRAIN.EPOCHS 3 MODEL.LA.BACKEND reference")
+    assert log.text.count("and goes on with") == 1
+
+
 def test_another_optimizer_or_function_is_refused_on_resume(tiny):
     run(tiny, "TRAIN.EPOCHS 1")
     with pytest.raises(CheckpointError, match="is not that of SGD"):
