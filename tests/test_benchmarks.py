@@ -274,7 +274,7 @@ def test_attention_of_another_kernel_has_a_file_of_its_own(kernel, tmp_path):
         (["--kernel", "polarity_pp", "--shapes", "8,16,1,6"], "positions of polarity_pp need a d that divides by 4"),
         (
             ["--device", "cpu", "--backends", "triton"],
-            "polarity has no triton on this device, expected some of eager, reference",
+            "polarity has no triton on this device, expected some of eager, native, reference",
         ),
         (["--kernel", "polarity_pp", "--backends", "nonsense"], "polarity_pp has no nonsense on this device"),
         (["--shapes", "8,16,3"], "'8,16,3' is no shape: expected four integers B,N,h,d"),

@@ -64,7 +64,7 @@ NOT_RUN = {
     "*tools.readme_picture": "trains for minutes and needs scikit-image",
 }
 EXIT_CODES = {"*--format onx*": 2, "*notes.png*": 1}  # of commands that show a mistake
-WITHOUT_PARSER = ("tools.model_table",)
+WITHOUT_PARSER = ("tools.model_table", "models.ops.polarity_attention")
 
 
 PROGRAMS = ("python", "torchrun", "bash", "sbatch", "make", "pip")
