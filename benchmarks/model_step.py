@@ -76,7 +76,9 @@ class Setting:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    common.run(parse_arguments(arguments), measure, recorded="batch_size image_size repeats")
+    options = parse_arguments(arguments)
+    variant = "" if options.models == list(CPU_STEP_BARS) else f"-{'-'.join(options.models)}"
+    common.run(options, measure, recorded="batch_size image_size repeats", variant=variant)
 
 
 def measure(options: argparse.Namespace) -> Outcome:
@@ -107,7 +109,7 @@ def measure(options: argparse.Namespace) -> Outcome:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = common.argument_parser("model_step", __doc__, device=True, batch_size=8, image_size=224, repeats=9)
     add = parser.add_argument
-    add("--models", nargs="+", default=["pola_pvt_t", "pola_swin_t"], help="names of files in configs/")
+    add("--models", nargs="+", default=list(CPU_STEP_BARS), help="names of files in configs/")
     add("--precision", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     what = "also whole models under torch.compile, ours (the default) or the baseline's too: minutes each"
     add("--compile", nargs="*", choices=tuple(OPS), help=what)
