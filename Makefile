@@ -3,6 +3,7 @@
 # make test-slow     set up, then run the tests that do (51 minutes on two CPU cores with other work)
 # make bench         set up, then time the op and two models against the literal formulation (5 minutes on two CPU cores)
 # BENCH=--compile make bench    also the compiled models (10 minutes more); BENCH is passed to benchmarks.model_step
+# make bench-gpu     set up, then test and time everything that needs an NVIDIA GPU (at most 8 minutes)
 # make bench-input   set up, then time the input pipeline on one core (2 minutes); needs the optional simplejpeg, which it installs
 # make bench-training  set up, then time what the training loop and its checkpoints cost (5 minutes)
 # make ablation      set up, then compare kinds of attention on two small data sets (docs/ablation.md; 40 minutes); one of
@@ -22,7 +23,7 @@ else
   SETUP_DEV := .venv/installed-dev
 endif
 
-.PHONY: quickstart test test-slow lint reference bench bench-input bench-training ablation bench-maps bench-features bench-lra
+.PHONY: quickstart test test-slow lint reference bench bench-gpu bench-input bench-training ablation bench-maps bench-features bench-lra
 
 # every call is a run of its own, and `latest` leads to the newest: made before training, so that it also finds a run that
 # was interrupted
@@ -50,6 +51,9 @@ reference: $(SETUP)
 bench: $(SETUP)
 	$(RUN) -m benchmarks.attention --compile first
 	$(RUN) -m benchmarks.model_step $(BENCH)
+
+bench-gpu: $(SETUP_DEV)
+	$(RUN) -m benchmarks.gpu --device cuda
 
 bench-input: $(SETUP_DEV)
 	$(RUN) -m benchmarks.input_pipeline

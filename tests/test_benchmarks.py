@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from benchmarks import attention, baseline, contenders, features, input_pipeline, model_step, training_loop
+from benchmarks import attention, baseline, contenders, features, gpu, input_pipeline, model_step, training_loop
 from benchmarks.baseline import literal_pola_pp, literal_polarity_attention, patched_model_attention, patched_pola_pp
 from benchmarks.common import Spread, WrongResultError, interleaved, ratios
 from benchmarks.contenders import KERNELS
@@ -342,6 +342,46 @@ def test_rotary_pyramids_are_timed_beside_timm_models_of_their_size(model, param
     assert list(sizes) == ["baseline", "ours", *model_step.TIMM_PEERS[model]]
     assert sizes["ours"] == sizes["baseline"] == parameters
     assert sizes["fastvit_t12"] == pytest.approx(7.55e6, rel=0.01)
+
+
+def test_steps_of_the_gpu_program_have_limits_and_their_ends_are_told(tmp_path, monkeypatch, capsys):
+    found = {"steps": [], "bars": [{"what": "speed", "measured": 2.0, "bound": 1.5, "direction": "at least"}]}
+    (tmp_path / "result.json").write_text(json.dumps(found))
+    write = tmp_path / "write.py"
+    write.write_text(f"import shutil, sys; shutil.copy('{tmp_path}/result.json', sys.argv[1]); print('one', 'two')")
+    fail, wait = tmp_path / "fail.py", tmp_path / "wait.py"
+    fail.write_text("raise SystemExit('no such thing')")
+    wait.write_text("import time; print('begun', flush=True); time.sleep(60)")
+    steps = [
+        gpu.Step("writes", f"{write} {{out}}", 60),
+        gpu.Step("fails", str(fail), 60),
+        gpu.Step("waits", str(wait), 1.0),
+    ]
+    monkeypatch.setattr(gpu, "STEPS", [*steps, gpu.Step("late", str(write), 60)])
+    monkeypatch.setattr(gpu.time, "monotonic", iter([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 480, 480]).__next__)
+    gpu.main(["--device", "cpu", "--output", str(tmp_path / "out")])
+    (path,) = (tmp_path / "out").glob("gpu-cpu-*.json")
+    results = json.loads(path.read_text())
+    ends = {name: record["ended"] for name, record in results["steps"].items()}
+    assert ends == {
+        "writes": "finished",
+        "fails": "exit code 1",
+        "waits": "ended after 1 s",
+        "late": "left out: no time was left",
+    }
+    assert results["steps"]["fails"]["last_lines"] == ["no such thing"]
+    assert results["steps"]["waits"]["last_lines"] == ["begun"]
+    assert [(bar["what"], bar["met"]) for bar in results["bars"]] == [("speed", True)]
+    assert "no such thing" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_gpu_program_can_be_rehearsed_on_a_cpu(tmp_path):
+    gpu.main(["--device", "cpu", "--output", str(tmp_path)])
+    (path,) = tmp_path.glob("gpu-cpu-*.json")
+    steps = json.loads(path.read_text())["steps"]
+    assert {record["ended"] for record in steps.values()} == {"finished"}
+    assert steps["training run"]["result"]["top1"][0] > 30 and path.with_suffix(".png").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
