@@ -201,6 +201,7 @@ def wrap(config: CfgNode, training: Training) -> None:
             training.bare_model,
             device_ids=[training.device.index] if training.device.type == "cuda" else None,
             broadcast_buffers=False,  # derived ones are equal, and running statistics are shared on their own
+            gradient_as_bucket_view=True,  # gradients lie in what is sent: no second copy of them, the same bits
             find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS,
         )
         training.model._set_ddp_runtime_logging_sample_rate(config.PRINT_FREQ)  # steps between two timed ones
