@@ -63,9 +63,14 @@ def _check_shape(backend, N, n, d, dtype, masked, surroundings=False, draws=1):
     assert_accurate(backend, next(inputs), make_mask(1, n).to(device) if masked else None, further_draws=inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", CHANNELS)
-@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize(
+    ("backend", "d", "dtype"),
+    [
+        *(("eager", *size) for size in itertools.product(CHANNELS, DTYPES)),
+        *(("native", *size) for size in INTERPRETED_SIZES),
+    ],
+    ids=str,
+)
 def test_the_usual_range(backend, d, dtype):
     """A quarter of the pairs for each d and dtype; over all of them, every pair with and without a mask."""
     turn = 3 * CHANNELS.index(d) + DTYPES.index(dtype)
