@@ -34,7 +34,7 @@ from config import image_size, make_plan
 from data.datasets import SampleRandomness
 from data.loaders import Batches, DataError, build_loaders
 from data.samplers import Draw
-from data.sources.base import decode, decode_fast, require_simplejpeg
+from data.sources.base import decode, decode_fast, require_package
 from data.sources.folder import FolderSource
 from data.sources.zip import ZipSource
 from data.transforms import TrainBatch, repair_posterize, training_transform
@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(options: argparse.Namespace) -> Outcome:
     """Gate, then loaders, single steps and memory, a table of each."""
     try:
-        require_simplejpeg()
+        require_package("simplejpeg")
+        require_package("opencv")
     except DataError as error:
         raise SystemExit(str(error)) from error
     with tempfile.TemporaryDirectory() as name:

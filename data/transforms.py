@@ -1,6 +1,7 @@
 """What happens to an image: on the CPU up to uint8, on the device from there.
 
 CPU: decode → crop, flip, automatic augmentation (training) or resize and centre crop (evaluation) → uint8 (3, H, W).
+An image is Pillow's, a tensor (DATA.DECODER simplejpeg) or, while it is augmented, an array (AUG.BACKEND opencv).
 Device: normalise → random erasing → mixup and CutMix (`TrainBatch`), or normalise alone (`Normalise`).
 """
 
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
-from timm.data.auto_augment import AugmentOp
+from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -20,7 +21,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor
 from yacs.config import CfgNode
 
-from data.sources.base import DataError, Picture
+from data.sources.base import DataError, Picture, require_package
 
 # Up to this IMG_SIZE, images that have it already are taken as they are: no resize in evaluation, a padded random crop
 # in training.
@@ -86,8 +87,12 @@ class _CoverResize:
 def training_transform(config: CfgNode, size: tuple[int, int]) -> Callable[[Picture], Tensor]:
     """RGB image to uint8 (3, H, W) of `size`: timm's random resized crop, flip, and augmentation or colour jitter.
 
-    With DATA.DECODER simplejpeg images arrive as tensors and are cropped, resized and flipped as such. Either way every
-    step draws the same random numbers, so that only the rounding of the resize differs.
+    With DATA.DECODER simplejpeg images arrive as tensors and are cropped, resized and flipped as such; with AUG.BACKEND
+    opencv the automatic augmentation works on arrays. Either way every step draws the same random numbers, so that only
+    rounding and, in warps, the filter differ.
+
+    Raises:
+        DataError: AUG.BACKEND cannot do what AUG.AUTO_AUGMENT asks for, or is not installed.
     """
     policy = config.AUG.AUTO_AUGMENT
     recipe = create_transform(
@@ -105,8 +110,10 @@ def training_transform(config: CfgNode, size: tuple[int, int]) -> Callable[[Pict
         crop = _TensorCrop(crop, config.DATA.INTERPOLATION)
     if max(size) <= SMALL_IMAGE:
         crop = _BySize(size, transforms.RandomCrop(size, padding=4), crop)
+    flips = sum(isinstance(step, transforms.RandomHorizontalFlip) for step in steps)
+    if config.AUG.BACKEND == "opencv":
+        return transforms.Compose([crop, *steps[:flips], *_on_arrays(steps[flips:], policy)])
     if fast:  # up to here, and for the flip that may follow, tensors will do
-        flips = sum(isinstance(step, transforms.RandomHorizontalFlip) for step in steps)
         steps.insert(flips, _to_pillow)
     repair_posterize(steps)
     return transforms.Compose([crop, *steps, _IMAGE_TO_UINT8])
@@ -134,6 +141,27 @@ class _TensorCrop:
 
 def _to_pillow(image: Picture) -> Image.Image:
     return image if isinstance(image, Image.Image) else Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def _on_arrays(steps: list[Callable], policy: str) -> list[Callable]:
+    """The automatic augmentation in `steps`, AUG.AUTO_AUGMENT, by OpenCV: from a picture to uint8 (3, H, W).
+
+    Raises DataError where OpenCV is not installed, or cannot do all that the policy does.
+    """
+    require_package("opencv")
+    from data.opencv_operations import OPERATIONS, to_array, to_tensor  # imports the optional package
+
+    operations = list(_augment_operations(steps))
+    lacking = sorted({each.name for each in operations if each.aug_fn.__name__ not in OPERATIONS})
+    lacking += [type(step).__name__ for step in steps if not isinstance(step, RandAugment | AutoAugment)]
+    if lacking:
+        raise DataError(
+            f"AUG.BACKEND opencv cannot do {', '.join(lacking)}, which AUG.AUTO_AUGMENT {policy} asks for; set"
+            " AUG.BACKEND pillow, or another policy (rand-… without 3a, original, originalr, v0, v0r)"
+        )
+    for operation in operations:
+        operation.aug_fn = OPERATIONS[operation.aug_fn.__name__]
+    return [to_array, *steps, to_tensor]
 
 
 def _augment_operations(node: object) -> Iterator[AugmentOp]:
