@@ -348,7 +348,7 @@ def measure_steps(folder: Path, options: argparse.Namespace) -> dict[str, Spread
     files = {name: [Path(source.name(i)).read_bytes() for i in range(size)] for name, source in sources.items()}
     images, tensors = ([decoder(data, "") for data in files["plain"]] for decoder in (decode, decode_fast))
     crop, _, policy, _ = training_transform(exact, image_size(exact)).transforms  # type: ignore[attr-defined]
-    fast_crop, _, *on_arrays = training_transform(fastest, image_size(fastest)).transforms  # type: ignore[attr-defined]
+    fast_crop, to_array, _, *on_arrays = training_transform(fastest, image_size(fastest)).transforms  # type: ignore[attr-defined]
     crops = [crop(image) for image in images]
     device_part = TrainBatch(exact, 2, CPU)
     device_part.mixup = None  # on both sides mixing comes later
@@ -365,7 +365,9 @@ def measure_steps(folder: Path, options: argparse.Namespace) -> dict[str, Spread
         "crop and resize, Pillow": over(crop, images),
         "crop and resize, torch": over(fast_crop, tensors),
         "RandAugment, Pillow": over(policy, crops),
-        "RandAugment, OpenCV, from tensor to tensor": over(Compose(on_arrays), [_tensor(crop) for crop in crops]),
+        "RandAugment, OpenCV, from tensor to tensor": over(
+            Compose([to_array, *on_arrays]), [_tensor(crop) for crop in crops]
+        ),
         "normalise and erase (on the device in ours)": over(lambda pair: device_part(*pair), [(batch, labels)]),
     }
     samples = interleaved(contenders, options.repeats)

@@ -45,6 +45,16 @@ def to_tensor(image: Array) -> torch.Tensor:
     return torch.from_numpy(np.stack(cv2.split(image)))  # half the time of a transposed copy
 
 
+class Flip:
+    """torchvision's RandomHorizontalFlip, for arrays."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def __call__(self, image: Array) -> Array:
+        return cv2.flip(image, 1) if torch.rand(1) < self.p else image
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Geometry
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,14 +64,15 @@ def _slide(image: Array, pixels: np.ndarray, *, resample: Image.Resampling, fill
     """Each row y as it is `pixels[y]` further to the right: first a fraction of a pixel, then whole ones."""
     height, width, channels = image.shape
     whole = np.floor(pixels + 0.5).astype(int)
-    distances = np.abs(np.arange(-2, 3)[:, None, None] - (pixels - whole)[:, None])  # of 5 pixels: (5, H, 1)
-    weights = torch.from_numpy(WEIGHTS[resample](distances)).float()
-    padded = torch.from_numpy(cv2.copyMakeBorder(image, 0, 0, 2, 2, cv2.BORDER_REPLICATE)).view(height, -1).float()
-    views = padded.unfold(1, width * channels, channels).unbind(1)  # the neighbours, for all pixels at once
-    sums = views[0] * weights[0]
-    for view, weight in zip(views[1:], weights[1:], strict=True):
-        sums.addcmul_(view, weight)
-    moved = cv2.addWeighted(sums.numpy(), 1, sums.numpy(), 0, CUT, dtype=cv2.CV_8U).reshape(image.shape)
+    weights = WEIGHTS[resample](np.abs(np.arange(-2, 3) - (pixels - whole)[:, None]))  # of 5 pixels: (H, 5)
+    if (pixels == pixels[0]).all():  # a translation
+        moved = cv2.filter2D(image, -1, weights[:1], delta=CUT, borderType=cv2.BORDER_REPLICATE)
+    else:
+        padded = torch.from_numpy(cv2.copyMakeBorder(image, 0, 0, 2, 2, cv2.BORDER_REPLICATE)).view(height, -1).float()
+        sums = torch.zeros(height, width * channels)
+        for neighbour, weight in enumerate(torch.from_numpy(weights).float().split(1, dim=1)):
+            sums.addcmul_(padded[:, neighbour * channels :][:, : width * channels], weight)
+        moved = cv2.addWeighted(sums.numpy(), 1, sums.numpy(), 0, CUT, dtype=cv2.CV_8U).reshape(image.shape)
 
     result = np.empty_like(image)
     result.reshape(height, -1)[:] = np.tile(np.array(fillcolor, np.uint8), width)

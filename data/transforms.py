@@ -88,8 +88,8 @@ def training_transform(config: CfgNode, size: tuple[int, int]) -> Callable[[Pict
     """RGB image to uint8 (3, H, W) of `size`: timm's random resized crop, flip, and augmentation or colour jitter.
 
     With DATA.DECODER simplejpeg images arrive as tensors and are cropped, resized and flipped as such; with AUG.BACKEND
-    opencv the automatic augmentation works on arrays. Either way every step draws the same random numbers, so that only
-    rounding and, in warps, the filter differ.
+    opencv the flip and the automatic augmentation work on arrays. Either way every step draws the same random numbers,
+    so that only rounding and, in rotations, the filter differ.
 
     Raises:
         DataError: AUG.BACKEND cannot do what AUG.AUTO_AUGMENT asks for, or is not installed.
@@ -110,10 +110,10 @@ def training_transform(config: CfgNode, size: tuple[int, int]) -> Callable[[Pict
         crop = _TensorCrop(crop, config.DATA.INTERPOLATION)
     if max(size) <= SMALL_IMAGE:
         crop = _BySize(size, transforms.RandomCrop(size, padding=4), crop)
-    flips = sum(isinstance(step, transforms.RandomHorizontalFlip) for step in steps)
     if config.AUG.BACKEND == "opencv":
-        return transforms.Compose([crop, *steps[:flips], *_on_arrays(steps[flips:], policy)])
+        return transforms.Compose([crop, *_on_arrays(steps, policy)])
     if fast:  # up to here, and for the flip that may follow, tensors will do
+        flips = sum(isinstance(step, transforms.RandomHorizontalFlip) for step in steps)
         steps.insert(flips, _to_pillow)
     repair_posterize(steps)
     return transforms.Compose([crop, *steps, _IMAGE_TO_UINT8])
@@ -144,16 +144,18 @@ def _to_pillow(image: Picture) -> Image.Image:
 
 
 def _on_arrays(steps: list[Callable], policy: str) -> list[Callable]:
-    """The automatic augmentation in `steps`, AUG.AUTO_AUGMENT, by OpenCV: from a picture to uint8 (3, H, W).
+    """Flip and automatic augmentation, which is AUG.AUTO_AUGMENT, by OpenCV: from a picture to uint8 (3, H, W).
 
-    Raises DataError where OpenCV is not installed, or cannot do all that the policy does.
+    Raises DataError where OpenCV is not installed, or cannot do one of `steps`.
     """
     require_package("opencv")
-    from data.opencv_operations import OPERATIONS, to_array, to_tensor  # imports the optional package
+    from data.opencv_operations import OPERATIONS, Flip, to_array, to_tensor  # imports the optional package
 
-    operations = list(_augment_operations(steps))
+    flips = [Flip(step.p) for step in steps if isinstance(step, transforms.RandomHorizontalFlip)]
+    others = steps[len(flips) :]
+    operations = list(_augment_operations(others))
     lacking = sorted({each.name for each in operations if each.aug_fn.__name__ not in OPERATIONS})
-    lacking += [type(step).__name__ for step in steps if not isinstance(step, RandAugment | AutoAugment)]
+    lacking += [type(step).__name__ for step in others if not isinstance(step, RandAugment | AutoAugment)]
     if lacking:
         raise DataError(
             f"AUG.BACKEND opencv cannot do {', '.join(lacking)}, which AUG.AUTO_AUGMENT {policy} asks for; set"
@@ -161,7 +163,7 @@ def _on_arrays(steps: list[Callable], policy: str) -> list[Callable]:
         )
     for operation in operations:
         operation.aug_fn = OPERATIONS[operation.aug_fn.__name__]
-    return [to_array, *steps, to_tensor]
+    return [to_array, *flips, *others, to_tensor]
 
 
 def _augment_operations(node: object) -> Iterator[AugmentOp]:

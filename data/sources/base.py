@@ -141,7 +141,8 @@ def read_file(path: str | Path) -> bytes:
             raise UnreadableImage(f"{printable(path)}: is no regular file")
         if status.st_size > LARGEST_FILE:
             raise UnreadableImage(f"{printable(path)}: {status.st_size:,} bytes, expected at most {LARGEST_FILE:,}")
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
         raise UnreadableImage(f"{printable(path)}: {error.strerror}") from error
 
