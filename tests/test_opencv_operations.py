@@ -3,6 +3,7 @@
 pytest tests/test_opencv_operations.py
 """
 
+import pickle
 import random
 import re
 from pathlib import Path
@@ -166,7 +167,8 @@ def test_operations_and_strengths_are_those_of_timm(policy):
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
 def test_the_whole_transform_draws_and_shows_what_pillow_does(decoder, interpolation):
     options = ["DATA.DECODER", decoder, "DATA.INTERPOLATION", interpolation]
-    fast, exact = transform(*options), transform(*options, backend="pillow")
+    fast = pickle.loads(pickle.dumps(transform(*options)))  # as it comes to workers that are not forked
+    exact = transform(*options, backend="pillow")
     photograph = PHOTOGRAPHS[1].resize((250, 188))
     picture = pil_to_tensor(photograph) if decoder == "simplejpeg" else photograph
     different = 0
@@ -277,3 +279,4 @@ def test_a_missing_or_damaged_opencv_is_named_with_its_remedy(folder, monkeypatc
     with pytest.raises(DataError, match=f"^AUG.BACKEND is opencv, which is not installed{remedy}"):
         loaders(folder)
     assert loaders(folder, train=False).val.num_images == 2  # evaluation needs none
+    assert loaders(folder, "AUG.BACKEND", "pillow").train  # nor does the default
