@@ -4,7 +4,8 @@
 # make bench         set up, then time the op and two models against the literal formulation (5 minutes on two CPU cores)
 # BENCH=--compile make bench    also the compiled models (10 minutes more); BENCH is passed to benchmarks.model_step
 # make bench-gpu     set up, then test and time everything that needs an NVIDIA GPU (at most 8 minutes)
-# make bench-input   set up, then time the input pipeline on one core (2 minutes); needs the optional simplejpeg, which it installs
+# make bench-input   set up, then time the input pipeline on one core (3 minutes); needs the optional simplejpeg and OpenCV,
+#                    which it installs
 # make bench-training  set up, then time what the training loop and its checkpoints cost (5 minutes)
 # make ablation      set up, then compare kinds of attention on two small data sets (docs/ablation.md; 40 minutes); one of
 #                    them is Fashion-MNIST (apt install dataset-fashion-mnist); ABLATION="--datasets digits" does without

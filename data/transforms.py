@@ -1,6 +1,7 @@
 """What happens to an image: on the CPU up to uint8, on the device from there.
 
 CPU: decode → crop, flip, automatic augmentation (training) or resize and centre crop (evaluation) → uint8 (3, H, W).
+An image is Pillow's, a tensor (DATA.DECODER simplejpeg) or, while it is augmented, an array (AUG.BACKEND opencv).
 Device: normalise → random erasing → mixup and CutMix (`TrainBatch`), or normalise alone (`Normalise`).
 """
 
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
-from timm.data.auto_augment import AugmentOp
+from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -20,7 +21,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor
 from yacs.config import CfgNode
 
-from data.sources.base import DataError, Picture
+from data.sources.base import DataError, Picture, require_package
 
 # Up to this IMG_SIZE, images that have it already are taken as they are: no resize in evaluation, a padded random crop
 # in training.
@@ -86,8 +87,12 @@ class _CoverResize:
 def training_transform(config: CfgNode, size: tuple[int, int]) -> Callable[[Picture], Tensor]:
     """RGB image to uint8 (3, H, W) of `size`: timm's random resized crop, flip, and augmentation or colour jitter.
 
-    With DATA.DECODER simplejpeg images arrive as tensors and are cropped, resized and flipped as such. Either way every
-    step draws the same random numbers, so that only the rounding of the resize differs.
+    With DATA.DECODER simplejpeg images arrive as tensors and are cropped, resized and flipped as such; with AUG.BACKEND
+    opencv the flip and the automatic augmentation work on arrays. Either way every step draws the same random numbers,
+    so that only rounding and, in rotations, the filter differ.
+
+    Raises:
+        DataError: AUG.BACKEND cannot do what AUG.AUTO_AUGMENT asks for, or is not installed.
     """
     policy = config.AUG.AUTO_AUGMENT
     recipe = create_transform(
@@ -105,6 +110,8 @@ def training_transform(config: CfgNode, size: tuple[int, int]) -> Callable[[Pict
         crop = _TensorCrop(crop, config.DATA.INTERPOLATION)
     if max(size) <= SMALL_IMAGE:
         crop = _BySize(size, transforms.RandomCrop(size, padding=4), crop)
+    if config.AUG.BACKEND == "opencv":
+        return transforms.Compose([crop, *_on_arrays(steps, policy)])
     if fast:  # up to here, and for the flip that may follow, tensors will do
         flips = sum(isinstance(step, transforms.RandomHorizontalFlip) for step in steps)
         steps.insert(flips, _to_pillow)
@@ -134,6 +141,29 @@ class _TensorCrop:
 
 def _to_pillow(image: Picture) -> Image.Image:
     return image if isinstance(image, Image.Image) else Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def _on_arrays(steps: list[Callable], policy: str) -> list[Callable]:
+    """Flip and automatic augmentation, which is AUG.AUTO_AUGMENT, by OpenCV: from a picture to uint8 (3, H, W).
+
+    Raises DataError where OpenCV is not installed, or cannot do one of `steps`.
+    """
+    require_package("opencv")
+    from data.opencv_operations import OPERATIONS, Flip, to_array, to_tensor  # imports the optional package
+
+    flips = [Flip(step.p) for step in steps if isinstance(step, transforms.RandomHorizontalFlip)]
+    others = steps[len(flips) :]
+    operations = list(_augment_operations(others))
+    lacking = sorted({each.name for each in operations if each.aug_fn.__name__ not in OPERATIONS})
+    lacking += [type(step).__name__ for step in others if not isinstance(step, RandAugment | AutoAugment)]
+    if lacking:
+        raise DataError(
+            f"AUG.BACKEND opencv cannot do {', '.join(lacking)}, which AUG.AUTO_AUGMENT {policy} asks for; set"
+            " AUG.BACKEND pillow, or another policy (rand-… without 3a, original, originalr, v0, v0r)"
+        )
+    for operation in operations:
+        operation.aug_fn = OPERATIONS[operation.aug_fn.__name__]
+    return [to_array, *flips, *others, to_tensor]
 
 
 def _augment_operations(node: object) -> Iterator[AugmentOp]:

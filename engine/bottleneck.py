@@ -38,7 +38,7 @@ def verdict(times: Times, *, workers: int, processes: int, noun: str = "images")
         advice = [f"more DATA.NUM_WORKERS (this process has {cores} cores)"] if workers < cores else []
         if noun == "images":
             advice += [
-                "DATA.DECODER simplejpeg",
+                "DATA.DECODER simplejpeg with AUG.BACKEND opencv",
                 "or a data set prepared with a short side of 256 pixels (tools/prepare_imagenet.py)",
             ]
         return f"data-bound: {data:.0%} waiting; {loaders} give {rate}" + (f": {', '.join(advice)}" if advice else "")

@@ -16,6 +16,7 @@ from benchmarks import attention, baseline, contenders, features, gpu, input_pip
 from benchmarks.baseline import literal_pola_pp, literal_polarity_attention, patched_model_attention, patched_pola_pp
 from benchmarks.common import Spread, WrongResultError, interleaved, ratios
 from benchmarks.contenders import KERNELS
+from data import opencv_operations
 from data.sources.base import decode_fast
 from models.kernels import polarity
 from models.ops.polarity_attention import polarity_attention
@@ -419,9 +420,10 @@ REAL_CROP = RandomResizedCropAndInterpolation.get_params
     [
         (input_pipeline, "decode_fast", _brighter, "decoding deviates by 0.9"),
         (RandomResizedCropAndInterpolation, "get_params", staticmethod(_shifted_crop), "random resized crop deviates"),
+        (opencv_operations, "_look_up", lambda image, levels: image, "augmentation with AUG.BACKEND opencv deviates"),
         (input_pipeline, "repair_posterize", lambda steps: steps.pop(1), "ours with pillow .* deviates"),
     ],
-    ids=["pixels", "crop", "no flip"],
+    ids=["pixels", "crop", "no levels", "no flip"],
 )
 def test_input_gate_rejects_what_is_not_the_same(target, name, planted, message, tmp_path, monkeypatch):
     monkeypatch.setattr(target, name, planted)
@@ -441,6 +443,7 @@ def test_input_pipeline_writes_its_results(tmp_path, capsys):
     assert str(tmp_path) not in path.read_text()
     deviations = results["deviations"]
     assert deviations["decoding"] == {"mean": 0.0, "max": 0, "share_differing": 0.0}
+    assert 0 < deviations["augmentation with AUG.BACKEND opencv"]["mean"] < 0.5 and results["opencv"]
     largest = 0.1 if int(PIL.__version__.partition(".")[0]) >= 13 else 0.3
     assert 0 < deviations["random resized crop"]["mean"] < largest
     loaders = results["loaders"]
@@ -449,13 +452,15 @@ def test_input_pipeline_writes_its_results(tmp_path, capsys):
         "ours, pillow",
         "ours, simplejpeg",
         "ours, simplejpeg, short side 256",
+        "ours, simplejpeg + opencv",
+        "ours, simplejpeg + opencv, short side 256",
     ]
     for entry in loaders.values():
         rate, milliseconds = entry["images_per_s"], entry["ms_per_image"]
         assert rate["low"] <= rate["median"] <= rate["high"]
         assert rate["median"] == pytest.approx(1e3 / milliseconds["median"])
     assert loaders["torchvision + timm"]["speedup"] == {"median": 1.0, "low": 1.0, "high": 1.0}
-    assert [bar["bound"] for bar in results["bars"]] == [1.4, 1.9, 150.0, 1.0]
+    assert [bar["bound"] for bar in results["bars"]] == [1.4, 1.9, 2.4, 3.0, 150.0, 1.0]
     assert results["bars"][0]["measured"] == loaders["ours, simplejpeg"]["speedup"]["median"]
     assert results["memory"][1]["index_bytes"] < 100 * 80
     printed = capsys.readouterr().out

@@ -10,6 +10,7 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,11 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 MOST_CLASSES = 1_000_000  # a label beyond is damage, and would size what is kept for each class
 LARGEST_FILE = 1 << 28  # bytes of an encoded image: the pixels of the largest that Pillow takes without a warning
 WIDE, TURNED = "wide", "turned"  # what `decode` notes
+# By the value of a key that needs it: the key, its other value being pillow, the module, and what pip calls it.
+OPTIONAL = {
+    "simplejpeg": ("DATA.DECODER", "simplejpeg", "simplejpeg"),
+    "opencv": ("AUG.BACKEND", "cv2", "opencv-python-headless"),
+}
 
 
 class DataError(ValueError):
@@ -135,7 +141,8 @@ def read_file(path: str | Path) -> bytes:
             raise UnreadableImage(f"{printable(path)}: is no regular file")
         if status.st_size > LARGEST_FILE:
             raise UnreadableImage(f"{printable(path)}: {status.st_size:,} bytes, expected at most {LARGEST_FILE:,}")
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
         raise UnreadableImage(f"{printable(path)}: {error.strerror}") from error
 
@@ -211,19 +218,25 @@ def decode_fast(data: bytes, name: str, *, exif: bool = False) -> torch.Tensor:
     return pil_to_tensor(decode(data, name, exif=exif))
 
 
-def require_simplejpeg() -> None:
-    """Raise DataError where it is not installed."""
-    if find_spec("simplejpeg") is None:
-        raise DataError(
-            "DATA.DECODER is simplejpeg, which is not installed; `pip install simplejpeg` or set DATA.DECODER pillow"
-        )
+def require_package(value: str) -> None:
+    """Raise DataError where the optional package behind this value of a key is not installed, or damaged."""
+    key, module, package = OPTIONAL[value]
+    if find_spec(module) is None:
+        problem = "is not installed"
+    else:
+        try:
+            import_module(module)
+            return
+        except ImportError as error:  # of a system's library that it needs
+            problem = f"cannot be imported ({printable(error)})"
+    raise DataError(f"{key} is {value}, which {problem}; `pip install {package}` or set {key} pillow")
 
 
 def decoder_for(config: CfgNode, split: str) -> Decoder:
     """What decodes the images of a split: DATA.DECODER those of train, Pillow the others, because that is exact."""
     fast = split == "train" and config.DATA.DECODER == "simplejpeg"
     if fast:
-        require_simplejpeg()
+        require_package("simplejpeg")
     return partial(decode_fast if fast else decode, exif=config.DATA.EXIF)
 
 
