@@ -12,6 +12,8 @@ import pytest
 import torch
 from attention_accuracy import make_inputs, make_mask, run
 from conftest import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from models.ops.polarity_attention import choose_backend, native, polarity_attention
 
@@ -44,6 +46,43 @@ def test_a_damaged_file_is_left_out_with_a_warning(tmp_path, monkeypatch, caplog
         native.is_loaded.cache_clear()
 
 
+@pytest.mark.parametrize("folder", ["/root/of/another", "x" * 300, "~/nobody"])
+def test_auto_is_eager_where_the_folder_cannot_be_looked_into(folder, monkeypatch):
+    """One of another user (stat says no), a name too long, and no home directory."""
+
+    def stat(path, **_):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setenv(native.FOLDER_VARIABLE, folder)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    if folder.startswith("/"):
+        monkeypatch.setattr(os, "stat", stat)
+    native.is_loaded.cache_clear()
+    assert choose_backend("auto", CPU) == "eager"
+    monkeypatch.undo()
+    native.is_loaded.cache_clear()
+
+
+def test_without_a_home_directory_building_asks_for_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (native.FOLDER_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does for a user without entry
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setenv("CXX", "true")
+    with pytest.raises(RuntimeError, match=f"no home directory .* name a folder by {native.FOLDER_VARIABLE}"):
+        native.build()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_compiler_may_have_arguments(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "false --ours")
+    monkeypatch.setenv(native.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with pytest.raises(RuntimeError, match="false failed"):
+        native.build()
+
+
 @pytest.mark.parametrize(
     ("compiler", "capability", "folder", "words"),
     [
@@ -66,7 +105,7 @@ def test_the_command_that_builds_it_ends_in_one_line(tmp_path):
     environment = {**os.environ, native.FOLDER_VARIABLE: str(tmp_path), "CXX": "no-such-compiler"}
     command = [sys.executable, "-m", "models.ops.polarity_attention"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stderr.count("\n")) == (1, 1) and "install a C++ compiler" in result.stderr
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "install a C++ compiler" in result.stderr
 
 
 def test_the_name_of_the_file_has_source_processor_and_torch(monkeypatch, tmp_path):
@@ -116,3 +155,18 @@ def test_torch_compile_traces_the_functions_of_eager(backend):
     assert torch.allclose(out, polarity_attention(q, k, v, exponent, backend="eager"), rtol=1e-6)
     (gradient,) = torch.autograd.grad(out.sum(), q)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["native"])
+@pytest.mark.parametrize("named", ["native", "auto"])
+def test_tracers_and_planners_of_memory_see_operators(backend, named):
+    """Tensors without memory get shapes and gradients, and a traced graph computes anew with other inputs."""
+    first, other = (make_inputs(20, 17, 8, torch.float32, B=2, seed=seed)[:4] for seed in (0, 1))
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t).detach().requires_grad_() for t in first]
+        out = polarity_attention(*fakes, backend=named)
+        assert out.shape == first[0].shape
+        assert [g.shape for g in torch.autograd.grad(out.sum(), fakes)] == [t.shape for t in first]
+    with torch.no_grad():
+        graph = make_fx(lambda *t: polarity_attention(*t, backend=named))(*first)
+        assert torch.equal(graph(*other), polarity_attention(*other, backend=named))

@@ -7,4 +7,5 @@ from .native import build
 try:
     sys.stdout.write(f"built {build()}\n")
 except (RuntimeError, OSError) as error:
-    sys.exit(str(error))
+    sys.stderr.write(f"{error}\n")
+    sys.exit(2)

@@ -150,28 +150,42 @@ void divide_backward(const Tensor& numerators, const Tensor& normalisers, at::In
     using T = std::conditional_t<std::is_same_v<X, double>, double, float>;                                    \
     __VA_ARGS__;                                                                                               \
   })
+
+// For tensors without memory, as tracers and planners of memory compute with: results have their shapes already
+void nothing(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+  torch::jit::drop(*stack, op.schema().arguments().size());
+}
 }  // namespace
 
 TORCH_LIBRARY(polaformer_native, m) {
-  m.def("features(Tensor x, Tensor factor, Tensor power, Tensor(a!) out, int length) -> ()",
-        [](const Tensor& x, const Tensor& factor, const Tensor& power, Tensor out, int64_t length) {
-          BY_TYPE(x, (features<T, X>(x, factor, power, out, length)));
-        });
+  m.def("features(Tensor x, Tensor factor, Tensor power, Tensor(a!) out, int length) -> ()");
   m.def("features_backward(Tensor x, Tensor factor, Tensor power, Tensor grad, Tensor(a!) out, Tensor(b!) moments,"
-        " int length) -> ()",
-        [](const Tensor& x, const Tensor& factor, const Tensor& power, const Tensor& grad, Tensor out, Tensor moments,
-           int64_t length) {
-          BY_TYPE(x, (features_backward<T, X>(x, factor, power, grad, out, moments, length)));
-        });
-  m.def("divide(Tensor numerators, Tensor normalisers, int[] ends, float eps, Tensor(a!) out, int length) -> ()",
-        [](const Tensor& numerators, const Tensor& normalisers, at::IntArrayRef ends, double eps, Tensor out,
-           int64_t length) {
-          BY_TYPE(out, (divide<T, X>(numerators, normalisers, ends, eps, out, length)));
-        });
+        " int length) -> ()");
+  m.def("divide(Tensor numerators, Tensor normalisers, int[] ends, float eps, Tensor(a!) out, int length) -> ()");
   m.def("divide_backward(Tensor numerators, Tensor normalisers, int[] ends, float eps, Tensor grad, Tensor(a!) out,"
-        " int length) -> ()",
-        [](const Tensor& numerators, const Tensor& normalisers, at::IntArrayRef ends, double eps, const Tensor& grad,
-           Tensor out, int64_t length) {
-          BY_TYPE(grad, (divide_backward<T, X>(numerators, normalisers, ends, eps, grad, out, length)));
-        });
+        " int length) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(polaformer_native, CPU, m) {
+  m.impl("features", [](const Tensor& x, const Tensor& factor, const Tensor& power, Tensor out, int64_t length) {
+    BY_TYPE(x, (features<T, X>(x, factor, power, out, length)));
+  });
+  m.impl("features_backward", [](const Tensor& x, const Tensor& factor, const Tensor& power, const Tensor& grad,
+                                 Tensor out, Tensor moments, int64_t length) {
+    BY_TYPE(x, (features_backward<T, X>(x, factor, power, grad, out, moments, length)));
+  });
+  m.impl("divide", [](const Tensor& numerators, const Tensor& normalisers, at::IntArrayRef ends, double eps, Tensor out,
+                      int64_t length) {
+    BY_TYPE(out, (divide<T, X>(numerators, normalisers, ends, eps, out, length)));
+  });
+  m.impl("divide_backward", [](const Tensor& numerators, const Tensor& normalisers, at::IntArrayRef ends, double eps,
+                               const Tensor& grad, Tensor out, int64_t length) {
+    BY_TYPE(grad, (divide_backward<T, X>(numerators, normalisers, ends, eps, grad, out, length)));
+  });
+}
+
+TORCH_LIBRARY_IMPL(polaformer_native, Meta, m) {
+  for (const char* name : {"features", "features_backward", "divide", "divide_backward"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&nothing>());
+  }
 }

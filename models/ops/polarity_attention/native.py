@@ -11,6 +11,7 @@ import hashlib
 import logging
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -43,9 +44,10 @@ def library() -> Path:
     """Where the file for this source, processor and PyTorch is, or is to be."""
     capability = torch.backends.cpu.get_cpu_capability()
     key = hashlib.sha256(f"{torch.__version__} {VECTORS.get(capability)}".encode() + SOURCE.read_bytes()).hexdigest()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get(FOLDER_VARIABLE) or Path(home, "polaformer"))
-    return folder / f"polarity_attention-{capability.lower().replace(' ', '_')}-torch{torch.__version__}-{key[:12]}.so"
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = os.environ.get(FOLDER_VARIABLE) or f"{home}/polaformer"
+    folder = os.path.expanduser(folder)  # as it is where a user without entry has no HOME, as containers start some
+    return Path(folder) / f"polarity_attention-{capability.lower().replace(' ', '_')}-torch{torch.__version__}-{key[:12]}.so"
 
 
 def reason_against(device: torch.device) -> str | None:
@@ -58,7 +60,7 @@ def reason_against(device: torch.device) -> str | None:
 @cache
 def is_loaded() -> bool:
     path = library()
-    if not path.exists():
+    if not os.path.exists(path):  # Path's own raises where the folder cannot be entered
         return False
     if hasattr(torch.ops.polaformer_native, "features"):  # another copy of this package has loaded it
         return True
@@ -75,15 +77,17 @@ def build() -> Path:
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in VECTORS:
         raise RuntimeError(f"this processor ({capability}) has none of {', '.join(VECTORS)}")
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise RuntimeError(f"{os.environ.get('CXX', 'g++')} is not there: install a C++ compiler, or name one by CXX")
+    compiler, *options = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(compiler) is None:
+        raise RuntimeError(f"{compiler} is not there: install a C++ compiler, or name one by CXX")
     home, path = Path(torch.__file__).parent, library()
+    if path.parts[0].startswith("~"):
+        raise RuntimeError(f"no home directory of this user is known: name a folder by {FOLDER_VARIABLE}")
     includes = (home / "include", home / "include/torch/csrc/api/include", sysconfig.get_paths()["include"])
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # whatever is interrupted leaves no half of a file
         made = Path(folder, path.name)
-        command = [compiler, "-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-DNDEBUG"]
+        command = [compiler, *options, "-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-DNDEBUG"]
         command += [*VECTORS[capability].split(), *(f"-I{include}" for include in includes), str(SOURCE)]
         command += ["-o", str(made), f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
