@@ -116,6 +116,13 @@ def run(
         packages: whose versions the reader of the result must know.
         variant: follows the program in the file's name.
     """
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: PyTorch finds no NVIDIA GPU here; --device cpu measures on the processor")
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)  # first, for nothing measured to be lost
+    except OSError as error:
+        raise SystemExit(f"--output {options.output}: {error.strerror}, expected a folder to write to") from error
     prepare_process(options.threads)
     try:
         outcome = measure(options)
@@ -124,8 +131,6 @@ def run(
     bars = [(bar, "≥" if bar.direction == "at least" else "≤", "met" if bar.met else "NOT MET") for bar in outcome.bars]
     rows = [(bar.what, f"{bar.measured:.2f}", f"{sign} {bar.bound:g}", verdict) for bar, sign, verdict in bars]
     print_table("Bars", ("what", "measured", "bar", ""), rows)
-    device = torch.device(options.device)
-    options.output.mkdir(parents=True, exist_ok=True)
     name = f"{options.program}{variant}-{device_slug(device)}-{date.today().isoformat()}"
     path, written = options.output / f"{name}.json", f"{name}.json"
     record = {

@@ -7,11 +7,14 @@ limit; what it wrote, or why it wrote nothing, is gathered in one file. `--devic
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,24 +103,40 @@ def run_step(step: Step, device: str, out: Path, seconds: float) -> dict[str, An
     words = step.command.format(device=device, out=out, **SIZES[device]).split()
     before, start = set(out.glob("*.json")), time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=seconds)
         record["ended"] = "finished" if process.returncode == 0 else f"exit code {process.returncode}"
     except subprocess.TimeoutExpired:
-        process.kill()
+        _end(process)
         output, _ = process.communicate()
         record["ended"] = f"ended after {seconds:.0f} s"
+    except BaseException:  # Ctrl-C does not reach another session
+        _end(process)
+        raise
     record["seconds"] = round(time.monotonic() - start, 1)
     record["last_lines"] = [line for line in output.replace(str(out), "OUT").splitlines() if line.strip()][-3:]
     print(output, end="", flush=True)
     if written := sorted(set(out.glob("*.json")) - before):
-        record["result"] = json.loads(written[-1].read_text())
+        with suppress(json.JSONDecodeError):  # ended while it was written
+            record["result"] = json.loads(written[-1].read_text())
     elif metrics := sorted(out.glob("*/run/metrics.jsonl")):
         validations = [each for each in read_metrics(metrics[-1]) if each["kind"] == "val"]
         record["result"] = {"top1": [each["top1"] for each in validations]}
     return record
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """With all that it has started, which would hold its output open."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def print_table(records: dict[str, dict[str, Any]]) -> None:

@@ -157,8 +157,13 @@ def _on_arrays(steps: list[Callable], policy: str) -> list[Callable]:
     lacking = sorted({each.name for each in operations if each.aug_fn.__name__ not in OPERATIONS})
     lacking += [type(step).__name__ for step in others if not isinstance(step, RandAugment | AutoAugment)]
     if lacking:
+        asked = (
+            "AUG.COLOR_JITTER asks for where AUG.AUTO_AUGMENT is none"
+            if policy == "none"
+            else (f"AUG.AUTO_AUGMENT {policy} asks for")
+        )
         raise DataError(
-            f"AUG.BACKEND opencv cannot do {', '.join(lacking)}, which AUG.AUTO_AUGMENT {policy} asks for; set"
+            f"AUG.BACKEND opencv cannot do {', '.join(lacking)}, which {asked}; set"
             " AUG.BACKEND pillow, or another policy (rand-… without 3a, original, originalr, v0, v0r)"
         )
     for operation in operations:

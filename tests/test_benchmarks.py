@@ -4,6 +4,7 @@ pytest tests/test_benchmarks.py
 """
 
 import json
+import time
 from functools import partial
 
 import PIL
@@ -374,6 +375,32 @@ def test_steps_of_the_gpu_program_have_limits_and_their_ends_are_told(tmp_path, 
     assert results["steps"]["waits"]["last_lines"] == ["begun"]
     assert [(bar["what"], bar["met"]) for bar in results["bars"]] == [("speed", True)]
     assert "no such thing" in capsys.readouterr().out
+
+
+def test_a_step_of_the_gpu_program_ends_with_all_that_it_has_started(tmp_path):
+    """What a killed program has started would hold the output open; bytes and half a file lose no other step."""
+    child = tmp_path / "child.py"
+    child.write_text("import subprocess\nsubprocess.run(['sleep', '30'])")
+    started = time.monotonic()
+    assert gpu.run_step(gpu.Step("waits", str(child), 1), "cpu", tmp_path, 1)["ended"] == "ended after 1 s"
+    assert time.monotonic() - started < 15
+    child.write_text("import os, sys\nos.write(1, b'\\xff')\nopen(sys.argv[1] + '/half.json', 'w').write('{')")
+    record = gpu.run_step(gpu.Step("writes", f"{child} {{out}}", 60), "cpu", tmp_path, 60)
+    assert (record["ended"], record["result"]) == ("finished", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "cuda"], "--device cuda: PyTorch finds no NVIDIA GPU"),
+        (["--device", "cpu", "--output", "/dev/null/x"], "--output /dev/null/x: Not a directory"),
+    ],
+)
+def test_what_cannot_end_well_is_not_begun(arguments, words, monkeypatch):
+    monkeypatch.setattr(gpu.common.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu, "STEPS", [])
+    with pytest.raises(SystemExit, match=f"^{words}"):
+        gpu.main(arguments)
 
 
 @pytest.mark.slow

@@ -242,7 +242,6 @@ def test_evaluation_is_the_same_whatever_augments(folder):
     ("policy", "lacking"),
     [
         ("augmix-m3", "AugMixAugment"),
-        ("none", "ColorJitter"),
         ("3a", "Desaturate, GaussianBlurRand, ColorJitter"),
         ("rand-m9-t3aw", "Desaturate, GaussianBlur, ColorJitter"),
     ],
@@ -254,6 +253,11 @@ def test_what_it_cannot_do_is_refused_by_name(folder, policy, lacking):
     with pytest.raises(DataError, match=message):
         loaders(folder, "AUG.AUTO_AUGMENT", policy)
     assert loaders(folder, "AUG.AUTO_AUGMENT", policy, train=False).val.num_images == 2  # evaluation augments nothing
+
+
+def test_colour_jitter_is_refused_by_its_own_key():
+    with pytest.raises(DataError, match="cannot do ColorJitter, which AUG.COLOR_JITTER asks for where AUG.AUTO_AUG"):
+        transform("AUG.AUTO_AUGMENT", "none")
 
 
 def test_an_operation_that_it_does_not_know_is_refused_by_name(monkeypatch):

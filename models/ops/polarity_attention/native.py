@@ -45,9 +45,9 @@ def library() -> Path:
     capability = torch.backends.cpu.get_cpu_capability()
     key = hashlib.sha256(f"{torch.__version__} {VECTORS.get(capability)}".encode() + SOURCE.read_bytes()).hexdigest()
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = os.environ.get(FOLDER_VARIABLE) or f"{home}/polaformer"
-    folder = os.path.expanduser(folder)  # as it is where a user without entry has no HOME, as containers start some
-    return Path(folder) / f"polarity_attention-{capability.lower().replace(' ', '_')}-torch{torch.__version__}-{key[:12]}.so"
+    # stays as it is where no home directory is known: a user without entry and HOME, as containers start some
+    folder = Path(os.path.expanduser(os.environ.get(FOLDER_VARIABLE) or f"{home}/polaformer"))
+    return folder / f"polarity_attention-{capability.lower().replace(' ', '_')}-torch{torch.__version__}-{key[:12]}.so"
 
 
 def reason_against(device: torch.device) -> str | None:
