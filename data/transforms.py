@@ -160,7 +160,7 @@ def _on_arrays(steps: list[Callable], policy: str) -> list[Callable]:
         asked = (
             "AUG.COLOR_JITTER asks for where AUG.AUTO_AUGMENT is none"
             if policy == "none"
-            else (f"AUG.AUTO_AUGMENT {policy} asks for")
+            else f"AUG.AUTO_AUGMENT {policy} asks for"
         )
         raise DataError(
             f"AUG.BACKEND opencv cannot do {', '.join(lacking)}, which {asked}; set"
