@@ -91,6 +91,8 @@ def launch_options(kernel: Any, channels: int, dtype: torch.dtype, architecture:
     if kernel is query_backward_kernel and size == 64 and architecture is not None and architecture < 90:
         tile = 16  # operands of products before Hopper's take more registers
     warps, stages = {32: (4, 3), 64: (8, 2), 128: (8, 1)}[size]
+    if architecture is not None and 100 <= architecture < 120:
+        stages = 1  # Triton 3.7 fails to pipeline inline assembly with the tensor cores of data centres' Blackwell
     return {
         "D": channels,
         "DP": 16 if channels <= 16 else size,
@@ -101,13 +103,15 @@ def launch_options(kernel: Any, channels: int, dtype: torch.dtype, architecture:
     }
 
 
-def _parts_of_a_sum(tokens: int, sequences: int, device: torch.device) -> int:
-    """Parts of each sequence, so that few long sequences fill the device as well."""
-    multiprocessors = INTERPRETED_MULTIPROCESSORS
-    if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+def parts_of_a_sum(tokens: int, sequences: int, multiprocessors: int) -> int:
+    """Parts of each sequence, for a kernel that sums over tokens: few long sequences fill the device as well."""
     wanted = triton.cdiv(2 * multiprocessors, sequences)
     return max(1, min(wanted, tokens // MIN_TOKENS_OF_A_SUM))
+
+
+def plain_parts(tokens: int, tile: int) -> tuple[int, int]:
+    """Number of parts, and tokens of each, for a kernel whose tokens are independent."""
+    return triton.cdiv(tokens, TILES_OF_A_PART * tile), TILES_OF_A_PART * tile
 
 
 def _with_unit_channel_stride(t: Tensor) -> Tensor:
@@ -145,12 +149,11 @@ class _Launch:
 
     def sum_parts(self, tokens: int) -> tuple[int, int]:
         """Number of parts, and tokens of each, for a kernel that sums over tokens"""
-        parts = _parts_of_a_sum(tokens, self.B * self.H, self.device)
+        multiprocessors = INTERPRETED_MULTIPROCESSORS
+        if self.device.type == "cuda":
+            multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        parts = parts_of_a_sum(tokens, self.B * self.H, multiprocessors)
         return parts, triton.cdiv(tokens, parts)
-
-    def plain_parts(self, tokens: int, tile: int) -> tuple[int, int]:
-        """The same for a kernel whose tokens are independent"""
-        return triton.cdiv(tokens, TILES_OF_A_PART * tile), TILES_OF_A_PART * tile
 
 
 def _operator(name: str) -> Callable[[Callable], Any]:
@@ -198,7 +201,7 @@ def polarity_attention_forward(
         )  # fmt: skip
         state = state.sum(dim=0) if parts > 1 else state[0]
         options = call.options(output_kernel)
-        parts, length = call.plain_parts(call.N, options["T"])
+        parts, length = plain_parts(call.N, options["T"])
         output_kernel[(call.B * call.H * parts,)](
             call.q, call.exponent, call.scale, state, out, *call.q.stride()[:3], call.N, parts, length, eps, **options
         )
@@ -238,7 +241,7 @@ def polarity_attention_backward(
         )  # fmt: skip
         grad_state = grad_state.sum(dim=0) if parts > 1 else grad_state[0]
         options = call.options(key_backward_kernel, HAS_POSITION=position is not None, HAS_MASK=key_mask is not None)
-        parts, length = call.plain_parts(n, options["T"])
+        parts, length = plain_parts(n, options["T"])
         key_moments = torch.empty(parts, call.B, call.H, call.D, dtype=torch.float32, device=q.device)
         key_backward_kernel[(call.B * call.H * parts,)](
             k, v, call.exponent, call.scale, position, key_mask, grad_state, grad_k, grad_v, key_moments,
