@@ -92,7 +92,7 @@ def compile_kernel(
     """
     kernel = getattr(kernels, f"{name}_kernel")
     options = triton_op.launch_options(kernel, channels, DTYPES[dtype], architecture)
-    settings = {key: options.pop(key) for key in ("num_warps", "num_stages")}
+    settings = {key: options.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in options}
     constants = {**options, "H": HEADS, "HAS_SCALE": True, "HAS_POSITION": True, "HAS_MASK": mask}
     if ones:
         constants |= {argument: 1 for argument in kernel.arg_names if argument in SIZES or argument.endswith(STRIDES)}

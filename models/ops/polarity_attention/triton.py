@@ -12,8 +12,10 @@ In kernels `positive` and `negative` are the features relu(u)^p and relu(−u)^p
 import triton
 import triton.language as tl
 
-# Stands for log2(0): 2 to any power p ≥ 1 of it is 0, and 0 times it is 0.
-LOG_OF_ZERO = tl.constexpr(-1100.0)
+# Stands for log2(0), and the least p − 1 by which a logarithm is multiplied: |0|^(p−1) is 0 then, also for p = 1, and no
+# other number's is changed by it.
+LOG_OF_ZERO = tl.constexpr(-(2.0**42))
+LEAST_POWER = tl.constexpr(2.0**-30)
 # Of maximum: NaN stays NaN. It takes no more instructions than the default, which a GPU returns the other argument by.
 PROPAGATE_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -25,15 +27,16 @@ PROPAGATE_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 @triton.jit
 def _log_and_slope(u, exponent, PRECISION: tl.constexpr):
-    """log2|u| and |u|^(p−1), float32
+    """log2|u| and |u|^(p−1), float32; the latter 0 at 0, also for p = 1, as the derivative is
 
     Two instructions of the GPU, declared impure so that the compiler does not compute the same features again for the
     layout of each product: declared pure, it did so 5 times in query_backward_kernel at 32 channels, 11 times at 64.
     """
     magnitude = tl.abs(u)
+    power = tl.maximum(exponent - 1.0, LEAST_POWER, PROPAGATE_NAN)
     if PRECISION == "interpreted":
         log = tl.maximum(tl.log2(magnitude), LOG_OF_ZERO, PROPAGATE_NAN)
-        return log, tl.exp2((exponent - 1.0) * log)
+        return log, tl.exp2(power * log)
     else:  # a compile-time branch: without else, both would be compiled
         if PRECISION == "ieee":
             log = tl.log2(magnitude)
@@ -43,7 +46,7 @@ def _log_and_slope(u, exponent, PRECISION: tl.constexpr):
             )
         log = tl.maximum(log, LOG_OF_ZERO, PROPAGATE_NAN)
         slope = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [(exponent - 1.0) * log], dtype=tl.float32, is_pure=False, pack=1
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [power * log], dtype=tl.float32, is_pure=False, pack=1
         )
         return log, slope
 
@@ -57,8 +60,8 @@ def _features(u, slope):
 
 @triton.jit
 def _grad_tokens(u, slope, grad_positive, grad_negative):
-    """Gradient by u, without the factor p; NaN where u is, by its slope"""
-    return slope * tl.where(u > 0.0, grad_positive, tl.where(u < 0.0, -grad_negative, 0.0))
+    """Gradient by u, without the factor p; by its slope NaN where u is, 0 at 0"""
+    return slope * tl.where(u > 0.0, grad_positive, -grad_negative)
 
 
 @triton.jit
@@ -205,7 +208,7 @@ def state_kernel(
     last = tl.minimum(first + tokens_per_part, n)
     for start in range(first, last, T):
         tokens = start + tl.arange(0, T)
-        start = start.to(tl.int64)
+        start = tl.cast(start, tl.int64)
         real = tokens < last
         if HAS_MASK:
             real = real & (tl.load(key_mask + image * n + tokens, mask=real, other=0) != 0)
@@ -255,7 +258,7 @@ def output_kernel(
     last = tl.minimum(first + tokens_per_part, N)
     for start in range(first, last, T):
         tokens = start + tl.arange(0, T)
-        start = start.to(tl.int64)
+        start = tl.cast(start, tl.int64)
         inside = (tokens < last)[:, None] & (channels < D)[None, :]
         u = tl.load(q + start * q_token + (rows * q_token + channels[None, :]), mask=inside, other=0.0).to(tl.float32)
         u *= inverse_scale[None, :]
@@ -292,7 +295,7 @@ def query_backward_kernel(
     grad_negative_read = tl.zeros((DP, DP), tl.float32)
     grad_positive_columns = tl.zeros((DP, 16), tl.float32)
     grad_negative_columns = tl.zeros((DP, 16), tl.float32)
-    log_moment = tl.zeros((DP,), tl.float32)
+    log_moment = tl.zeros((T, DP), tl.float32)
     q += image * q_image + head * q_head
     grad_out += image * out_image + head * out_head
     grad_q += (image * N * H + head) * D
@@ -301,7 +304,7 @@ def query_backward_kernel(
     last = tl.minimum(first + tokens_per_part, N)
     for start in range(first, last, T):
         tokens = start + tl.arange(0, T)
-        start = start.to(tl.int64)
+        start = tl.cast(start, tl.int64)
         inside = (tokens < last)[:, None] & (channels < D)[None, :]
         u = tl.load(q + start * q_token + (rows * q_token + channels[None, :]), mask=inside, other=0.0).to(tl.float32)
         upstream = tl.load(
@@ -330,13 +333,10 @@ def query_backward_kernel(
         grad_negative = _dot(grad_numerators, tl.trans(negative_read), PRECISION)
         grad_negative += _dot(pair, tl.trans(negative_columns), PRECISION)
         grad = _grad_tokens(u, slope, grad_positive, grad_negative)
-        if PRECISION != "ieee":  # float32 adds it after the store: each in the order that spills fewer registers
-            log_moment += tl.sum(u * grad * log, axis=0)
+        log_moment += u * grad * log
         result = grad * (p * inverse_scale)[None, :]
         offsets = rows * (H * D) + channels[None, :]
         tl.store(grad_q + start * (H * D) + offsets, result.to(grad_q.dtype.element_ty), mask=inside)
-        if PRECISION == "ieee":
-            log_moment += tl.sum(u * grad * log, axis=0)
     weight = tl.load(inverse_count + image)
     grad_positive_sum, grad_negative_sum = _exchange(grad_positive_read, grad_negative_read, channels, D)
     _store_state(
@@ -346,7 +346,8 @@ def query_backward_kernel(
         (_column(grad_positive_columns, streams, 1) + _column(grad_negative_columns, streams, 0)) * weight,
         D,
     )  # fmt: skip
-    tl.store(log_moments + ((part * images + image) * H + head) * D + channels, log_moment, mask=channels < D)
+    moments = log_moments + ((part * images + image) * H + head) * D + channels
+    tl.store(moments, tl.sum(log_moment, axis=0), mask=channels < D)
 
 
 @triton.jit
@@ -366,7 +367,7 @@ def key_backward_kernel(
     streams = tl.arange(0, 16)
     positive_columns, negative_columns = _load_mean_columns(grad_state, channels, streams, D)
     first_column = tl.zeros((T, 16), tl.float32) + tl.where(streams == 0, 1.0, 0.0)[None, :]
-    log_moment = tl.zeros((DP,), tl.float32)
+    log_moment = tl.zeros((T, DP), tl.float32)
     k += image * k_image + head * k_head
     v += image * v_image + head * v_head
     if HAS_POSITION:
@@ -378,7 +379,7 @@ def key_backward_kernel(
     last = tl.minimum(first + tokens_per_part, n)
     for start in range(first, last, T):
         tokens = start + tl.arange(0, T)
-        start = start.to(tl.int64)
+        start = tl.cast(start, tl.int64)
         inside = (tokens < last)[:, None] & (channels < D)[None, :]
         real = inside
         if HAS_MASK:
@@ -400,7 +401,8 @@ def key_backward_kernel(
         grad_negative = _dot(values, tl.trans(grad_negative_sum), PRECISION)
         grad_negative += _dot(first_column, tl.trans(negative_columns), PRECISION)
         grad = _grad_tokens(u, slope, grad_positive, grad_negative)
-        log_moment += tl.sum(u * grad * log, axis=0)
+        log_moment += u * grad * log
         grad *= (p * inverse_scale)[None, :]
         tl.store(grad_k + start * (H * D) + offsets, grad.to(grad_k.dtype.element_ty), mask=inside)
-    tl.store(log_moments + ((part * images + image) * H + head) * D + channels, log_moment, mask=channels < D)
+    moments = log_moments + ((part * images + image) * H + head) * D + channels
+    tl.store(moments, tl.sum(log_moment, axis=0), mask=channels < D)
