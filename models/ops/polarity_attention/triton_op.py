@@ -30,13 +30,29 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # One CUDA device's multiprocessors; the interpreter, which has none, splits sequences as such a device would.
 INTERPRETED_MULTIPROCESSORS = 132
-# Tokens of a tile by padded channels, forward, backward over queries, backward over keys: what registers hold without
-# spilling, as far as that goes (tests/test_compiled_kernels.py has the figures).
-TILES = {
-    torch.bfloat16: {32: (64, 64, 64), 64: (64, 32, 32), 128: (32, 16, 16)},
-    torch.float16: {32: (64, 16, 32), 64: (32, 16, 16), 128: (16, 16, 16)},
-    torch.float32: {32: (32, 16, 16), 64: (32, 16, 16), 128: (16, 16, 16)},
+# Tokens of a tile, warps, and stages of the pipeline by padded channels: of the kernel of the state, of the output, and
+# of the gradients over queries and over keys. What takes the fewest instructions at the highest occupancy without
+# spilling, as far as that goes (tests/test_compiled_kernels.py has the figures, benchmarks/kernels.py counts).
+LAUNCHES = {
+    torch.bfloat16: {
+        32: ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        64: ((32, 4, 2), (64, 4, 2), (64, 8, 1), (32, 8, 1)),
+        128: ((32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1)),
+    },
+    torch.float16: {
+        32: ((64, 4, 3), (64, 4, 3), (16, 4, 3), (32, 4, 3)),
+        64: ((32, 8, 2), (32, 8, 2), (16, 8, 2), (16, 8, 2)),
+        128: ((16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1)),
+    },
+    torch.float32: {
+        32: ((32, 4, 3), (32, 4, 3), (16, 4, 3), (16, 4, 3)),
+        64: ((32, 8, 2), (32, 8, 2), (16, 8, 2), (16, 8, 2)),
+        128: ((16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1)),
+    },
 }
+KERNELS = (state_kernel, output_kernel, query_backward_kernel, key_backward_kernel)
+# Three programs of four warps fit a multiprocessor that way, for two: the compiler by itself takes a few registers more.
+REGISTERS_OF_THREE_PROGRAMS = 168
 # Bytes of shared memory that the most demanding kernel takes, by the same.
 SHARED_MEMORY = {
     torch.bfloat16: {32: 51200, 64: 65536, 128: 163840},
@@ -86,20 +102,20 @@ def launch_options(kernel: Any, channels: int, dtype: torch.dtype, architecture:
     """
     precision = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "ieee"}[dtype]
     size = _table_size(channels)
-    forward_tile, query_tile, key_tile = TILES[dtype][size]
-    tile = {query_backward_kernel: query_tile, key_backward_kernel: key_tile}.get(kernel, forward_tile)
+    tile, warps, stages = LAUNCHES[dtype][size][KERNELS.index(kernel)]
     if kernel is query_backward_kernel and size == 64 and architecture is not None and architecture < 90:
         tile = 16  # operands of products before Hopper's take more registers
-    warps, stages = {32: (4, 3), 64: (8, 2), 128: (8, 1)}[size]
     if architecture is not None and 100 <= architecture < 120:
         stages = 1  # Triton 3.7 fails to pipeline inline assembly with the tensor cores of data centres' Blackwell
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
+    if (kernel, dtype, size) == (key_backward_kernel, torch.bfloat16, 32) and architecture is not None:
+        options |= {"maxnreg": REGISTERS_OF_THREE_PROGRAMS} if architecture >= 90 else {}  # Ampere's would spill
     return {
         "D": channels,
         "DP": 16 if channels <= 16 else size,
         "T": tile,
         "PRECISION": "interpreted" if architecture is None else precision,
-        "num_warps": warps,
-        "num_stages": stages,
+        **options,
     }
 
 
