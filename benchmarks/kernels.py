@@ -155,7 +155,8 @@ def count_instructions(code: str) -> dict[str, Any]:
     ]
     targets = [(address, re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)) for address, text in lines]
     jumps = [(int(target[1], 16), address) for address, target in targets if target]
-    first, last = max(((to, at) for to, at in jumps if to < at), key=lambda jump: jump[1] - jump[0])
+    backward = [(to, at) for to, at in jumps if to < at]  # none where sizes are constants that make one tile
+    first, last = max(backward, key=lambda jump: jump[1] - jump[0], default=(-1, -1))
     names = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for _, text in lines]
     loop = [name for (address, _), name in zip(lines, names, strict=True) if first <= address <= last]
     return {
@@ -210,7 +211,9 @@ def _parts(record: Mapping[str, Any], shape: tuple[int, int, int, int]) -> tuple
     """Parts of a sequence and tokens of each, as the launcher chooses them."""
     images, tokens, heads, _ = shape
     if record["kernel"] in ("state", "query_backward"):
-        parts = triton_op.parts_of_a_sum(tokens, images * heads, DEVICES[record["architecture"]].multiprocessors)
+        resident = triton_op.RESIDENT_PROGRAMS[getattr(kernels, f"{record['kernel']}_kernel")][record["channels"]]
+        slots = resident * DEVICES[record["architecture"]].multiprocessors
+        parts = triton_op.parts_of_a_sum(tokens, images * heads, slots)
         return parts, triton.cdiv(tokens, parts)
     return triton_op.plain_parts(tokens, record["tile"])
 

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from benchmarks.common import RESULTS
 from benchmarks.kernels import count_instructions, estimate
-from models.ops.polarity_attention.triton_op import SHARED_MEMORY
+from models.ops.polarity_attention.triton_op import RESIDENT_PROGRAMS, SHARED_MEMORY, parts_of_a_sum
 
 # Bytes of shared memory a program may take, and registers a thread may hold.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -115,6 +115,27 @@ def test_machine_code_is_no_worse_than_the_figures_kept_for_this_triton(architec
         for name in ("instructions_per_element", "special_per_element", "barriers", "stack", "spill_accesses"):
             assert record[name] <= kept[name], f"more {name} than {kept[name]}: {record}"
         assert record["programs"] * record["warps"] >= kept["programs"] * kept["warps"], record
+
+
+def test_the_launcher_knows_how_many_programs_a_multiprocessor_holds():
+    stored = _stored()
+    for kernel, resident in RESIDENT_PROGRAMS.items():
+        name = kernel.__name__.removesuffix("_kernel")
+        assert all(stored[name, 90, channels, "bfloat16"]["programs"] == resident[channels] for channels in (32, 64))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sequences", "slots", "parts"),
+    [
+        (3136, 384, 396, 1),  # 0.97 of a wave
+        (3136, 384, 264, 2),  # 1.45 waves would take as long as 2: 2.9 of half the length
+        (65536, 2, 132, 66),  # few long sequences fill the device
+        (300, 1, 132, 1),  # too short to be split
+        (1, 1, 132, 1),
+    ],
+)
+def test_sequences_are_split_so_that_programs_fill_their_waves(tokens, sequences, slots, parts):
+    assert parts_of_a_sum(tokens, sequences, slots) == parts
 
 
 CODE = """

@@ -12,8 +12,8 @@ In kernels `positive` and `negative` are the features relu(u)^p and relu(−u)^p
 import triton
 import triton.language as tl
 
-# Stands for log2(0), and the least p − 1 by which a logarithm is multiplied: |0|^(p−1) is 0 then, also for p = 1, and no
-# other number's is changed by it.
+# Stands for log2(0), and the least p − 1 by which a logarithm is multiplied: |0|^(p−1) is 0 then, also for p = 1, and
+# no other number's is changed by it.
 LOG_OF_ZERO = tl.constexpr(-(2.0**42))
 LEAST_POWER = tl.constexpr(2.0**-30)
 # Of maximum: NaN stays NaN. It takes no more instructions than the default, which a GPU returns the other argument by.

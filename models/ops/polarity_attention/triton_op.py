@@ -4,6 +4,7 @@ and the FLOP counter ask of an operator.
 Letters as in triton.py: B images, N queries, n keys, H heads, D channels per head.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -51,8 +52,11 @@ LAUNCHES = {
     },
 }
 KERNELS = (state_kernel, output_kernel, query_backward_kernel, key_backward_kernel)
-# Three programs of four warps fit a multiprocessor that way, for two: the compiler by itself takes a few registers more.
+# Of a thread: so three programs of four warps fit a multiprocessor. Left alone, the compiler takes a few more.
 REGISTERS_OF_THREE_PROGRAMS = 168
+# How many programs of a kernel that sums over tokens a multiprocessor holds at a time, by padded channels: in bfloat16
+# on Hopper, near enough for the others.
+RESIDENT_PROGRAMS = {state_kernel: {32: 3, 64: 3, 128: 1}, query_backward_kernel: {32: 2, 64: 1, 128: 1}}
 # Bytes of shared memory that the most demanding kernel takes, by the same.
 SHARED_MEMORY = {
     torch.bfloat16: {32: 51200, 64: 65536, 128: 163840},
@@ -61,6 +65,8 @@ SHARED_MEMORY = {
 }
 # A sequence is split for a sum only into parts that outweigh the state, 2·D·(D + 1) floats, that each part writes.
 MIN_TOKENS_OF_A_SUM = 256
+# About as long as these many tokens of a part take its beginning and its end.
+TOKENS_OF_AN_END = 128
 # Where programs sum nothing that they would have to write, a part is long enough to outweigh reading the state.
 TILES_OF_A_PART = 4
 
@@ -119,10 +125,18 @@ def launch_options(kernel: Any, channels: int, dtype: torch.dtype, architecture:
     }
 
 
-def parts_of_a_sum(tokens: int, sequences: int, multiprocessors: int) -> int:
-    """Parts of each sequence, for a kernel that sums over tokens: few long sequences fill the device as well."""
-    wanted = triton.cdiv(2 * multiprocessors, sequences)
-    return max(1, min(wanted, tokens // MIN_TOKENS_OF_A_SUM))
+@functools.lru_cache(1024)
+def parts_of_a_sum(tokens: int, sequences: int, slots: int) -> int:
+    """Parts of each sequence, for a kernel that sums over tokens, of which the device holds `slots` programs at a time.
+
+    Programs run in waves of so many, and the last takes as long as the others, however few are left for it. Few long
+    sequences fill the device that way, and one and a half waves become three of half the length.
+    """
+
+    def duration(parts: int) -> float:
+        return triton.cdiv(sequences * parts, slots) * (tokens / parts + TOKENS_OF_AN_END)
+
+    return min(range(1, max(1, tokens // MIN_TOKENS_OF_A_SUM) + 1), key=duration)
 
 
 def plain_parts(tokens: int, tile: int) -> tuple[int, int]:
@@ -163,12 +177,13 @@ class _Launch:
             return torch.full((self.B,), 1 / n, dtype=torch.float32, device=self.device)
         return key_mask.sum(dim=1).clamp(min=1).float().reciprocal()
 
-    def sum_parts(self, tokens: int) -> tuple[int, int]:
+    def sum_parts(self, kernel: Any, tokens: int) -> tuple[int, int]:
         """Number of parts, and tokens of each, for a kernel that sums over tokens"""
         multiprocessors = INTERPRETED_MULTIPROCESSORS
         if self.device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        parts = parts_of_a_sum(tokens, self.B * self.H, multiprocessors)
+        slots = multiprocessors * RESIDENT_PROGRAMS[kernel][_table_size(self.D)]
+        parts = parts_of_a_sum(tokens, self.B * self.H, slots)
         return parts, triton.cdiv(tokens, parts)
 
 
@@ -208,7 +223,7 @@ def polarity_attention_forward(
     key_mask = None if key_mask is None else key_mask.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     with torch.cuda.device_of(q):
-        parts, length = call.sum_parts(n)
+        parts, length = call.sum_parts(state_kernel, n)
         state = torch.empty(parts, *call.state_shape, dtype=torch.float32, device=q.device)
         state_kernel[(call.B * call.H * parts,)](
             k, v, call.exponent, call.scale, position, key_mask, call.inverse_count(n, key_mask), state,
@@ -246,7 +261,7 @@ def polarity_attention_backward(
     grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     inverse_count = call.inverse_count(n, key_mask)
     with torch.cuda.device_of(q):
-        parts, length = call.sum_parts(call.N)
+        parts, length = call.sum_parts(query_backward_kernel, call.N)
         grad_state = torch.empty(parts, *call.state_shape, dtype=torch.float32, device=q.device)
         query_moments = torch.empty(parts, call.B, call.H, call.D, dtype=torch.float32, device=q.device)
         query_backward_kernel[(call.B * call.H * parts,)](
