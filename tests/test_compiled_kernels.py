@@ -23,11 +23,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 REGISTER_LIMIT = 255
 # Bytes of stack, known and named in the op's README; nothing else spills at 32 and 64 channels, and other numbers up to
 # 64, whose masks take registers too, spill this much at most, only in query_backward in float16 and float32.
-PADDED_SPILL = 96
-SPILLS = {
-    (80, "float16", 64, "query_backward"): 64,
-    (90, "bfloat16", 64, "query_backward"): 8,  # outside of the loop
-}
+PADDED_SPILL = 64
+SPILLS = dict.fromkeys([(90, "bfloat16", 40, "query_backward"), (90, "bfloat16", 64, "query_backward")], 8)
 
 
 def _compile(architectures: Iterable[int], channels: Iterable[int], dtypes: Iterable[str], *flags: str) -> list[dict]:

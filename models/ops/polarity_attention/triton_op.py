@@ -36,7 +36,7 @@ INTERPRETED_MULTIPROCESSORS = 132
 # spilling, as far as that goes (tests/test_compiled_kernels.py has the figures, benchmarks/kernels.py counts).
 LAUNCHES = {
     torch.bfloat16: {
-        32: ((64, 4, 2), (64, 4, 2), (64, 4, 2), (64, 4, 2)),
+        32: ((64, 4, 2), (64, 4, 2), (32, 2, 2), (64, 4, 2)),
         64: ((32, 4, 2), (64, 4, 2), (64, 8, 1), (32, 8, 1)),
         128: ((32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1)),
     },
@@ -46,7 +46,7 @@ LAUNCHES = {
         128: ((16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1)),
     },
     torch.float32: {
-        32: ((32, 4, 3), (32, 4, 3), (16, 4, 3), (16, 4, 3)),
+        32: ((32, 4, 3), (32, 4, 3), (16, 4, 3), (16, 4, 1)),
         64: ((32, 8, 2), (32, 8, 2), (16, 8, 2), (16, 8, 2)),
         128: ((16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1)),
     },
@@ -56,7 +56,7 @@ KERNELS = (state_kernel, output_kernel, query_backward_kernel, key_backward_kern
 REGISTERS_OF_THREE_PROGRAMS = 168
 # How many programs of a kernel that sums over tokens a multiprocessor holds at a time, by padded channels: in bfloat16
 # on Hopper, near enough for the others.
-RESIDENT_PROGRAMS = {state_kernel: {32: 3, 64: 3, 128: 1}, query_backward_kernel: {32: 2, 64: 1, 128: 1}}
+RESIDENT_PROGRAMS = {state_kernel: {32: 3, 64: 3, 128: 1}, query_backward_kernel: {32: 4, 64: 1, 128: 1}}
 # Bytes of shared memory that the most demanding kernel takes, by the same.
 SHARED_MEMORY = {
     torch.bfloat16: {32: 51200, 64: 65536, 128: 163840},
@@ -114,8 +114,8 @@ def launch_options(kernel: Any, channels: int, dtype: torch.dtype, architecture:
     if architecture is not None and 100 <= architecture < 120:
         stages = 1  # Triton 3.7 fails to pipeline inline assembly with the tensor cores of data centres' Blackwell
     options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
-    if (kernel, dtype, size) == (key_backward_kernel, torch.bfloat16, 32) and architecture is not None:
-        options |= {"maxnreg": REGISTERS_OF_THREE_PROGRAMS} if architecture >= 90 else {}  # Ampere's would spill
+    if (kernel, dtype, channels) == (key_backward_kernel, torch.bfloat16, 32) and (architecture or 0) >= 90:
+        options["maxnreg"] = REGISTERS_OF_THREE_PROGRAMS  # Ampere's, and those that are padded, would spill
     return {
         "D": channels,
         "DP": 16 if channels <= 16 else size,
