@@ -67,7 +67,7 @@ def test_bfloat16_kernels_fit_their_gpu_without_spilling(architecture):
     for record in records:
         _check(record)
     hopper = sum("HGMMA" in " ".join(record["products"]) for record in records)
-    assert hopper == (5 if architecture == 90 else 0)  # its own instructions, except where tiles are too narrow for them
+    assert hopper == (5 if architecture == 90 else 0)  # Hopper's own, where tiles are wide enough
 
 
 @pytest.mark.slow
