@@ -12,8 +12,10 @@ In kernels `positive` and `negative` are the features relu(u)^p and relu(−u)^p
 import triton
 import triton.language as tl
 
-# Stands for log2(0): 2 to any power p ≥ 1 of it is 0, and 0 times it is 0.
-LOG_OF_ZERO = tl.constexpr(-1100.0)
+# Stands for log2(0), and the least p − 1 by which a logarithm is multiplied: |0|^(p−1) is 0 then, also for p = 1, and
+# no other number's is changed by it.
+LOG_OF_ZERO = tl.constexpr(-(2.0**42))
+LEAST_POWER = tl.constexpr(2.0**-30)
 # Of maximum: NaN stays NaN. It takes no more instructions than the default, which a GPU returns the other argument by.
 PROPAGATE_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -25,15 +27,16 @@ PROPAGATE_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 @triton.jit
 def _log_and_slope(u, exponent, PRECISION: tl.constexpr):
-    """log2|u| and |u|^(p−1), float32
+    """log2|u| and |u|^(p−1), float32; the latter 0 at 0, also for p = 1, as the derivative is
 
     Two instructions of the GPU, declared impure so that the compiler does not compute the same features again for the
     layout of each product: declared pure, it did so 5 times in query_backward_kernel at 32 channels, 11 times at 64.
     """
     magnitude = tl.abs(u)
+    power = tl.maximum(exponent - 1.0, LEAST_POWER, PROPAGATE_NAN)
     if PRECISION == "interpreted":
         log = tl.maximum(tl.log2(magnitude), LOG_OF_ZERO, PROPAGATE_NAN)
-        return log, tl.exp2((exponent - 1.0) * log)
+        return log, tl.exp2(power * log)
     else:  # a compile-time branch: without else, both would be compiled
         if PRECISION == "ieee":
             log = tl.log2(magnitude)
@@ -43,7 +46,7 @@ def _log_and_slope(u, exponent, PRECISION: tl.constexpr):
             )
         log = tl.maximum(log, LOG_OF_ZERO, PROPAGATE_NAN)
         slope = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [(exponent - 1.0) * log], dtype=tl.float32, is_pure=False, pack=1
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [power * log], dtype=tl.float32, is_pure=False, pack=1
         )
         return log, slope
 
@@ -57,8 +60,8 @@ def _features(u, slope):
 
 @triton.jit
 def _grad_tokens(u, slope, grad_positive, grad_negative):
-    """Gradient by u, without the factor p; NaN where u is, by its slope"""
-    return slope * tl.where(u > 0.0, grad_positive, tl.where(u < 0.0, -grad_negative, 0.0))
+    """Gradient by u, without the factor p; by its slope NaN where u is, 0 at 0"""
+    return slope * tl.where(u > 0.0, grad_positive, -grad_negative)
 
 
 @triton.jit
@@ -73,11 +76,11 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _load_keys(k, position, inverse_scale, offsets, position_offsets, real, HAS_POSITION: tl.constexpr):
+def _load_keys(k, position, first, inverse_scale, offsets, position_offsets, real, HAS_POSITION: tl.constexpr):
     """u = (k + position)/scale of a tile, 0 where not real"""
     u = tl.load(k + offsets, mask=real, other=0.0).to(tl.float32)
     if HAS_POSITION:
-        u += tl.load(position + position_offsets, mask=real, other=0.0).to(tl.float32)
+        u += tl.load(position + first + position_offsets, mask=real, other=0.0).to(tl.float32)
     return u * inverse_scale[None, :]
 
 
@@ -137,6 +140,17 @@ def _exchange(positive, negative, channels, D: tl.constexpr):
 
 
 @triton.jit
+def _reciprocal(x, PRECISION: tl.constexpr):
+    """1/x; as one instruction of relative error 2^-23, beside which a division takes nine more"""
+    if PRECISION == "ieee" or PRECISION == "interpreted":
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def _column(pair, streams, stream: tl.constexpr):
     """One column of (·, 16)"""
     return tl.sum(tl.where(streams[None, :] == stream, pair, 0.0), axis=1)
@@ -148,7 +162,8 @@ def _reciprocal_normalisers(
 ):
     """1/(z + eps) of both streams, (T,)"""
     pair = _dot(positive, positive_columns, PRECISION) + _dot(negative, negative_columns, PRECISION)
-    return 1.0 / (_column(pair, streams, 0) + eps), 1.0 / (_column(pair, streams, 1) + eps)
+    same, opposite = _column(pair, streams, 0) + eps, _column(pair, streams, 1) + eps
+    return _reciprocal(same, PRECISION), _reciprocal(opposite, PRECISION)
 
 
 @triton.jit
@@ -186,19 +201,23 @@ def state_kernel(
     ones = tl.full((T, 16), 1.0, tl.float32)
     k += image * k_image + head * k_head
     v += image * v_image + head * v_head
+    if HAS_POSITION:
+        position += head * D
+    rows = tl.arange(0, T).to(tl.int64)[:, None]
     first = part * tokens_per_part
     last = tl.minimum(first + tokens_per_part, n)
     for start in range(first, last, T):
-        tokens = (start + tl.arange(0, T)).to(tl.int64)
+        tokens = start + tl.arange(0, T)
+        start = tl.cast(start, tl.int64)
         real = tokens < last
         if HAS_MASK:
             real = real & (tl.load(key_mask + image * n + tokens, mask=real, other=0) != 0)
         inside = real[:, None] & (channels < D)[None, :]
         u = _load_keys(
-            k, position, inverse_scale, tokens[:, None] * k_token + channels[None, :],
-            (tokens[:, None] * H + head) * D + channels[None, :], inside, HAS_POSITION,
+            k + start * k_token, position, start * (H * D), inverse_scale,
+            rows * k_token + channels[None, :], rows * (H * D) + channels[None, :], inside, HAS_POSITION,
         )  # fmt: skip
-        values = tl.load(v + tokens[:, None] * v_token + channels[None, :], mask=inside, other=0.0)
+        values = tl.load(v + start * v_token + (rows * v_token + channels[None, :]), mask=inside, other=0.0)
         _, slope = _log_and_slope(u, p[None, :], PRECISION)
         positive, negative = _features(u, slope)
         positive_sum += _dot(tl.trans(positive), values, PRECISION)
@@ -234,12 +253,14 @@ def output_kernel(
     same_channels = (channels < (D + 1) // 2)[None, :]
     q += image * q_image + head * q_head
     out += (image * N * H + head) * D
+    rows = tl.arange(0, T).to(tl.int64)[:, None]
     first = part * tokens_per_part
     last = tl.minimum(first + tokens_per_part, N)
     for start in range(first, last, T):
-        tokens = (start + tl.arange(0, T)).to(tl.int64)
+        tokens = start + tl.arange(0, T)
+        start = tl.cast(start, tl.int64)
         inside = (tokens < last)[:, None] & (channels < D)[None, :]
-        u = tl.load(q + tokens[:, None] * q_token + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(q + start * q_token + (rows * q_token + channels[None, :]), mask=inside, other=0.0).to(tl.float32)
         u *= inverse_scale[None, :]
         _, slope = _log_and_slope(u, p[None, :], PRECISION)
         positive, negative = _features(u, slope)
@@ -248,7 +269,8 @@ def output_kernel(
             positive, negative, positive_columns, negative_columns, streams, eps, PRECISION
         )
         result = numerators * tl.where(same_channels, same[:, None], opposite[:, None])
-        tl.store(out + tokens[:, None] * (H * D) + channels[None, :], result.to(out.dtype.element_ty), mask=inside)
+        offsets = rows * (H * D) + channels[None, :]
+        tl.store(out + start * (H * D) + offsets, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -273,17 +295,21 @@ def query_backward_kernel(
     grad_negative_read = tl.zeros((DP, DP), tl.float32)
     grad_positive_columns = tl.zeros((DP, 16), tl.float32)
     grad_negative_columns = tl.zeros((DP, 16), tl.float32)
-    log_moment = tl.zeros((DP,), tl.float32)
+    log_moment = tl.zeros((T, DP), tl.float32)
     q += image * q_image + head * q_head
     grad_out += image * out_image + head * out_head
     grad_q += (image * N * H + head) * D
+    rows = tl.arange(0, T).to(tl.int64)[:, None]
     first = part * tokens_per_part
     last = tl.minimum(first + tokens_per_part, N)
     for start in range(first, last, T):
-        tokens = (start + tl.arange(0, T)).to(tl.int64)
+        tokens = start + tl.arange(0, T)
+        start = tl.cast(start, tl.int64)
         inside = (tokens < last)[:, None] & (channels < D)[None, :]
-        u = tl.load(q + tokens[:, None] * q_token + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-        upstream = tl.load(grad_out + tokens[:, None] * out_token + channels[None, :], mask=inside, other=0.0)
+        u = tl.load(q + start * q_token + (rows * q_token + channels[None, :]), mask=inside, other=0.0).to(tl.float32)
+        upstream = tl.load(
+            grad_out + start * out_token + (rows * out_token + channels[None, :]), mask=inside, other=0.0
+        )
         u *= inverse_scale[None, :]
         log, slope = _log_and_slope(u, p[None, :], PRECISION)
         positive, negative = _features(u, slope)
@@ -307,13 +333,10 @@ def query_backward_kernel(
         grad_negative = _dot(grad_numerators, tl.trans(negative_read), PRECISION)
         grad_negative += _dot(pair, tl.trans(negative_columns), PRECISION)
         grad = _grad_tokens(u, slope, grad_positive, grad_negative)
-        if PRECISION != "ieee":  # float32 adds it after the store: each in the order that spills fewer registers
-            log_moment += tl.sum(u * grad * log, axis=0)
+        log_moment += u * grad * log
         result = grad * (p * inverse_scale)[None, :]
-        offsets = tokens[:, None] * (H * D) + channels[None, :]
-        tl.store(grad_q + offsets, result.to(grad_q.dtype.element_ty), mask=inside)
-        if PRECISION == "ieee":
-            log_moment += tl.sum(u * grad * log, axis=0)
+        offsets = rows * (H * D) + channels[None, :]
+        tl.store(grad_q + start * (H * D) + offsets, result.to(grad_q.dtype.element_ty), mask=inside)
     weight = tl.load(inverse_count + image)
     grad_positive_sum, grad_negative_sum = _exchange(grad_positive_read, grad_negative_read, channels, D)
     _store_state(
@@ -323,7 +346,8 @@ def query_backward_kernel(
         (_column(grad_positive_columns, streams, 1) + _column(grad_negative_columns, streams, 0)) * weight,
         D,
     )  # fmt: skip
-    tl.store(log_moments + ((part * images + image) * H + head) * D + channels, log_moment, mask=channels < D)
+    moments = log_moments + ((part * images + image) * H + head) * D + channels
+    tl.store(moments, tl.sum(log_moment, axis=0), mask=channels < D)
 
 
 @triton.jit
@@ -343,39 +367,42 @@ def key_backward_kernel(
     streams = tl.arange(0, 16)
     positive_columns, negative_columns = _load_mean_columns(grad_state, channels, streams, D)
     first_column = tl.zeros((T, 16), tl.float32) + tl.where(streams == 0, 1.0, 0.0)[None, :]
-    log_moment = tl.zeros((DP,), tl.float32)
+    log_moment = tl.zeros((T, DP), tl.float32)
     k += image * k_image + head * k_head
     v += image * v_image + head * v_head
+    if HAS_POSITION:
+        position += head * D
     grad_k += (image * n * H + head) * D
     grad_v += (image * n * H + head) * D
+    rows = tl.arange(0, T).to(tl.int64)[:, None]
     first = part * tokens_per_part
     last = tl.minimum(first + tokens_per_part, n)
     for start in range(first, last, T):
-        tokens = (start + tl.arange(0, T)).to(tl.int64)
+        tokens = start + tl.arange(0, T)
+        start = tl.cast(start, tl.int64)
         inside = (tokens < last)[:, None] & (channels < D)[None, :]
         real = inside
         if HAS_MASK:
             real = inside & (tl.load(key_mask + image * n + tokens, mask=tokens < last, other=0) != 0)[:, None]
         u = _load_keys(
-            k, position, inverse_scale, tokens[:, None] * k_token + channels[None, :],
-            (tokens[:, None] * H + head) * D + channels[None, :], real, HAS_POSITION,
+            k + start * k_token, position, start * (H * D), inverse_scale,
+            rows * k_token + channels[None, :], rows * (H * D) + channels[None, :], real, HAS_POSITION,
         )  # fmt: skip
-        values = tl.load(v + tokens[:, None] * v_token + channels[None, :], mask=real, other=0.0)
+        values = tl.load(v + start * v_token + (rows * v_token + channels[None, :]), mask=real, other=0.0)
         log, slope = _log_and_slope(u, p[None, :], PRECISION)
         positive, negative = _features(u, slope)
         if DP > 64 and PRECISION == "tf32":  # too large to stay in shared memory, twice, for all tiles
             grad_positive_sum, grad_negative_sum = _load_sums(grad_state, channels, D)
         grad_values = _dot(positive, grad_positive_sum, PRECISION) + _dot(negative, grad_negative_sum, PRECISION)
-        tl.store(
-            grad_v + tokens[:, None] * (H * D) + channels[None, :],
-            grad_values.to(grad_v.dtype.element_ty), mask=inside,
-        )  # fmt: skip
+        offsets = rows * (H * D) + channels[None, :]
+        tl.store(grad_v + start * (H * D) + offsets, grad_values.to(grad_v.dtype.element_ty), mask=inside)
         grad_positive = _dot(values, tl.trans(grad_positive_sum), PRECISION)
         grad_positive += _dot(first_column, tl.trans(positive_columns), PRECISION)
         grad_negative = _dot(values, tl.trans(grad_negative_sum), PRECISION)
         grad_negative += _dot(first_column, tl.trans(negative_columns), PRECISION)
         grad = _grad_tokens(u, slope, grad_positive, grad_negative)
-        log_moment += tl.sum(u * grad * log, axis=0)
+        log_moment += u * grad * log
         grad *= (p * inverse_scale)[None, :]
-        tl.store(grad_k + tokens[:, None] * (H * D) + channels[None, :], grad.to(grad_k.dtype.element_ty), mask=inside)
-    tl.store(log_moments + ((part * images + image) * H + head) * D + channels, log_moment, mask=channels < D)
+        tl.store(grad_k + start * (H * D) + offsets, grad.to(grad_k.dtype.element_ty), mask=inside)
+    moments = log_moments + ((part * images + image) * H + head) * D + channels
+    tl.store(moments, tl.sum(log_moment, axis=0), mask=channels < D)

@@ -4,6 +4,7 @@ and the FLOP counter ask of an operator.
 Letters as in triton.py: B images, N queries, n keys, H heads, D channels per head.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,13 +31,32 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # One CUDA device's multiprocessors; the interpreter, which has none, splits sequences as such a device would.
 INTERPRETED_MULTIPROCESSORS = 132
-# Tokens of a tile by padded channels, forward, backward over queries, backward over keys: what registers hold without
-# spilling, as far as that goes (tests/test_compiled_kernels.py has the figures).
-TILES = {
-    torch.bfloat16: {32: (64, 64, 64), 64: (64, 32, 32), 128: (32, 16, 16)},
-    torch.float16: {32: (64, 16, 32), 64: (32, 16, 16), 128: (16, 16, 16)},
-    torch.float32: {32: (32, 16, 16), 64: (32, 16, 16), 128: (16, 16, 16)},
+# Tokens of a tile, warps, and stages of the pipeline by padded channels: of the kernel of the state, of the output, and
+# of the gradients over queries and over keys. What takes the fewest instructions at the highest occupancy without
+# spilling, as far as that goes (tests/test_compiled_kernels.py has the figures, benchmarks/kernels.py counts).
+LAUNCHES = {
+    torch.bfloat16: {
+        32: ((64, 4, 2), (64, 4, 2), (32, 2, 2), (64, 4, 2)),
+        64: ((32, 4, 2), (64, 4, 2), (64, 8, 1), (32, 8, 1)),
+        128: ((32, 8, 1), (32, 8, 1), (16, 8, 1), (16, 8, 1)),
+    },
+    torch.float16: {
+        32: ((64, 4, 3), (64, 4, 3), (16, 4, 3), (32, 4, 3)),
+        64: ((32, 8, 2), (32, 8, 2), (16, 8, 2), (16, 8, 2)),
+        128: ((16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1)),
+    },
+    torch.float32: {
+        32: ((32, 4, 3), (32, 4, 3), (16, 4, 3), (16, 4, 3)),
+        64: ((32, 8, 2), (32, 8, 2), (16, 8, 2), (16, 8, 2)),
+        128: ((16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1)),
+    },
 }
+KERNELS = (state_kernel, output_kernel, query_backward_kernel, key_backward_kernel)
+# Of a thread: so three programs of four warps fit a multiprocessor. Left alone, the compiler takes a few more.
+REGISTERS_OF_THREE_PROGRAMS = 168
+# How many programs of a kernel that sums over tokens a multiprocessor holds at a time, by padded channels: in bfloat16
+# on Hopper, near enough for the others.
+RESIDENT_PROGRAMS = {state_kernel: {32: 3, 64: 3, 128: 1}, query_backward_kernel: {32: 4, 64: 1, 128: 1}}
 # Bytes of shared memory that the most demanding kernel takes, by the same.
 SHARED_MEMORY = {
     torch.bfloat16: {32: 51200, 64: 65536, 128: 163840},
@@ -45,6 +65,8 @@ SHARED_MEMORY = {
 }
 # A sequence is split for a sum only into parts that outweigh the state, 2·D·(D + 1) floats, that each part writes.
 MIN_TOKENS_OF_A_SUM = 256
+# About as long as these many tokens of a part take its beginning and its end.
+TOKENS_OF_AN_END = 128
 # Where programs sum nothing that they would have to write, a part is long enough to outweigh reading the state.
 TILES_OF_A_PART = 4
 
@@ -86,28 +108,40 @@ def launch_options(kernel: Any, channels: int, dtype: torch.dtype, architecture:
     """
     precision = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "ieee"}[dtype]
     size = _table_size(channels)
-    forward_tile, query_tile, key_tile = TILES[dtype][size]
-    tile = {query_backward_kernel: query_tile, key_backward_kernel: key_tile}.get(kernel, forward_tile)
+    tile, warps, stages = LAUNCHES[dtype][size][KERNELS.index(kernel)]
     if kernel is query_backward_kernel and size == 64 and architecture is not None and architecture < 90:
         tile = 16  # operands of products before Hopper's take more registers
-    warps, stages = {32: (4, 3), 64: (8, 2), 128: (8, 1)}[size]
+    if architecture is not None and 100 <= architecture < 120:
+        stages = 1  # Triton 3.7 fails to pipeline inline assembly with the tensor cores of data centres' Blackwell
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
+    if (kernel, dtype, channels) == (key_backward_kernel, torch.bfloat16, 32) and (architecture or 0) >= 90:
+        options["maxnreg"] = REGISTERS_OF_THREE_PROGRAMS  # Ampere's, and those that are padded, would spill
     return {
         "D": channels,
         "DP": 16 if channels <= 16 else size,
         "T": tile,
         "PRECISION": "interpreted" if architecture is None else precision,
-        "num_warps": warps,
-        "num_stages": stages,
+        **options,
     }
 
 
-def _parts_of_a_sum(tokens: int, sequences: int, device: torch.device) -> int:
-    """Parts of each sequence, so that few long sequences fill the device as well."""
-    multiprocessors = INTERPRETED_MULTIPROCESSORS
-    if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = triton.cdiv(2 * multiprocessors, sequences)
-    return max(1, min(wanted, tokens // MIN_TOKENS_OF_A_SUM))
+@functools.lru_cache(1024)
+def parts_of_a_sum(tokens: int, sequences: int, slots: int) -> int:
+    """Parts of each sequence, for a kernel that sums over tokens, of which the device holds `slots` programs at a time.
+
+    Programs run in waves of so many, and the last takes as long as the others, however few are left for it. Few long
+    sequences fill the device that way, and one and a half waves become three of half the length.
+    """
+
+    def duration(parts: int) -> float:
+        return triton.cdiv(sequences * parts, slots) * (tokens / parts + TOKENS_OF_AN_END)
+
+    return min(range(1, max(1, tokens // MIN_TOKENS_OF_A_SUM) + 1), key=duration)
+
+
+def plain_parts(tokens: int, tile: int) -> tuple[int, int]:
+    """Number of parts, and tokens of each, for a kernel whose tokens are independent."""
+    return triton.cdiv(tokens, TILES_OF_A_PART * tile), TILES_OF_A_PART * tile
 
 
 def _with_unit_channel_stride(t: Tensor) -> Tensor:
@@ -143,14 +177,14 @@ class _Launch:
             return torch.full((self.B,), 1 / n, dtype=torch.float32, device=self.device)
         return key_mask.sum(dim=1).clamp(min=1).float().reciprocal()
 
-    def sum_parts(self, tokens: int) -> tuple[int, int]:
+    def sum_parts(self, kernel: Any, tokens: int) -> tuple[int, int]:
         """Number of parts, and tokens of each, for a kernel that sums over tokens"""
-        parts = _parts_of_a_sum(tokens, self.B * self.H, self.device)
+        multiprocessors = INTERPRETED_MULTIPROCESSORS
+        if self.device.type == "cuda":
+            multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        slots = multiprocessors * RESIDENT_PROGRAMS[kernel][_table_size(self.D)]
+        parts = parts_of_a_sum(tokens, self.B * self.H, slots)
         return parts, triton.cdiv(tokens, parts)
-
-    def plain_parts(self, tokens: int, tile: int) -> tuple[int, int]:
-        """The same for a kernel whose tokens are independent"""
-        return triton.cdiv(tokens, TILES_OF_A_PART * tile), TILES_OF_A_PART * tile
 
 
 def _operator(name: str) -> Callable[[Callable], Any]:
@@ -189,7 +223,7 @@ def polarity_attention_forward(
     key_mask = None if key_mask is None else key_mask.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     with torch.cuda.device_of(q):
-        parts, length = call.sum_parts(n)
+        parts, length = call.sum_parts(state_kernel, n)
         state = torch.empty(parts, *call.state_shape, dtype=torch.float32, device=q.device)
         state_kernel[(call.B * call.H * parts,)](
             k, v, call.exponent, call.scale, position, key_mask, call.inverse_count(n, key_mask), state,
@@ -198,7 +232,7 @@ def polarity_attention_forward(
         )  # fmt: skip
         state = state.sum(dim=0) if parts > 1 else state[0]
         options = call.options(output_kernel)
-        parts, length = call.plain_parts(call.N, options["T"])
+        parts, length = plain_parts(call.N, options["T"])
         output_kernel[(call.B * call.H * parts,)](
             call.q, call.exponent, call.scale, state, out, *call.q.stride()[:3], call.N, parts, length, eps, **options
         )
@@ -227,7 +261,7 @@ def polarity_attention_backward(
     grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     inverse_count = call.inverse_count(n, key_mask)
     with torch.cuda.device_of(q):
-        parts, length = call.sum_parts(call.N)
+        parts, length = call.sum_parts(query_backward_kernel, call.N)
         grad_state = torch.empty(parts, *call.state_shape, dtype=torch.float32, device=q.device)
         query_moments = torch.empty(parts, call.B, call.H, call.D, dtype=torch.float32, device=q.device)
         query_backward_kernel[(call.B * call.H * parts,)](
@@ -238,7 +272,7 @@ def polarity_attention_backward(
         )  # fmt: skip
         grad_state = grad_state.sum(dim=0) if parts > 1 else grad_state[0]
         options = call.options(key_backward_kernel, HAS_POSITION=position is not None, HAS_MASK=key_mask is not None)
-        parts, length = call.plain_parts(n, options["T"])
+        parts, length = plain_parts(n, options["T"])
         key_moments = torch.empty(parts, call.B, call.H, call.D, dtype=torch.float32, device=q.device)
         key_backward_kernel[(call.B * call.H * parts,)](
             k, v, call.exponent, call.scale, position, key_mask, grad_state, grad_k, grad_v, key_moments,
