@@ -162,12 +162,8 @@ def test_the_scale_has_no_effect_on_kernels_without_one(kind, form):
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("kind", ["norm_aware", "nala_cosine"])
-def test_norms_beyond_float16_are_trained_under_its_autocast(kind):
-    torch.manual_seed(0)
-    module = PolaSequenceAttention(32, 2, AttentionOptions(kind, kernel_size=0)).to(DEVICE)
-    with torch.no_grad():
-        module.qkvg.weight.mul_(60.0)
+def _under_float16_autocast(module):
+    """Sequences with tokens of zeros and with masked ones, and what a layer makes of them."""
     x = torch.randn(2, 40, 32, device=DEVICE)
     x[0, :3] = 0.0
     x.requires_grad_()
@@ -175,6 +171,16 @@ def test_norms_beyond_float16_are_trained_under_its_autocast(kind):
     mask[1, 20:] = False
     with torch.autocast(DEVICE, torch.float16):
         out = module(x, mask)
+    return x, out
+
+
+@pytest.mark.parametrize("kind", ["norm_aware", "nala_cosine"])
+def test_norms_beyond_float16_are_trained_under_its_autocast(kind):
+    torch.manual_seed(0)
+    module = PolaSequenceAttention(32, 2, AttentionOptions(kind, kernel_size=0)).to(DEVICE)
+    with torch.no_grad():
+        module.qkvg.weight.mul_(60.0)
+    x, out = _under_float16_autocast(module)
     assert module.qkvg(x)[..., 32:64].abs().max() ** 3 > 65_504  # float16 could not hold the features of keys
     out.float().square().mean().backward()
     gradients = [x.grad, *(parameter.grad for parameter in module.parameters())]
@@ -188,13 +194,7 @@ def test_gradients_are_finite_for_exponents_up_to_8_under_float16_autocast(backe
     with torch.no_grad():
         module.power.fill_(8.0)  # p = 7.998
         module.qkvg.weight.mul_(6.0)
-    x = torch.randn(2, 40, 32, device=DEVICE)
-    x[0, :3] = 0.0
-    x.requires_grad_()
-    mask = torch.ones(2, 40, dtype=torch.bool, device=DEVICE)
-    mask[1, 20:] = False
-    with torch.autocast(DEVICE, torch.float16):
-        out = module(x, mask)
+    x, out = _under_float16_autocast(module)
     assert (
         7.99 < module.exponent().max() <= 8.0 and module.qkvg(x).abs().max() ** 8 > 65_504
     )  # float16 could not hold it

@@ -422,7 +422,7 @@ BACKWARD_PASSES = {
 }
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", "native", "triton"])
 @pytest.mark.parametrize("reason", BACKWARD_PASSES)
 def test_a_backward_pass_that_is_not_plain_is_refused(backend, reason):
     inputs = make_inputs(20, 12, 8, torch.float32, device=DEVICE)

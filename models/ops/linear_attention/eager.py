@@ -162,7 +162,7 @@ class _LinearAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        check_backward("eager", grad_out)
+        check_backward(ctx.blocks_of.backend, grad_out)
         q, k, v, position, key_mask, turns, state, *learned = ctx.saved_tensors
         d = q.shape[-1]
         blocks = ctx.blocks_of(q, position, key_mask, turns)
@@ -219,6 +219,8 @@ class _LinearAttention(torch.autograd.Function):
 
 class Blocks:
     """Blocks of tokens as the features want them, and the products that features and readouts make."""
+
+    backend = "eager"  # which refuses what it cannot differentiate
 
     def __init__(self, q: Tensor, position: Tensor | None, key_mask: Tensor | None, turns: Tensor | None) -> None:
         dtype = torch.promote_types(q.dtype, torch.float32)

@@ -100,6 +100,8 @@ def build() -> Path:
 class NativeBlocks(Blocks):
     """Divisions in one pass each."""
 
+    backend = "native"
+
     def divide(
         self, numerators: Tensor, normalisers: Tensor, streams: Sequence[Stream], eps: float, out: Tensor
     ) -> None:
