@@ -53,8 +53,7 @@ from engine.training import Interval, Training, build_training, place, wrap
 from logger import MetricsWriter, get_logger, setup_logger
 from models import build_model
 from models.files import CheckpointError
-from models.kernels import kernel_of
-from models.registry import attention_options, body_of
+from models.registry import announce_attention, body_of
 from utils import distributed
 from utils.checkpoints.writing import CheckpointWriter
 from utils.faults.folder_lock import LOG_FILE, Hold, RunFolderError, RunLock, nothing_left, open_folder, own_folder
@@ -92,8 +91,7 @@ def check(config: CfgNode) -> None:
                 where = f"TEST.IMG_SIZE {config.TEST.IMG_SIZE}: "
                 build_model(evaluation_config(config))
                 where = ""
-        options = attention_options(config)
-        kernel_of(options.attention).announce(options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        announce_attention(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     except (TypeError, ValueError) as problem:
         raise ConfigError(f"{where}{problem}") from None
 
@@ -116,13 +114,12 @@ def setup(config: CfgNode) -> tuple[torch.device, Plan]:
 def begin_log(config: CfgNode, device: torch.device, folder: Path | None, lock: RunLock | None = None) -> None:
     """Open a run folder's log, and say on what the run is; a training run does so once it has the folder to itself."""
     setup_logger(distributed.rank(), folder / LOG_FILE if folder else None, lock.check if lock else lambda: None)
-    options = attention_options(config)
     get_logger().info(
         "%d × %s, torch %s, %s",
         distributed.world_size(),
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)",
         torch.__version__,
-        kernel_of(options.attention).announce(options, device),
+        announce_attention(config, device),
     )
     for note in notes_of(config):
         get_logger().warning("%s", note)

@@ -14,9 +14,8 @@ from data.sources.base import Modality
 from engine.training import Interval, Training
 from logger import get_logger, printable
 from models.files import CHECKPOINT_VERSION, CheckpointError, load_checkpoint, num_classes_of, stored_config, weights_of
-from models.kernels import kernel_of
 from models.loading import load_pretrained, load_weights
-from models.registry import attention_options, function_differences
+from models.registry import announce_attention, function_differences
 from optimizer import load_optimizer_state
 from utils import distributed
 from utils.checkpoints.finding import Found, NoneUsableError, newest_checkpoint, set_aside
@@ -86,7 +85,7 @@ def checkpoint_state(
             "seed": config.SEED,
             "repeats": config.AUG.REPEATS,
             "world_size": distributed.world_size(),
-            "attention": _attention(config, training.device),
+            "attention": announce_attention(config, training.device),
         },
         **{best.key: 0.0 for best in BESTS.values()},  # CheckpointWriter puts in what the best files hold
         "validated": validated,
@@ -119,7 +118,7 @@ def restore(
     continuation = _continuation(checkpoint, source)
     _check_plan(config, training, continuation, source)
     _check_epoch(config, loaders, continuation, source)
-    stored, own = continuation.get("attention"), _attention(config, training.device)
+    stored, own = continuation.get("attention"), announce_attention(config, training.device)
     if isinstance(stored, str) and stored != own:
         get_logger().warning(
             "%s was computed with %s, and goes on with %s: to rounding, not bit for bit", source, printable(stored), own
@@ -219,12 +218,6 @@ def _check_epoch(config: CfgNode, loaders: Loaders, continuation: dict[str, Any]
             ". Restore them, or continue from a checkpoint between two epochs with --opts TRAIN.AUTO_RESUME False"
             " --resume FILE"
         )
-
-
-def _attention(config: CfgNode, device: torch.device) -> str:
-    """What computes it, as the log says."""
-    options = attention_options(config)
-    return kernel_of(options.attention).announce(options, device)
 
 
 def _log_changed_keys(checkpoint: dict[str, Any], config: CfgNode, source: str) -> None:

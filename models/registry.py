@@ -107,6 +107,12 @@ def attention_options(config: Mapping[str, Any]) -> AttentionOptions:
     return AttentionOptions.of({name: arguments[name] for name in own if name in arguments})
 
 
+def announce_attention(config: Mapping[str, Any], device: torch.device) -> str:
+    """One phrase: what computes attention. Raises ValueError where it cannot run on the device."""
+    options = attention_options(config)
+    return kernel_of(options.attention).announce(options, device)
+
+
 def build_model(config: Mapping[str, Any], num_classes: int | None = None) -> TrainableModel:
     """The freshly initialised model of a configuration, on the CPU.
 
