@@ -35,8 +35,8 @@ from triton.compiler import ASTSource
 
 from benchmarks import common
 from benchmarks.common import DTYPES, Bar, Outcome
-from models.ops.polarity_attention import triton as kernels
-from models.ops.polarity_attention import triton_op
+from models.ops.linear_attention import triton as kernels
+from models.ops.linear_attention import triton_op
 
 # Each kernel and the tensors of tokens that it reads and writes once.
 PASSES = {"state": 2, "output": 2, "query_backward": 3, "key_backward": 4}
@@ -77,23 +77,39 @@ REGISTERS, WARPS, PROGRAMS, RESERVED_SHARED = 65536, 64, 32, 1024
 
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 TENSORS = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"}  # in the dtype of the call
-FLOATS = {"exponent", "scale", "position", "state", "grad_state", "log_moments", "inverse_count"}
+FLOATS = {
+    "learned", "scale", "position", "state", "grad_state", "moments", "inverse_count", "cos", "sin",
+}  # fmt: skip
 SIZES = {"N", "n", "images", "parts", "tokens_per_part"}
 STRIDES = ("_image", "_token", "_head")
 HEADS = 3
 
 
 def compile_kernel(
-    name: str, architecture: int, channels: int, dtype: str, *, mask: bool = False, ones: bool = False
+    name: str,
+    architecture: int,
+    channels: int,
+    dtype: str,
+    *,
+    feature_map: str = "power",
+    mask: bool = False,
+    ones: bool = False,
 ) -> dict[str, Any]:
-    """Compile one kernel with scale and position, and say what its machine code needs.
+    """Compile one kernel, with scale and position, or of other maps with turns, and say what its machine code needs.
 
     ones: every size, number of parts and stride is 1, which the launcher makes a constant of the kernel.
     """
     kernel = getattr(kernels, f"{name}_kernel")
     options = triton_op.launch_options(kernel, channels, DTYPES[dtype], architecture)
     settings = {key: options.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in options}
-    constants = {**options, "H": HEADS, "HAS_SCALE": True, "HAS_POSITION": True, "HAS_MASK": mask}
+    power = feature_map == "power"
+    border = triton_op.border(feature_map, channels)
+    constants = {**options, "MAP": feature_map, "H": HEADS, "BORDER": border, "HAS_SCALE": power, "HAS_MASK": mask}
+    constants |= {"HAS_POSITION": power, "HAS_TURNS": not power}
+    absent = {"cos": power, "sin": power, "scale": not power, "position": not power}
+    absent |= {"learned": feature_map == "norm", "moments": feature_map == "norm"}
+    absent |= {"key_mask": not mask, "inverse_count": not mask}
+    constants |= {argument: None for argument, is_absent in absent.items() if is_absent}
     if ones:
         constants |= {argument: 1 for argument in kernel.arg_names if argument in SIZES or argument.endswith(STRIDES)}
     signature = {argument: _type_of(argument, dtype, constants) for argument in kernel.arg_names}
@@ -107,8 +123,9 @@ def compile_kernel(
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=settings)
     record = {
-        "kernel": name, "architecture": architecture, "channels": channels, "dtype": dtype, "tile": options["T"],
-        "warps": settings["num_warps"], "shared": compiled.metadata.shared, **_resources(compiled.asm["cubin"]),
+        "kernel": name, "map": feature_map, "architecture": architecture, "channels": channels, "dtype": dtype,
+        "tile": options["T"], "warps": settings["num_warps"], "shared": compiled.metadata.shared,
+        **_resources(compiled.asm["cubin"]),
     }  # fmt: skip
     elements = options["T"] * channels / (32 * settings["num_warps"])  # of a tile, for each thread
     return record | {
@@ -234,7 +251,8 @@ def compile_all(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
     for architecture, dtype, channels, name in itertools.product(
         options.architectures, options.dtypes, options.channels, options.kernels
     ):
-        yield compile_kernel(name, architecture, channels, dtype, mask=options.mask, ones=options.ones)
+        flags = {"feature_map": options.map, "mask": options.mask, "ones": options.ones}
+        yield compile_kernel(name, architecture, channels, dtype, **flags)
 
 
 def measure(options: argparse.Namespace) -> Outcome:
@@ -295,6 +313,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--dtypes", nargs="+", choices=TYPES, default=["bfloat16"])
     parser.add_argument("--kernels", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument("--map", choices=triton_op.MOMENTS, default="power", help="the feature map")
     parser.add_argument("--mask", action="store_true", help="with a key mask")
     parser.add_argument("--ones", action="store_true", help="every size and stride is 1")
     parser.add_argument("--records", action="store_true", help="print one JSON line a kernel and write no file")

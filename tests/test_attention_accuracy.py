@@ -25,8 +25,9 @@ from conftest import DEVICE
 
 from models.ops import polarity_attention as package
 from models.ops.linear_attention import eager as core
-from models.ops.polarity_attention import eager, native, polarity_attention, triton_op
-from models.ops.polarity_attention import triton as kernels
+from models.ops.linear_attention import triton as kernels
+from models.ops.linear_attention import triton_maps, triton_op
+from models.ops.polarity_attention import eager, native, polarity_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log2(0) in the interpreter is meant
 
@@ -239,7 +240,7 @@ def test_blocks_do_not_change_the_result(monkeypatch):
 def test_a_split_sequence_gives_the_same_every_time():
     """Few long sequences: several programs sum one state, in a fixed order."""
     inputs = make_inputs(700, 1000, 16, torch.float32, h=1, device=DEVICE)
-    parts, length = triton_op._Launch(*inputs[:1], inputs[3], None).sum_parts(kernels.state_kernel, 1000)
+    parts, length = triton_op._Launch(*inputs, *[None] * 5, "power").sum_parts(kernels.state_kernel, 1000)
     assert parts == 3 and (parts - 1) * length < 1000 <= parts * length
     first, second = (run("triton", inputs, None, torch.ones_like(inputs[0])) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -306,27 +307,26 @@ def _plant_in_triton(error, monkeypatch):
     if error == "a wrong sign of the negative features":
 
         @triton.jit
-        def wrong(u, slope):
-            signed = slope * u
-            return tl.where(u > 0.0, signed, 0.0), tl.where(u < 0.0, signed, 0.0)
+        def wrong(signed):
+            return tl.where(signed > 0.0, signed, 0.0), tl.where(signed < 0.0, signed, 0.0)
 
-        monkeypatch.setattr(kernels, "_features", wrong)
+        monkeypatch.setattr(triton_maps, "split", wrong)
     elif error == "a wrong sign of a gradient":
 
         @triton.jit
         def wrong(u, slope, grad_positive, grad_negative):
             return slope * tl.where(u > 0.0, grad_positive, tl.where(u < 0.0, grad_negative, 0.0))
 
-        monkeypatch.setattr(kernels, "_grad_tokens", wrong)
+        monkeypatch.setattr(kernels, "pull_back", wrong)
     elif error == "no swap of the halves":
 
         @triton.jit
-        def wrong(positive, negative, channels, D: tl.constexpr):
+        def wrong(positive, negative, channels, BORDER: tl.constexpr):
             return positive, negative
 
         monkeypatch.setattr(kernels, "_exchange", wrong)
     else:
-        monkeypatch.setattr(triton_op, "polarity_attention_forward", _one_key_off(triton_op.polarity_attention_forward))
+        monkeypatch.setattr(package, "_polarity_attention_triton", _one_key_off(package._polarity_attention_triton))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels keep the functions they were compiled with")

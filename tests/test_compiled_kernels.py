@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from benchmarks.common import RESULTS
 from benchmarks.kernels import count_instructions, estimate
-from models.ops.polarity_attention.triton_op import RESIDENT_PROGRAMS, SHARED_MEMORY, parts_of_a_sum
+from models.ops.linear_attention.triton_op import RESIDENT_PROGRAMS, SHARED_MEMORY, parts_of_a_sum
 
 # Bytes of shared memory a program may take, and registers a thread may hold.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import ConfigError
 from models.ops import polarity_attention as package
-from models.ops.polarity_attention import choose_backend, polarity_attention, triton_op
+from models.ops.linear_attention import triton_op
+from models.ops.polarity_attention import choose_backend, polarity_attention
 
 
 def _inputs(B=2, N=11, n=7, h=3, d=8, dtype=torch.float64, seed=0):
@@ -255,11 +256,12 @@ def _single(N=20, n=12, h=2, d=8, surroundings=True):
 def test_opcheck(surroundings):
     inputs = _single(surroundings=surroundings)
     mask = make_mask(2, 12).to(DEVICE) if surroundings else None
-    torch.library.opcheck(torch.ops.polaformer.polarity_attention, (*inputs, mask, 1e-6))
+    torch.library.opcheck(torch.ops.polaformer.linear_attention, (*inputs, mask, None, None, "power", 1e-6))
     inputs = [None if t is None else t.detach() for t in inputs]
-    out, state = torch.ops.polaformer.polarity_attention(*inputs, mask, 1e-6)
+    out, state = torch.ops.polaformer.linear_attention(*inputs, mask, None, None, "power", 1e-6)
     torch.library.opcheck(
-        torch.ops.polaformer.polarity_attention_backward, (torch.ones_like(out), *inputs, mask, state, 1e-6)
+        torch.ops.polaformer.linear_attention_backward,
+        (torch.ones_like(out), *inputs, mask, None, None, state, "power", 1e-6),
     )
 
 

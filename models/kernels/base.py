@@ -17,9 +17,13 @@ from torch.nn import functional as F
 
 from ..ops.linear_attention import (
     FeatureMap,
-    implementation_of,
+    anywhere,
+    choose,
+    is_symbolic,
     linear_attention_eager,
     linear_attention_reference,
+    of_call,
+    reason_against_triton,
 )
 from ..ops.rotary import Rotary
 from ..options import AttentionOptions
@@ -77,14 +81,24 @@ def through_feature_map(
     position: Tensor | None,
     key_mask: Tensor | None,
     rotary: Rotary | None,
+    backend: str,
 ) -> Tensor:
     """As `LinearKernel.mix`, by the feature map of the kernel of that name: one operation for torch.fx."""
-    feature_map = kernel_of(kernel).feature_map
+    cls = kernel_of(kernel)
+    assert issubclass(cls, LinearKernel)
+    feature_map = cls.feature_map
     assert feature_map is not None
+    chosen = cls.implementation_of(backend, num_heads, q, k, v, position, *learned)
     q, k, v = (t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))
     if position is not None:
         position = position.unflatten(-1, (num_heads, -1))
-    out = linear_attention_eager(q, k, v, feature_map, learned, position=position, key_mask=key_mask, rotary=rotary)
+    if chosen == "triton":
+        from ..ops.linear_attention.triton_op import linear_attention_triton  # not every platform has Triton
+
+        linear_attention: Callable[..., Tensor] = linear_attention_triton
+    else:
+        linear_attention = linear_attention_eager
+    out = linear_attention(q, k, v, feature_map, learned, position=position, key_mask=key_mask, rotary=rotary)
     return out.flatten(-2)
 
 
@@ -197,9 +211,22 @@ class LinearKernel(Kernel):
         return (None if divisor is None else divisor.unflatten(-1, (self.num_heads, -1)),)
 
     @classmethod
+    def backends(cls) -> Mapping[str, Callable[[torch.device, torch.dtype, int], str | None]]:
+        """The implementations that it has, each with why it cannot take a device, dtype and number of channels."""
+        own = {} if cls.feature_map is None or cls.feature_map.in_triton is None else {"triton": reason_against_triton}
+        return {"eager": anywhere, **own, "reference": anywhere}
+
+    @classmethod
     def announce(cls, options: AttentionOptions, device: torch.device) -> str:
-        implementation_of(options.backend)
-        return super().announce(options, device)
+        chosen = choose(options.backend, cls.backends(), device, attention=cls.name)
+        return super().announce(options, device) + (f" backend: {chosen}" if "triton" in cls.backends() else "")
+
+    @classmethod
+    def implementation_of(cls, backend: str, num_heads: int, q: Tensor, k: Tensor, *others: Tensor | None) -> str:
+        """The backend that MODEL.LA.BACKEND, its argument, means for a call on these tensors."""
+        channels = q.shape[-1] // num_heads
+        chosen = choose(backend, cls.backends(), q.device, q.dtype, channels, attention=cls.name)
+        return of_call(chosen, backend != "auto", q, k, *others)
 
     def mix(
         self,
@@ -213,8 +240,9 @@ class LinearKernel(Kernel):
     ) -> Tensor:
         """As `Kernel.mix`, in O(N·f·d). `rotary` turns the features that meet the values, not those that normalise."""
         learned = self.learned()
-        if self.feature_map and implementation_of(self.options.backend, q, k, v, position, *learned) == "eager":
-            return through_feature_map(self.name, self.num_heads, q, k, v, learned, position, key_mask, rotary)
+        backend = self.options.backend
+        if self.feature_map and self._has_own_backward(q, k, v, position, *learned):
+            return through_feature_map(self.name, self.num_heads, q, k, v, learned, position, key_mask, rotary, backend)
         if key_mask is not None:  # whatever stands there, so that not even NaN comes out of it
             k = k.masked_fill(~key_mask[:, :, None], 0.0)
         queries, keys = self.prepare(q, k, position)
@@ -228,3 +256,9 @@ class LinearKernel(Kernel):
             rotary=rotary,
         )
         return out.flatten(-2)
+
+    def _has_own_backward(self, q: Tensor, k: Tensor, *others: Tensor | None) -> bool:
+        """Whether what computes is the feature map, and not the formula."""
+        if is_symbolic(q, k, *others):
+            return self.options.backend != "reference"
+        return self.implementation_of(self.options.backend, self.num_heads, q, k, *others) != "reference"

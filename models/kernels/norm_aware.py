@@ -105,6 +105,8 @@ class _ByDirection(FeatureMap):
 class NormAwareFeatures(_ByDirection):
     """Powers of the direction of queries and of the channels of keys, in the half that the sign chooses."""
 
+    in_triton = "norm"
+
     def tokens(self, block: Tensor, padding: Tensor | None = None) -> Tensor:
         return self._copied(block, padding)
 

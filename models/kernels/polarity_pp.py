@@ -28,6 +28,8 @@ class ExponentialFeatures(FeatureMap):
     The tokens of a block are [u₊, u₋], (b, h, T, 2d). Queries have a set of features for each stream.
     """
 
+    in_triton = "growth"
+
     def __init__(self, scratch: Scratch, same: Tensor, opposite: Tensor) -> None:
         """a₁ and a₂, (h, 2d), in the order of the features."""
         super().__init__(scratch)

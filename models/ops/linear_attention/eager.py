@@ -10,7 +10,7 @@ Letters: N queries, n keys, h heads, d channels per head, f features; b and T ar
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ class FeatureMap(ABC):
     constructor, whose gradients it gathers block by block. The features of queries come in `sets`, each read by one or
     more streams over neighbouring value channels; keys have one.
     """
+
+    # Its name in triton_maps.py, if it has kernels.
+    in_triton: ClassVar[str | None] = None
 
     def __init__(self, scratch: "Scratch") -> None:
         self.scratch = scratch

@@ -1,20 +1,23 @@
 """Polarity-aware linear attention: the public operation and the one place where its implementation is chosen."""
 
-import importlib.util
 import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .. import is_exporting
-from ..linear_attention.derivatives import beyond_plain, refusal
-from .eager import polarity_attention_eager
+from ..linear_attention import anywhere, choose, of_call, reason_against_triton
+from .eager import PolarityFeatures, polarity_attention_eager
 from .native import polarity_attention_native
-from .native import reason_against as _reason_against_native
+from .native import reason_against as reason_against_native
 from .reference import polarity_attention_reference
 
-BACKENDS = ("eager", "native", "triton", "reference")
+BACKENDS = {
+    "eager": anywhere,
+    "native": reason_against_native,
+    "triton": reason_against_triton,
+    "reference": anywhere,
+}
 ENVIRONMENT_VARIABLE = "POLARITY_ATTENTION_BACKEND"
 # What auto means in this process: a backend by name, or by device, dtype and channels.
 AUTO = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
@@ -25,59 +28,36 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype = torc
 
     Raises ValueError for an unknown name, and for a named backend that cannot run, with the reason.
     """
-    by = "backend"
+    named_by = "backend"
     if backend == "auto":
-        backend, by = AUTO, ENVIRONMENT_VARIABLE
-    if backend == "auto":
-        fast = {"cuda": "triton", "cpu": "native"}.get(device.type, "eager")
-        return "eager" if _reason_against(fast, device, dtype, channels) else fast
-    if backend not in BACKENDS:
-        raise ValueError(f"{by} {backend!r} is no backend of polarity attention, expected auto, {', '.join(BACKENDS)}")
-    if reason := _reason_against(backend, device, dtype, channels):
-        raise ValueError(f"polarity attention's {backend} backend cannot run: {reason}")
-    return backend
-
-
-@torch.compiler.assume_constant_result  # torch.compile asks once instead of tracing into what asks the device
-def _reason_against(backend: str, device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
-    if backend == "native":
-        return _reason_against_native(device)
-    if backend != "triton":
-        return None
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    from .triton_op import reason_against  # not every platform has Triton
-
-    return reason_against(device, dtype, channels)
-
-
-def _backend_of_call(backend: str, q: Tensor, k: Tensor, *others: Tensor | None) -> str:
-    """As `choose_backend`, but reference where auto meets derivatives that only it has, and where there is no element.
-
-    Of no elements it makes none, or zeros, where the others would divide into no blocks and launch no programs. A graph
-    that leaves Python (a TorchScript trace, an exported program) has to hold the formula: there it is reference too.
-    """
-    chosen = choose_backend(backend, q.device, q.dtype, q.shape[-1])
-    if torch.jit.is_tracing() or is_exporting():
-        return "reference"
-    reason = beyond_plain(q, k, *others)
-    if reason is not None and chosen != "reference" and (AUTO if backend == "auto" else backend) != "auto":
-        raise ValueError(refusal(chosen, reason))
-    if reason is not None or q.numel() == 0 or k.numel() == 0:
-        return "reference"
-    return "eager" if chosen == "native" and torch.compiler.is_compiling() else chosen
+        backend, named_by = AUTO, ENVIRONMENT_VARIABLE
+    return choose(backend, BACKENDS, device, dtype, channels, named_by=named_by)
 
 
 def _implementation(backend: str) -> Callable[..., Tensor]:
-    if backend == "triton":
-        from .triton_op import polarity_attention_triton
-
-        return polarity_attention_triton
     return {
         "eager": polarity_attention_eager,
         "native": polarity_attention_native,
         "reference": polarity_attention_reference,
+        "triton": _polarity_attention_triton,
     }[backend]
+
+
+def _polarity_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    exponent: Tensor,
+    scale: Tensor | None,
+    position: Tensor | None,
+    key_mask: Tensor | None,
+    eps: float,
+) -> Tensor:
+    from ..linear_attention.triton_op import linear_attention_triton
+
+    return linear_attention_triton(
+        q, k, v, PolarityFeatures, (exponent, scale), position=position, key_mask=key_mask, eps=eps
+    )
 
 
 def polarity_attention(
@@ -141,5 +121,7 @@ def polarity_attention(
         raise ValueError(f"eps is {eps}, expected a positive number: rows without a matching key divide by it")
     if key_mask is not None and (key_mask.shape != (B, n) or key_mask.dtype != torch.bool):
         raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}, expected torch.bool ({B}, {n})")
-    implementation = _implementation(_backend_of_call(backend, q, k, v, exponent, scale, position))
+    chosen = choose_backend(backend, q.device, q.dtype, d)
+    by_name = (AUTO if backend == "auto" else backend) != "auto"
+    implementation = _implementation(of_call(chosen, by_name, q, k, v, exponent, scale, position))
     return implementation(q, k, v, exponent, scale, position, key_mask, eps)

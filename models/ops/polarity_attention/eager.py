@@ -43,6 +43,8 @@ class PolarityFeatures(FeatureMap):
     set of features: the opposite-signed stream reads it with the halves of the state exchanged.
     """
 
+    in_triton = "power"
+
     def __init__(self, scratch: Scratch, exponent: Tensor, scale: Tensor | None) -> None:
         super().__init__(scratch)
         self.exponent = exponent.to(scratch.dtype)[:, None, :]  # (h, 1, d)

@@ -50,7 +50,7 @@ def library() -> Path:
     return folder / f"polarity_attention-{capability.lower().replace(' ', '_')}-torch{torch.__version__}-{key[:12]}.so"
 
 
-def reason_against(device: torch.device) -> str | None:
+def reason_against(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
     """Why it cannot take tensors of this device, or None."""
     if device.type != "cpu":
         return f"it computes on a CPU, the queries are on {device.type}"

@@ -6,7 +6,7 @@ Letters as in triton.py: B images, N queries, n keys, H heads, D channels per he
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..linear_attention.derivatives import check_backward
+from ..rotary import Rotary
+from .derivatives import check_backward
+from .eager import FeatureMap
 from .triton import (
     key_backward_kernel,
     output_kernel,
@@ -23,6 +25,8 @@ from .triton import (
 )
 
 MAX_CHANNELS = 128
+# The feature maps, and how many sums over tokens a channel has for the gradients of what each learns.
+MOMENTS = {"power": 2, "growth": 4, "norm": 0}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,31 +155,42 @@ def _with_unit_channel_stride(t: Tensor) -> Tensor:
 class _Launch:
     """What all launches of one call share."""
 
-    def __init__(self, q: Tensor, exponent: Tensor, scale: Tensor | None) -> None:
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        learned: Tensor | None,
+        scale: Tensor | None,
+        position: Tensor | None,
+        key_mask: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        feature_map: str,
+    ) -> None:
         self.B, self.N, self.H, self.D = q.shape
-        self.q = _with_unit_channel_stride(q)
-        self.exponent = exponent.contiguous()
-        self.scale = None if scale is None else scale.contiguous()
+        self.n = k.shape[1]
+        self.q, self.k, self.v = (_with_unit_channel_stride(t) for t in (q, k, v))
+        self.learned, self.scale, self.position, self.key_mask, self.cos, self.sin = (
+            None if t is None else t.contiguous() for t in (learned, scale, position, key_mask, cos, sin)
+        )
+        self.inverse_count = None  # (B,) one over the number of real keys, 1 where there are none
+        if key_mask is not None:
+            self.inverse_count = key_mask.sum(dim=1).clamp(min=1).float().reciprocal()
         self.device, self.dtype = q.device, q.dtype
         self.architecture = None
         if not is_interpreted():
             major, minor = torch.cuda.get_device_capability(q.device)
             self.architecture = 10 * major + minor
         self.state_shape = (self.B, self.H, 2, self.D + 1, self.D)
+        self.power = feature_map == "power"
+        self.flags = {"MAP": feature_map, "H": self.H, "HAS_SCALE": scale is not None, "HAS_TURNS": cos is not None}
+        self.of_queries = {"BORDER": border(feature_map, self.D)}
+        self.of_keys = {"HAS_POSITION": position is not None, "HAS_MASK": key_mask is not None}
 
-    def options(self, kernel: Any, **flags: bool) -> dict[str, Any]:
-        return {
-            **launch_options(kernel, self.D, self.dtype, self.architecture),
-            "H": self.H,
-            "HAS_SCALE": self.scale is not None,
-            **flags,
-        }
-
-    def inverse_count(self, n: int, key_mask: Tensor | None) -> Tensor:
-        """(B,) one over the number of real keys, 1 where there are none"""
-        if key_mask is None:
-            return torch.full((self.B,), 1 / n, dtype=torch.float32, device=self.device)
-        return key_mask.sum(dim=1).clamp(min=1).float().reciprocal()
+    def options(self, kernel: Any) -> dict[str, Any]:
+        own = self.of_queries if kernel in (output_kernel, query_backward_kernel) else self.of_keys
+        return {**launch_options(kernel, self.D, self.dtype, self.architecture), **self.flags, **own}
 
     def sum_parts(self, kernel: Any, tokens: int) -> tuple[int, int]:
         """Number of parts, and tokens of each, for a kernel that sums over tokens"""
@@ -185,6 +200,11 @@ class _Launch:
         slots = multiprocessors * RESIDENT_PROGRAMS[kernel][_table_size(self.D)]
         parts = parts_of_a_sum(tokens, self.B * self.H, slots)
         return parts, triton.cdiv(tokens, parts)
+
+
+def border(feature_map: str, channels: int) -> int:
+    """How many value channels the first stream reads: all of them where it is the only one."""
+    return channels if feature_map == "norm" else (channels + 1) // 2
 
 
 def _operator(name: str) -> Callable[[Callable], Any]:
@@ -201,88 +221,95 @@ def _operator(name: str) -> Callable[[Callable], Any]:
     return register
 
 
-@_operator("polarity_attention")
-def polarity_attention_forward(
+@_operator("linear_attention")
+def linear_attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    exponent: Tensor,
+    learned: Tensor | None,
     scale: Tensor | None,
     position: Tensor | None,
     key_mask: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    feature_map: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """The output (B, N, H, D) in the dtype of q, and the state (B, H, 2, D + 1, D), float32.
 
-    The state holds, for positive and negative features, the D × D sums k̃ᵀv/n, one row a feature channel, and in the row
+    The state holds, for both halves of the features, the D × D sums k̃ᵀv/n, one row a feature channel, and in the row
     after them the mean of k̃. It is for the backward pass; gradients do not flow through it.
     """
-    call = _Launch(q, exponent, scale)
-    k, v, n = _with_unit_channel_stride(k), _with_unit_channel_stride(v), k.shape[1]
-    position = None if position is None else position.contiguous()
-    key_mask = None if key_mask is None else key_mask.contiguous()
+    call = _Launch(q, k, v, learned, scale, position, key_mask, cos, sin, feature_map)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     with torch.cuda.device_of(q):
-        parts, length = call.sum_parts(state_kernel, n)
+        parts, length = call.sum_parts(state_kernel, call.n)
         state = torch.empty(parts, *call.state_shape, dtype=torch.float32, device=q.device)
         state_kernel[(call.B * call.H * parts,)](
-            k, v, call.exponent, call.scale, position, key_mask, call.inverse_count(n, key_mask), state,
-            *k.stride()[:3], *v.stride()[:3], n, call.B, parts, length,
-            **call.options(state_kernel, HAS_POSITION=position is not None, HAS_MASK=key_mask is not None),
+            call.k, call.v, call.learned, call.scale, call.position, call.key_mask, call.inverse_count,
+            call.cos, call.sin, state,
+            *call.k.stride()[:3], *call.v.stride()[:3], call.n, call.B, parts, length, **call.options(state_kernel),
         )  # fmt: skip
         state = state.sum(dim=0) if parts > 1 else state[0]
         options = call.options(output_kernel)
         parts, length = plain_parts(call.N, options["T"])
         output_kernel[(call.B * call.H * parts,)](
-            call.q, call.exponent, call.scale, state, out, *call.q.stride()[:3], call.N, parts, length, eps, **options
-        )
+            call.q, call.learned, call.scale, state, call.cos, call.sin, out,
+            *call.q.stride()[:3], call.N, parts, length, eps, **options,
+        )  # fmt: skip
     return out, state
 
 
-@_operator("polarity_attention_backward")
-def polarity_attention_backward(
+@_operator("linear_attention_backward")
+def linear_attention_backward(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    exponent: Tensor,
+    learned: Tensor | None,
     scale: Tensor | None,
     position: Tensor | None,
     key_mask: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     state: Tensor,
+    feature_map: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, and the moments (2, H, D), float32: Σ u·∂/∂u without the factor p, and times log2|u|."""
-    call = _Launch(q, exponent, scale)
-    k, v, n = _with_unit_channel_stride(k), _with_unit_channel_stride(v), k.shape[1]
+    """Gradients of q, k and v, and the moments (H, MOMENTS, D) of the learned, float32.
+
+    They are, of power, Σ u·∂/∂u over the keys, without the factor p, and Σ u·∂/∂u·log2|u| over queries and keys; of
+    growth the gradients of the rates, by sets and halves.
+    """
+    call = _Launch(q, k, v, learned, scale, position, key_mask, cos, sin, feature_map)
     grad_out = _with_unit_channel_stride(grad_out)
-    position = None if position is None else position.contiguous()
-    key_mask = None if key_mask is None else key_mask.contiguous()
     grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    inverse_count = call.inverse_count(n, key_mask)
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         parts, length = call.sum_parts(query_backward_kernel, call.N)
-        grad_state = torch.empty(parts, *call.state_shape, dtype=torch.float32, device=q.device)
-        query_moments = torch.empty(parts, call.B, call.H, call.D, dtype=torch.float32, device=q.device)
+        grad_state = empty(parts, *call.state_shape)
+        moments = empty(parts * call.B, call.H, MOMENTS[feature_map] - call.power, call.D)
         query_backward_kernel[(call.B * call.H * parts,)](
-            call.q, call.exponent, call.scale, state, inverse_count, grad_out,
-            grad_q, grad_state, query_moments,
-            *call.q.stride()[:3], *grad_out.stride()[:3], call.N, call.B, parts, length, eps,
+            call.q, call.learned, call.scale, state, call.inverse_count, call.cos, call.sin, grad_out,
+            grad_q, grad_state, moments,
+            *call.q.stride()[:3], *grad_out.stride()[:3], call.N, call.n, call.B, parts, length, eps,
             **call.options(query_backward_kernel),
         )  # fmt: skip
         grad_state = grad_state.sum(dim=0) if parts > 1 else grad_state[0]
-        options = call.options(key_backward_kernel, HAS_POSITION=position is not None, HAS_MASK=key_mask is not None)
-        parts, length = plain_parts(n, options["T"])
-        key_moments = torch.empty(parts, call.B, call.H, call.D, dtype=torch.float32, device=q.device)
+        options = call.options(key_backward_kernel)
+        parts, length = plain_parts(call.n, options["T"])
+        key_moments = empty(parts * call.B, call.H, 2, call.D) if call.power else None
         key_backward_kernel[(call.B * call.H * parts,)](
-            k, v, call.exponent, call.scale, position, key_mask, grad_state, grad_k, grad_v, key_moments,
-            *k.stride()[:3], *v.stride()[:3], n, call.B, parts, length, **options,
+            call.k, call.v, call.learned, call.scale, call.position, call.key_mask, call.inverse_count,
+            call.cos, call.sin, state, grad_state, grad_k, grad_v, key_moments,
+            *call.k.stride()[:3], *call.v.stride()[:3], call.n, call.B, parts, length, **options,
         )  # fmt: skip
-    log_moment = query_moments.sum(dim=(0, 1)) + key_moments.sum(dim=(0, 1))
-    # Σ u·∂/∂u over the queries, and over the keys: either is the sums' product with their gradient (README.md)
-    products = (state * grad_state / inverse_count[:, None, None, None, None]).sum(dim=(0, 2))
-    moment = 2 * (products[:, : call.D].sum(dim=2) + products[:, call.D])
-    return grad_q, grad_k, grad_v, torch.stack([moment, log_moment])
+    total = moments.sum(dim=0)
+    if key_moments is not None:
+        of_keys = key_moments.sum(dim=0)
+        of_keys[:, 1:] += total
+        total = of_keys
+    return grad_q, grad_k, grad_v, total
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,36 +317,44 @@ def polarity_attention_backward(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _forward_fake(q, k, v, exponent, scale, position, key_mask, eps):
+def _forward_fake(q, k, v, learned, scale, position, key_mask, cos, sin, feature_map, eps):
     B, _, H, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return out, torch.empty(B, H, 2, D + 1, D, dtype=torch.float32, device=q.device)
 
 
-def _backward_fake(grad_out, q, k, v, exponent, scale, position, key_mask, state, eps):
+def _backward_fake(grad_out, q, k, v, learned, scale, position, key_mask, cos, sin, state, feature_map, eps):
     gradients = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    return *gradients, torch.empty(2, *q.shape[2:], dtype=torch.float32, device=q.device)
+    H, D = q.shape[2:]
+    return *gradients, torch.empty(H, MOMENTS[feature_map], D, dtype=torch.float32, device=q.device)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.feature_map, ctx.eps = inputs
     ctx.save_for_backward(*tensors, output[1])
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
     check_backward("triton", grad_out)
     *tensors, state = ctx.saved_tensors
-    exponent, scale, position = tensors[3:6]
-    grad_q, grad_k, grad_v, (moment, log_moment) = polarity_attention_backward(grad_out, *tensors, state, ctx.eps)
+    learned, scale, position = tensors[3:6]
+    arguments = (*tensors, state, ctx.feature_map, ctx.eps)
+    grad_q, grad_k, grad_v, moments = linear_attention_backward(grad_out, *arguments)
+    grad_learned, grad_scale = None, None
+    if ctx.feature_map == "power":
+        # Σ u·∂/∂u over the queries is that over the keys: either is the sums' product with their gradient (README.md)
+        grad_learned = (moments[:, 1] * math.log(2)).to(learned.dtype)
+        grad_scale = None if scale is None else (-2 * moments[:, 0] * learned / scale).to(scale.dtype)
+    elif ctx.feature_map == "growth":
+        grad_learned = moments.unflatten(1, (2, 2)).transpose(0, 1).flatten(2).to(learned.dtype)
     return (
         grad_q,
         grad_k,
         grad_v,
-        (log_moment * math.log(2)).to(exponent.dtype),
-        None if scale is None else (-moment * exponent / scale).to(scale.dtype),
+        grad_learned,
+        grad_scale,
         None if position is None else grad_k.sum(dim=0, dtype=torch.float32).to(position.dtype),
-        None,
-        None,
+        *(None,) * 5,
     )
 
 
@@ -344,24 +379,32 @@ def _query_product_flops(N: int, D: int) -> int:
     return 2 * N * (D + 2) * 2 * D
 
 
-if isinstance(polarity_attention_forward, torch.library.CustomOpDef):  # registered by this copy of the package
-    polarity_attention_forward.register_fake(_forward_fake)
-    polarity_attention_backward.register_fake(_backward_fake)
-    polarity_attention_forward.register_autograd(_backward, setup_context=_setup_context)
-    register_flop_formula(torch.ops.polaformer.polarity_attention)(_forward_flops)
-    register_flop_formula(torch.ops.polaformer.polarity_attention_backward)(_backward_flops)
+if isinstance(linear_attention_forward, torch.library.CustomOpDef):  # registered by this copy of the package
+    linear_attention_forward.register_fake(_forward_fake)
+    linear_attention_backward.register_fake(_backward_fake)
+    linear_attention_forward.register_autograd(_backward, setup_context=_setup_context)
+    register_flop_formula(torch.ops.polaformer.linear_attention)(_forward_flops)
+    register_flop_formula(torch.ops.polaformer.linear_attention_backward)(_backward_flops)
 
 
-def polarity_attention_triton(
+def linear_attention_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    exponent: Tensor,
-    scale: Tensor | None,
-    position: Tensor | None,
-    key_mask: Tensor | None,
-    eps: float,
+    feature_map: type[FeatureMap],
+    learned: Sequence[Tensor | None],
+    *,
+    position: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    rotary: Rotary | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
-    """Arguments and result as in `polarity_attention`; differentiable once."""
-    out: Tensor = polarity_attention_forward(q, k, v, exponent, scale, position, key_mask, eps)[0]
+    """As `linear_attention_eager`, arguments and result, with a feature map that has kernels; differentiable once."""
+    name = feature_map.in_triton
+    assert name is not None
+    first, scale = (*learned, None, None)[:2]
+    if name == "growth":
+        first, scale = torch.stack([rate for rate in learned if rate is not None]), None
+    cos, sin = (None, None) if rotary is None else (table.float() for table in rotary)
+    out: Tensor = linear_attention_forward(q, k, v, first, scale, position, key_mask, cos, sin, name, eps)[0]
     return out
