@@ -143,11 +143,6 @@ def test_gradcheck_of_the_own_backward_and_second_derivatives_of_the_reference(t
     assert torch.allclose(auto, torch.autograd.grad(out.sum(), q)[0], rtol=1e-9)
 
 
-def test_triton_is_refused_by_name():
-    with pytest.raises(ValueError, match="backend 'triton' is there for polarity attention alone, expected auto"):
-        kernel_of("polarity_pp").announce(AttentionOptions("polarity_pp", backend="triton"), CPU)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("magnitude", [1e-4, 1.0, 12.0])
 def test_low_precision_is_computed_in_float32(dtype, magnitude):

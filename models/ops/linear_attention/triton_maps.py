@@ -19,6 +19,8 @@ LOG_OF_ZERO = tl.constexpr(-(2.0**42))
 LEAST_POWER = tl.constexpr(2.0**-30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG_2 = tl.constexpr(0.6931471805599453)
+LOG_2_HIGH = tl.constexpr(0.693145751953125)  # of 16 bits, whose product with a small integer is exact
+LOG_2_LOW = tl.constexpr(1.428606820309417e-06)
 # Below it exp(x) − 1 is a polynomial, whose next term is 2e-8 of it; above it the difference loses at most two bits.
 SMALL_GROWTH = tl.constexpr(0.35)
 LEAST_NORM = tl.constexpr(2.0**-126)
@@ -64,7 +66,13 @@ def expm1(x, PRECISION: tl.constexpr):
     series = 1.0 + x * (1.0 / 4.0) * series
     series = 1.0 + x * (1.0 / 3.0) * series
     series = x + x * x * 0.5 * series
-    return tl.where(x < SMALL_GROWTH, series, exp2(x * LOG2_E, PRECISION) - 1.0)
+    if PRECISION == "ieee" or PRECISION == "interpreted":  # float32, which would notice the rounding of a large product
+        whole = tl.floor(x * LOG2_E + 0.5)
+        rest = (x - whole * LOG_2_HIGH) - whole * LOG_2_LOW
+        power = exp2(whole, PRECISION) * exp2(rest * LOG2_E, PRECISION)
+    else:
+        power = exp2(x * LOG2_E, PRECISION)
+    return tl.where(x < SMALL_GROWTH, series, power - 1.0)
 
 
 @triton.jit
@@ -127,7 +135,7 @@ def norm_of(u, PRECISION: tl.constexpr):
     scaled = u / largest[:, None]
     length = tl.maximum(tl.sqrt(tl.sum(scaled * scaled, axis=1)), 1.0, PROPAGATE_NAN)
     norm = (largest * length)[:, None]
-    tanh = 1.0 - 2.0 / (1.0 + exp2(2.0 * LOG2_E * norm, PRECISION))
+    tanh = 1.0 - 2.0 / (1.0 + exp2(norm * LOG2_E * 2.0, PRECISION))
     return norm, scaled / length[:, None], tanh, 1.5 + 3.0 * tanh
 
 
@@ -153,7 +161,8 @@ def pull_back_directed(direction, norm, tanh, p, slope, log, grad_positive, grad
     """The same of norm: what changes the direction, and the norm, in the exponent and in the direction"""
     signed = pull_back(direction, slope, grad_positive, grad_negative)
     weighted = signed * direction
-    through_norm = 3.0 * LOG_2 * (1.0 - tanh * tanh) * norm * tl.sum(weighted * log, axis=1)[:, None]
+    slope_of_exponent = (1.0 - tanh * tanh) * LOG_2 * 3.0
+    through_norm = slope_of_exponent * norm * tl.sum(weighted * log, axis=1)[:, None]
     return (signed * p + direction * (through_norm - p * tl.sum(weighted, axis=1)[:, None])) / norm
 
 

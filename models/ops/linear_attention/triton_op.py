@@ -359,24 +359,24 @@ def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | 
 
 
 def _forward_flops(q_shape: tuple[int, ...], k_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
-    """A multiply-add counts as two; the products of the one-GEMM form, as PyTorch counts those of the eager backend."""
+    """A multiply-add counts as two; the products of the eager backend, one over the keys and one over the queries."""
     B, N, H, D = q_shape
-    return B * H * (_key_product_flops(k_shape[1], D) + _query_product_flops(N, D))
+    return B * H * (_key_product_flops(k_shape[1], D) + _query_product_flops(N, D, args[-2]))
 
 
 def _backward_flops(
     grad_shape: tuple[int, ...], q_shape: tuple[int, ...], k_shape: tuple[int, ...], *args: Any, **kwargs: Any
 ) -> int:
     B, N, H, D = q_shape
-    return B * H * (2 * _key_product_flops(k_shape[1], D) + 3 * _query_product_flops(N, D))
+    return B * H * (2 * _key_product_flops(k_shape[1], D) + 3 * _query_product_flops(N, D, args[-2]))
 
 
 def _key_product_flops(n: int, D: int) -> int:
     return 2 * n * D * 2 * D
 
 
-def _query_product_flops(N: int, D: int) -> int:
-    return 2 * N * (D + 2) * 2 * D
+def _query_product_flops(N: int, D: int, feature_map: str) -> int:
+    return 2 * N * (D + (1 if feature_map == "norm" else 2)) * 2 * D  # a normaliser for each stream
 
 
 if isinstance(linear_attention_forward, torch.library.CustomOpDef):  # registered by this copy of the package
