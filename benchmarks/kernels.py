@@ -100,7 +100,7 @@ def compile_kernel(
     ones: every size, number of parts and stride is 1, which the launcher makes a constant of the kernel.
     """
     kernel = getattr(kernels, f"{name}_kernel")
-    options = triton_op.launch_options(kernel, channels, DTYPES[dtype], architecture)
+    options = triton_op.launch_options(kernel, channels, DTYPES[dtype], architecture, feature_map)
     settings = {key: options.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in options}
     power = feature_map == "power"
     border = triton_op.border(feature_map, channels)

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import ConfigError
 from models.ops import polarity_attention as package
-from models.ops.linear_attention import triton_op
+from models.ops.linear_attention import backends, triton_op
 from models.ops.polarity_attention import choose_backend, polarity_attention
 
 
@@ -205,7 +205,7 @@ def test_a_named_backend_that_cannot_run_gives_its_reason(monkeypatch):
     monkeypatch.setattr(triton_op, "is_interpreted", lambda: False)
     with pytest.raises(ValueError, match="triton backend cannot run: it needs a CUDA device"):
         choose_backend("triton", CPU)
-    monkeypatch.setattr(package.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="the package triton is not installed"):
         choose_backend("triton", CPU)
 

@@ -53,7 +53,7 @@ def run(module: torch.nn.Module, given: list[Tensor], grid: tuple[int, int] | No
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(q.dtype).to(out))]
 
 
-def check(kind: str, case: str, d: int, dtype: torch.dtype, *, size: float = 1.0, multiple: float = 2.0) -> None:
+def check(kind: str, case: str, d: int, dtype: torch.dtype, *, size: float = 1.0) -> None:
     h = 2
     B, N, n, grid, further = 2, 63, 49, None, {}
     if case == "turned":
@@ -71,7 +71,7 @@ def check(kind: str, case: str, d: int, dtype: torch.dtype, *, size: float = 1.0
     values = run(kernel(kind, "triton", h, d), given, grid, **further)
     for i, (value, plain, expected) in enumerate(zip(values, eager, exact, strict=True)):
         error, allowed = ((t.double() - expected).norm() / expected.norm() for t in (value, plain))
-        allowed = max(multiple * allowed, EPSILONS * torch.finfo(dtype).eps)
+        allowed = max(2 * allowed, EPSILONS * torch.finfo(dtype).eps)
         assert error <= allowed, f"tensor {i}: relative error {error:.1e} exceeds {allowed:.1e}"
 
 
@@ -83,8 +83,8 @@ def check(kind: str, case: str, d: int, dtype: torch.dtype, *, size: float = 1.0
         *((d, torch.float32) for d in (2, 16, 24, 40, 64)),
         (32, torch.bfloat16),
         (32, torch.float16),
-        pytest.param(96, torch.float32, marks=pytest.mark.slow),
-        pytest.param(128, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(64, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(64, torch.float16, marks=pytest.mark.slow),
     ],
 )
 def test_outputs_and_gradients_are_as_exact_as_those_of_eager(kind, case, d, dtype):
@@ -94,8 +94,8 @@ def test_outputs_and_gradients_are_as_exact_as_those_of_eager(kind, case, d, dty
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1e-4, 12.0])
 def test_small_and_large_tokens(kind, size):
-    """exp(x) − 1 keeps the digits of x. Of 40, x·log2(e) is rounded by 3e-6: outside of the usual range as in polarity's."""
-    check(kind, "turned", 8, torch.float32, size=size, multiple=2.0 if size < 1 else 16.0)
+    """exp(x) − 1 keeps the digits of small x, and exp those of an x of 40."""
+    check(kind, "turned", 8, torch.float32, size=size)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,6 +139,8 @@ def test_a_model_computes_with_the_backend_that_is_named(kind):
     assert torch.allclose(out, eager(x, (4, 5)), atol=1e-5)
     assert kernel_of(kind).announce(options[1], torch.device(DEVICE)) == f"{kind} attention backend: triton"
     assert kernel_of("relu").announce(AttentionOptions("relu"), torch.device(DEVICE)) == "relu attention"
+    with pytest.raises(ValueError, match=f"{kind} attention's triton backend cannot run: it takes up to 64 channels"):
+        kernel(kind, "triton", 1, 66)(*inputs(1, 3, 3, 66, torch.float32, 1.0))
     with pytest.raises(ValueError, match="backend 'triton' is no backend of relu attention, expected auto, eager"):
         kernel_of("relu").announce(AttentionOptions("relu", backend="triton"), torch.device(DEVICE))
 

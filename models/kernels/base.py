@@ -8,6 +8,7 @@ Letters: B batch, N queries, n keys, C channels, h heads, d = C/h channels per h
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -213,7 +214,8 @@ class LinearKernel(Kernel):
     @classmethod
     def backends(cls) -> Mapping[str, Callable[[torch.device, torch.dtype, int], str | None]]:
         """The implementations that it has, each with why it cannot take a device, dtype and number of channels."""
-        own = {} if cls.feature_map is None or cls.feature_map.in_triton is None else {"triton": reason_against_triton}
+        name = None if cls.feature_map is None else cls.feature_map.in_triton
+        own = {} if name is None else {"triton": partial(reason_against_triton, feature_map=name)}
         return {"eager": anywhere, **own, "reference": anywhere}
 
     @classmethod

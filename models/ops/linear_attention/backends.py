@@ -18,12 +18,14 @@ def anywhere(device: torch.device, dtype: torch.dtype, channels: int) -> str | N
     return None
 
 
-def reason_against_triton(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
+def reason_against_triton(
+    device: torch.device, dtype: torch.dtype, channels: int, feature_map: str = "power"
+) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     from .triton_op import reason_against  # not every platform has Triton
 
-    return reason_against(device, dtype, channels)
+    return reason_against(device, dtype, channels, feature_map)
 
 
 def choose(

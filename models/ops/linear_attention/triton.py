@@ -263,12 +263,13 @@ def state_kernel(
         )  # fmt: skip
         values = tl.load(v + start * v_token + (rows * v_token + channels[None, :]), mask=inside, other=0.0)
         positive, negative, _, _ = key_features(u, p[None, :], MAP, PRECISION)
+        met = (positive, negative)
+        if HAS_TURNS:
+            met = _turned(positive, negative, cos, sin, start, rows, real[:, None], False, T, D, DP)
+        positive_sum += _dot(tl.trans(met[0]), values, PRECISION)
+        negative_sum += _dot(tl.trans(met[1]), values, PRECISION)
         positive_mean += _dot(tl.trans(positive), ones, PRECISION)
         negative_mean += _dot(tl.trans(negative), ones, PRECISION)
-        if HAS_TURNS:
-            positive, negative = _turned(positive, negative, cos, sin, start, rows, real[:, None], False, T, D, DP)
-        positive_sum += _dot(tl.trans(positive), values, PRECISION)
-        negative_sum += _dot(tl.trans(negative), values, PRECISION)
     weight = _weight(inverse_count, image, n)
     state += ((part * images + image) * H + head) * (2 * (D + 1) * D)
     streams = tl.arange(0, 16)
@@ -429,8 +430,6 @@ def query_backward_kernel(
     opposite_mean = _column(grad_negative_columns, streams, 1)
     same_exchanged = _column(grad_negative_columns, streams, 0)
     opposite_exchanged = _column(grad_positive_columns, streams, 1)
-    if MAP == "power":
-        tl.store(moments + program * D + channels, tl.sum(log_moment, axis=0), mask=channels < D)
     if SETS > 1:
         tl.store(
             moments + program * (4 * D) + moment_rows * D + channels[None, :], rate_moment,
@@ -444,6 +443,8 @@ def query_backward_kernel(
         grad_positive_read * weight, grad_negative_read * weight,
         (same_mean + opposite_mean) * weight, (same_exchanged + opposite_exchanged) * weight, D,
     )  # fmt: skip
+    if MAP == "power":
+        tl.store(moments + program * D + channels, tl.sum(log_moment, axis=0), mask=channels < D)
 
 
 @triton.jit

@@ -24,7 +24,6 @@ from .triton import (
     state_kernel,
 )
 
-MAX_CHANNELS = 128
 # The feature maps, and how many sums over tokens a channel has for the gradients of what each learns.
 MOMENTS = {"power": 2, "growth": 4, "norm": 0}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,6 +54,13 @@ LAUNCHES = {
         128: ((16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1)),
     },
 }
+# Other maps than power, which hold more: in bfloat16, by the kernel's place below and padded channels.
+LAUNCHES_OF_MAPS = {
+    ("growth", 1): {64: (64, 8, 1)},
+    ("growth", 2): {32: (16, 4, 1), 64: (16, 4, 1)},
+    ("norm", 2): {64: (32, 8, 1)},
+    ("norm", 3): {64: (64, 4, 1)},
+}
 KERNELS = (state_kernel, output_kernel, query_backward_kernel, key_backward_kernel)
 # Of a thread: so three programs of four warps fit a multiprocessor. Left alone, the compiler takes a few more.
 REGISTERS_OF_THREE_PROGRAMS = 168
@@ -67,6 +73,8 @@ SHARED_MEMORY = {
     torch.float16: {32: 45056, 64: 90112, 128: 196608},
     torch.float32: {32: 32768, 64: 73728, 128: 172032},
 }
+# The same of the other maps, of any dtype, and the most channels that they take.
+SHARED_MEMORY_OF_MAPS = {"growth": {32: 131072, 64: 156672}, "norm": {32: 86016, 64: 98304}}
 # A sequence is split for a sum only into parts that outweigh the state, 2·D·(D + 1) floats, that each part writes.
 MIN_TOKENS_OF_A_SUM = 256
 # About as long as these many tokens of a part take its beginning and its end.
@@ -80,18 +88,19 @@ def is_interpreted() -> bool:
     return not isinstance(state_kernel, triton.JITFunction)
 
 
-def reason_against(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
+def reason_against(device: torch.device, dtype: torch.dtype, channels: int, feature_map: str = "power") -> str | None:
     """Why the kernels cannot take tensors of this device, dtype and number of channels per head, or None."""
+    shared_memory = SHARED_MEMORY_OF_MAPS.get(feature_map, SHARED_MEMORY.get(dtype, {}))
     if device.type != "cuda" and not is_interpreted():
         return f"it needs a CUDA device (or TRITON_INTERPRET=1), the queries are on {device.type}"
     if torch.version.hip:
         return "its kernels hold instructions of NVIDIA's GPUs, this PyTorch is built for ROCm"
     if dtype not in DTYPES:
         return f"it computes in float32, bfloat16 or float16, the queries are {str(dtype).removeprefix('torch.')}"
-    if channels > MAX_CHANNELS:
-        return f"it takes up to {MAX_CHANNELS} channels per head, the queries have {channels}"
+    if channels > max(shared_memory):
+        return f"it takes up to {max(shared_memory)} channels per head, the queries have {channels}"
     if device.type == "cuda":
-        needed = SHARED_MEMORY[dtype][_table_size(channels)]
+        needed = shared_memory[_table_size(channels)]
         available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
         if needed > available:
             return f"{channels} channels per head take {needed} bytes of shared memory, the device has {available}"
@@ -102,7 +111,9 @@ def _table_size(channels: int) -> int:
     return 32 if channels <= 32 else 64 if channels <= 64 else 128
 
 
-def launch_options(kernel: Any, channels: int, dtype: torch.dtype, architecture: int | None) -> dict[str, Any]:
+def launch_options(
+    kernel: Any, channels: int, dtype: torch.dtype, architecture: int | None, feature_map: str = "power"
+) -> dict[str, Any]:
     """Compile-time constants of a kernel: tile and padded sizes, precision of its products, warps and pipeline stages.
 
     architecture: compute capability, 90 for 9.0; None for the interpreter.
@@ -112,7 +123,10 @@ def launch_options(kernel: Any, channels: int, dtype: torch.dtype, architecture:
     """
     precision = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "ieee"}[dtype]
     size = _table_size(channels)
-    tile, warps, stages = LAUNCHES[dtype][size][KERNELS.index(kernel)]
+    place = KERNELS.index(kernel)
+    tile, warps, stages = LAUNCHES[dtype][size][place]
+    if dtype == torch.bfloat16:
+        tile, warps, stages = LAUNCHES_OF_MAPS.get((feature_map, place), {}).get(size, (tile, warps, stages))
     if kernel is query_backward_kernel and size == 64 and architecture is not None and architecture < 90:
         tile = 16  # operands of products before Hopper's take more registers
     if architecture is not None and 100 <= architecture < 120:
@@ -183,14 +197,14 @@ class _Launch:
             major, minor = torch.cuda.get_device_capability(q.device)
             self.architecture = 10 * major + minor
         self.state_shape = (self.B, self.H, 2, self.D + 1, self.D)
-        self.power = feature_map == "power"
+        self.feature_map, self.power = feature_map, feature_map == "power"
         self.flags = {"MAP": feature_map, "H": self.H, "HAS_SCALE": scale is not None, "HAS_TURNS": cos is not None}
         self.of_queries = {"BORDER": border(feature_map, self.D)}
         self.of_keys = {"HAS_POSITION": position is not None, "HAS_MASK": key_mask is not None}
 
     def options(self, kernel: Any) -> dict[str, Any]:
         own = self.of_queries if kernel in (output_kernel, query_backward_kernel) else self.of_keys
-        return {**launch_options(kernel, self.D, self.dtype, self.architecture), **self.flags, **own}
+        return {**launch_options(kernel, self.D, self.dtype, self.architecture, self.feature_map), **self.flags, **own}
 
     def sum_parts(self, kernel: Any, tokens: int) -> tuple[int, int]:
         """Number of parts, and tokens of each, for a kernel that sums over tokens"""
