@@ -78,7 +78,7 @@ REGISTERS, WARPS, PROGRAMS, RESERVED_SHARED = 65536, 64, 32, 1024
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 TENSORS = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"}  # in the dtype of the call
 FLOATS = {
-    "learned", "scale", "position", "state", "grad_state", "moments", "inverse_count", "cos", "sin",
+    "first", "second", "position", "state", "grad_state", "moments", "inverse_count", "cos", "sin",
 }  # fmt: skip
 SIZES = {"N", "n", "images", "parts", "tokens_per_part"}
 STRIDES = ("_image", "_token", "_head")
@@ -104,10 +104,20 @@ def compile_kernel(
     settings = {key: options.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in options}
     power = feature_map == "power"
     border = triton_op.border(feature_map, channels)
-    constants = {**options, "MAP": feature_map, "H": HEADS, "BORDER": border, "HAS_SCALE": power, "HAS_MASK": mask}
-    constants |= {"HAS_POSITION": power, "HAS_TURNS": not power}
-    absent = {"cos": power, "sin": power, "scale": not power, "position": not power}
-    absent |= {"learned": feature_map == "norm", "moments": feature_map == "norm"}
+    constants = {**options, "MAP": feature_map, "H": HEADS, "BORDER": border, "ALPHA": None, "HAS_MASK": mask}
+    constants |= {"HAS_POSITION": power, "HAS_TURNS": not power, "HAS_GATE": False, "HAS_LOCAL": False}
+    constants |= {"ROW": HEADS * channels, "gate_image": 1, "gate_token": 1, "gate_head": 1}
+    norm = feature_map == "norm"
+    absent = {
+        "cos": power,
+        "sin": power,
+        "position": not power,
+        "gate": True,
+        "ungated": True,
+        "grad_gate": True,
+        "gated": True,
+    }
+    absent |= {"first": norm, "second": norm, "moments": norm}
     absent |= {"key_mask": not mask, "inverse_count": not mask}
     constants |= {argument: None for argument, is_absent in absent.items() if is_absent}
     if ones:

@@ -15,8 +15,10 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .kernels import Kernel, kernel_of
-from .layers import DepthwiseConv2d, Grid, depthwise_convolution, resize_table, turns
+from .kernels import Kernel, LinearKernel, kernel_of
+from .layers import DepthwiseConv2d, Grid, as_many_tokens, depthwise_convolution, resize_table, turns
+from .ops.linear_attention import is_symbolic
+from .ops.rotary import Rotary
 from .options import AttentionOptions
 from .softmax_attention import reduce_tokens, reduced_grid
 
@@ -36,6 +38,37 @@ class KernelAttention(Kernel):
             return object.__new__(cls)
         given = [a for a in (*arguments, *keywords.values()) if isinstance(a, AttentionOptions)]
         return _blank(cls, (given[0] if given else AttentionOptions()).attention)
+
+    def in_one_piece(
+        self,
+        x: Tensor,
+        kv: Tensor | None,
+        convolution: nn.Conv2d,
+        grid: Grid,
+        *,
+        gate: bool = True,
+        position: Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> Tensor | None:
+        """(mix + depthwise convolution of the values)·g, (B, N, C), of what the projections give, by Triton.
+
+        x (B, N, ·) holds q, without kv (B, n, 2C) k and v, and the gate. None where something else has to compute, or
+        `mix` and the convolution are watched.
+        """
+        raw = self.raw() if isinstance(self, LinearKernel) else None
+        if raw is None or is_symbolic(x) or "mix" in vars(self) or convolution.weight.device != x.device:
+            return None
+        assert isinstance(self, LinearKernel)
+        others = (position, convolution.weight, raw.first, raw.second)
+        backend = self.options.backend
+        if self.implementation_of(backend, self.head_dim, x, x if kv is None else kv, *others) != "triton":
+            return None
+        from .ops.linear_attention.gated import gated_linear_attention  # not every platform has Triton
+
+        local = None  # v itself
+        if kv is not None and kv.shape[1] != x.shape[1]:
+            local = as_many_tokens(kv.chunk(2, dim=-1)[1], grid)
+        return gated_linear_attention(x, kv, local, raw, convolution, self.num_heads, gate, grid, position, rotary)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the class is made when it is asked for: a pickle names the layout and the kernel instead
@@ -85,24 +118,31 @@ class PolaLinearAttention(KernelAttention):
     def position(self, key_grid: Grid) -> Tensor:
         """The table added to k, (n, C), resized where the keys are of another grid than it was built for."""
         if key_grid == self.key_grid:
-            return self.positional_encoding[0]
+            return self.positional_encoding.squeeze(0)
         return resize_table(self.positional_encoding[0], self.key_grid, key_grid)
 
+    def split(self, x: Tensor, kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v and the gate of what the projections give (`attend`)."""
+        q, *rest = x.chunk((3 if kv is None else 1) + self.options.gate, dim=-1)
+        k, v = rest[:2] if kv is None else kv.chunk(2, dim=-1)
+        return q, k, v, rest[-1] if self.options.gate else None
+
     def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor | None,
-        grid: Grid,
-        key_mask: Tensor | None = None,
-        key_grid: Grid | None = None,
+        self, x: Tensor, kv: Tensor | None, grid: Grid, key_grid: Grid, key_mask: Tensor | None = None
     ) -> Tensor:
-        """Attention over q (B, N, C) and k, v (B, n, C), plus the depthwise branch over v, gated by g: (B, N, C)."""
+        """Attention plus the depthwise branch over the values, gated and projected: (B, N, C).
+
+        x (B, N, ·) holds q, without kv (B, n, 2C) k and v, and the gate if there is one.
+        """
+        position = self.position(key_grid)
+        if key_mask is None:
+            out = self.in_one_piece(x, kv, self.dwc, grid, gate=self.options.gate, position=position)
+            if out is not None:
+                return self.proj(out)
+        q, k, v, g = self.split(x, kv)
         if key_mask is not None:
             v = v.masked_fill(~key_mask[:, :, None], 0.0)
-        out = self.mix(q, k, v, position=self.position(key_grid or self.key_grid), key_mask=key_mask)
-        out = out + self.dwc(v, grid)
+        out = self.mix(q, k, v, position=position, key_mask=key_mask) + self.dwc(v, grid)
         return self.proj(out if g is None else out * g)
 
 
@@ -147,12 +187,7 @@ class PolaWindowAttention(PolaLinearAttention):
     def forward(self, x: Tensor, key_mask: Tensor | None = None, window: Grid | None = None) -> Tensor:
         """x (windows·B, N, C); key_mask (windows·B, N) bool, False for padding; window None: the one built for."""
         window = window or self.key_grid
-        g = None
-        if self.options.gate:
-            q, k, v, g = self.qkvg(x).chunk(4, dim=-1)
-        else:
-            q, k, v = self.qkvg(x).chunk(3, dim=-1)
-        return self.proj_drop(self.attend(q, k, v, g, window, key_mask, window))
+        return self.proj_drop(self.attend(self.qkvg(x), None, window, window, key_mask))
 
 
 class PolaReductionAttention(PolaLinearAttention):
@@ -182,9 +217,8 @@ class PolaReductionAttention(PolaLinearAttention):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """x (B, H·W, C) with its grid (H, W), which the reduction ratio divides."""
-        q, g = self.qg(x).chunk(2, dim=-1) if self.options.gate else (self.qg(x), None)
-        k, v = self.kv(reduce_tokens(self, x, grid)).chunk(2, dim=-1)
-        return self.proj_drop(self.attend(q, k, v, g, grid, key_grid=reduced_grid(grid, self.reduction)))
+        kv = self.kv(reduce_tokens(self, x, grid))
+        return self.proj_drop(self.attend(self.qg(x), kv, grid, reduced_grid(grid, self.reduction)))
 
 
 class PolaSequenceAttention(KernelAttention):
@@ -227,6 +261,10 @@ class PolaMapAttention(KernelAttention):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """x (B, H·W, C) with its grid (H, W)."""
-        q, k, v, g = self.qkvg(x).chunk(4, dim=-1)
-        out = self.mix(q, k, v, rotary=turns(q, grid, 2 * self.head_dim))
-        return self.proj((out + self.lepe(v, grid)) * g)
+        x = self.qkvg(x)
+        rotary = turns(x, grid, 2 * self.head_dim)
+        out = self.in_one_piece(x, None, self.lepe, grid, rotary=rotary)
+        if out is None:
+            q, k, v, g = x.chunk(4, dim=-1)
+            out = (self.mix(q, k, v, rotary=rotary) + self.lepe(v, grid)) * g
+        return self.proj(out)

@@ -361,9 +361,12 @@ def _watched(model: nn.Module, names: Sequence[str], records: dict[str, LayerRec
     def watch(module: PolaLinearAttention, name: str) -> None:
         attend = module.attend
 
-        def recorded(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, grid: Grid, *rest: Any, **named: Any) -> Tensor:
-            records[name] = _kernel_record(model, name, module, (q, k, v), g, grid)
-            return attend(q, k, v, g, grid, *rest, **named)
+        def recorded(
+            x: Tensor, kv: Tensor | None, grid: Grid, key_grid: Grid, key_mask: Tensor | None = None
+        ) -> Tensor:
+            *tokens, g = module.split(x, kv)
+            records[name] = _kernel_record(model, name, module, tokens, g, grid)
+            return attend(x, kv, grid, key_grid, key_mask)
 
         module.attend = recorded  # type: ignore[method-assign]
         watched.append(module)
@@ -391,7 +394,7 @@ def _kernel_record(
     model: nn.Module,
     name: str,
     module: PolaLinearAttention,
-    tokens: tuple[Tensor, Tensor, Tensor],
+    tokens: Sequence[Tensor],
     g: Tensor | None,
     grid: Grid,
 ) -> LayerRecord:

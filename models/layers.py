@@ -96,13 +96,18 @@ class DropPath(TimmDropPath):
         return drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
 
 
+def as_many_tokens(v: Tensor, grid: Grid) -> Tensor:
+    """(B, n, C) to the (B, H·W, C) of a grid: those of a reduced map linearly along the token axis."""
+    N = grid[0] * grid[1]
+    if v.shape[1] == N:
+        return v
+    return F.interpolate(v.transpose(1, 2), size=N, mode="linear", align_corners=False).transpose(1, 2)
+
+
 @torch.fx.wrap
 def depthwise_convolution(v: Tensor, grid: Grid, kernel: Tensor, bias: Tensor) -> Tensor:
     """Convolve each channel of v (B, n, C), as a map of N = H·W tokens, with its (1, K, K) of `kernel`: (B, N, C)."""
-    H, W = grid
-    if v.shape[1] != H * W:  # reduced keys: back to N tokens, linearly along the token axis
-        v = F.interpolate(v.transpose(1, 2), size=H * W, mode="linear", align_corners=False).transpose(1, 2)
-    image = v.unflatten(1, (H, W)).permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
+    image = as_many_tokens(v, grid).unflatten(1, grid).permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
     with torch.autocast("cpu", enabled=False):  # its depthwise weight gradient takes twice as long in bfloat16
         if v.device.type == "cpu":
             image = image.to(torch.promote_types(v.dtype, torch.float32))

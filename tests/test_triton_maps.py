@@ -135,7 +135,7 @@ def test_a_model_computes_with_the_backend_that_is_named(kind):
     x = torch.randn(2, 20, 16, device=DEVICE)
     with torch.profiler.profile() as record:
         out = ours(x, (4, 5))
-    assert any("polaformer::linear_attention" in event.name for event in record.events())
+    assert any(event.name.startswith("polaformer::") for event in record.events())
     assert torch.allclose(out, eager(x, (4, 5)), atol=1e-5)
     assert kernel_of(kind).announce(options[1], torch.device(DEVICE)) == f"{kind} attention backend: triton"
     assert kernel_of("relu").announce(AttentionOptions("relu"), torch.device(DEVICE)) == "relu attention"
@@ -178,8 +178,8 @@ def _not_through_the_norm(direction, norm, tanh, p, slope, log, grad_positive, g
 
 
 @triton.jit
-def _rates_as_one(learned, head, channels, H: tl.constexpr, D: tl.constexpr, SET: tl.constexpr):
-    rates = learned + head * (2 * D) + channels
+def _rates_of_the_first_head(rates, head, channels, D: tl.constexpr, ALPHA: tl.constexpr):
+    rates += channels
     return tl.load(rates, mask=channels < D)[None, :], tl.load(rates + D, mask=channels < D)[None, :]
 
 
@@ -190,7 +190,7 @@ def _rates_as_one(learned, head, channels, H: tl.constexpr, D: tl.constexpr, SET
         ("polarity_pp", kernels, "turn", _no_turn),
         ("norm_aware", kernels, "turn", _no_turn),
         ("polarity_pp", triton_maps, "expm1", _never_small),
-        ("polarity_pp", kernels, "load_rates", _rates_as_one),
+        ("polarity_pp", kernels, "load_rates", _rates_of_the_first_head),
         ("norm_aware", kernels, "norm_of", _constant_exponent),
         ("norm_aware", kernels, "pull_back_directed", _not_through_the_norm),
     ],

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..ops.linear_attention import (
     FeatureMap,
+    Raw,
     anywhere,
     choose,
     is_symbolic,
@@ -89,7 +90,7 @@ def through_feature_map(
     assert issubclass(cls, LinearKernel)
     feature_map = cls.feature_map
     assert feature_map is not None
-    chosen = cls.implementation_of(backend, num_heads, q, k, v, position, *learned)
+    chosen = cls.implementation_of(backend, q.shape[-1] // num_heads, q, k, v, position, *learned)
     q, k, v = (t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))
     if position is not None:
         position = position.unflatten(-1, (num_heads, -1))
@@ -211,6 +212,10 @@ class LinearKernel(Kernel):
         divisor = self.divisor()
         return (None if divisor is None else divisor.unflatten(-1, (self.num_heads, -1)),)
 
+    def raw(self) -> Raw | None:
+        """What `learned` is made of, for Triton's kernels that make it themselves; None where there are none."""
+        return None
+
     @classmethod
     def backends(cls) -> Mapping[str, Callable[[torch.device, torch.dtype, int], str | None]]:
         """The implementations that it has, each with why it cannot take a device, dtype and number of channels."""
@@ -224,9 +229,8 @@ class LinearKernel(Kernel):
         return super().announce(options, device) + (f" backend: {chosen}" if "triton" in cls.backends() else "")
 
     @classmethod
-    def implementation_of(cls, backend: str, num_heads: int, q: Tensor, k: Tensor, *others: Tensor | None) -> str:
+    def implementation_of(cls, backend: str, channels: int, q: Tensor, k: Tensor, *others: Tensor | None) -> str:
         """The backend that MODEL.LA.BACKEND, its argument, means for a call on these tensors."""
-        channels = q.shape[-1] // num_heads
         chosen = choose(backend, cls.backends(), q.device, q.dtype, channels, attention=cls.name)
         return of_call(chosen, backend != "auto", q, k, *others)
 
@@ -263,4 +267,4 @@ class LinearKernel(Kernel):
         """Whether what computes is the feature map, and not the formula."""
         if is_symbolic(q, k, *others):
             return self.options.backend != "reference"
-        return self.implementation_of(self.options.backend, self.num_heads, q, k, *others) != "reference"
+        return self.implementation_of(self.options.backend, self.head_dim, q, k, *others) != "reference"

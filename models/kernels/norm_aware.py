@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.linear_attention import FeatureMap, Stream, fill, split_by_sign
+from ..ops.linear_attention import FeatureMap, Raw, Stream, fill, split_by_sign
 from .base import LinearKernel, register_kernel
 
 SHARPNESS, OFFSET = 3, 0.5  # λ, τ
@@ -213,6 +213,9 @@ class NormAwareKernel(LinearKernel):
     def learned(self) -> tuple[Tensor | None, ...]:
         return ()
 
+    def raw(self) -> Raw | None:
+        return Raw("norm", None, None, 0.0)
+
     def query_exponents(self, u: Tensor) -> Tensor:
         return exponent_of(direction_of(u).norm[..., 0])
 
@@ -230,6 +233,9 @@ class CosineKernel(NormAwareKernel):
     """The paper's kernel, with a phase for each channel."""
 
     feature_map = CosineFeatures
+
+    def raw(self) -> Raw | None:
+        return None
 
     def features(self, u: Tensor) -> Tensor:
         return phased(u.abs() ** SHARPNESS, direction_of(u).direction)

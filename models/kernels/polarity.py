@@ -10,7 +10,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ..ops.polarity_attention import choose_backend, polarity_attention
+from ..ops.linear_attention import Raw
+from ..ops.polarity_attention import backend_of_call, choose_backend, polarity_attention
 from ..ops.rotary import Rotary
 from ..options import AttentionOptions
 from .base import LinearKernel, register_kernel
@@ -33,6 +34,14 @@ class PolarityKernel(LinearKernel):
     @classmethod
     def announce(cls, options: AttentionOptions, device: torch.device) -> str:
         return f"polarity attention backend: {choose_backend(options.backend, device)}"
+
+    @classmethod
+    def implementation_of(cls, backend: str, channels: int, q: Tensor, k: Tensor, *others: Tensor | None) -> str:
+        return backend_of_call(backend, channels, q, k, *others)
+
+    def raw(self) -> Raw | None:
+        power, scale = (None if p is None else p.view(self.num_heads, -1) for p in (self.power, self.scale))
+        return Raw("power", power, scale, self.options.alpha)
 
     def exponent(self) -> Tensor:
         """p = 1 + α·sigmoid(power), (h, d); without `power` 1 + α/2, its value at power 0."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.linear_attention import FeatureMap, Scratch, Stream, fill, split_by_sign, sum_over_tokens
+from ..ops.linear_attention import FeatureMap, Raw, Scratch, Stream, fill, split_by_sign, sum_over_tokens
 from ..options import AttentionOptions
 from .base import LinearKernel, register_kernel
 
@@ -100,6 +100,9 @@ class PolarityPlusKernel(LinearKernel):
 
     def learned(self) -> tuple[Tensor | None, ...]:
         return torch.sigmoid(self.s1[0, :, 0]), torch.sigmoid(self.s2[0, :, 0])
+
+    def raw(self) -> Raw | None:
+        return Raw("growth", self.s1.view(self.num_heads, -1), self.s2.view(self.num_heads, -1), 0.0)
 
     def spikiness(self) -> Mapping[str, Tensor]:
         return {stream: rate for stream, rate in zip(self.streams, self.learned(), strict=True) if rate is not None}

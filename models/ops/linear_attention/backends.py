@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +10,16 @@ from torch.fx import Proxy
 
 from .. import is_exporting
 from .derivatives import beyond_plain, refusal
+
+
+class Raw(NamedTuple):
+    """Parameters as a module has them: of which map of triton_maps.py, up to two (h, ·), and alpha (`Launch`)."""
+
+    feature_map: str
+    first: Tensor | None
+    second: Tensor | None
+    alpha: float
+
 
 # Why a backend cannot take tensors of a device, dtype and number of channels per head, or None.
 Reason = Callable[[torch.device, torch.dtype, int], str | None]

@@ -42,6 +42,12 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _load_rows(first, stride, rows, channels, inside):
+    """A tile of tokens in float32, 0 where not inside"""
+    return tl.load(first + (rows * stride + channels[None, :]), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _load_keys(k, position, first, inverse_scale, offsets, position_offsets, real, HAS_POSITION: tl.constexpr):
     """u = (k + position)/scale of a tile, 0 where not real"""
     u = tl.load(k + offsets, mask=real, other=0.0).to(tl.float32)
@@ -141,18 +147,19 @@ def _turned(positive, negative, cos, sin, start, rows, real, back: tl.constexpr,
 
 @triton.jit
 def _load_sets(
-    state, learned, head, channels, streams, H: tl.constexpr, D: tl.constexpr, BORDER: tl.constexpr, SETS: tl.constexpr
-):
+    state, first, second, head, channels, streams,
+    D: tl.constexpr, BORDER: tl.constexpr, ALPHA: tl.constexpr, SETS: tl.constexpr,
+):  # fmt: skip
     """Of each set of query features what it multiplies, and the rates that it is made with, if any"""
     if SETS == 1:
         return (_load_readout(state, channels, streams, D, BORDER, None),), (None,)
     else:
-        first = _load_readout(state, channels, streams, D, BORDER, 0)
-        second = _load_readout(state, channels, streams, D, BORDER, 1)
-        return (first, second), (
-            load_rates(learned, head, channels, H, D, 0),
-            load_rates(learned, head, channels, H, D, 1),
+        readouts = (
+            _load_readout(state, channels, streams, D, BORDER, 0),
+            _load_readout(state, channels, streams, D, BORDER, 1),
         )
+        rates = (load_rates(first, head, channels, D, ALPHA), load_rates(second, head, channels, D, ALPHA))
+        return readouts, rates
 
 
 @triton.jit
@@ -228,16 +235,16 @@ def _program(H: tl.constexpr, parts):
 
 @triton.jit
 def state_kernel(
-    k, v, learned, scale, position, key_mask, inverse_count, cos, sin, state,
+    k, v, first, second, position, key_mask, inverse_count, cos, sin, state,
     k_image, k_token, k_head, v_image, v_token, v_head,
     n, images, parts, tokens_per_part,
     MAP: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TURNS: tl.constexpr,
+    ALPHA: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TURNS: tl.constexpr,
 ):  # fmt: skip
     """One part of one image's and head's keys → its part of the state, (parts, B, H, 2, D + 1, D)."""
     head, part, image = _program(H, parts)
     channels = tl.arange(0, DP)
-    p, inverse_scale = load_learned(learned, scale, head, channels, D, MAP, HAS_SCALE)
+    p, inverse_scale = load_learned(first, second, head, channels, D, MAP, ALPHA)
     positive_sum = tl.zeros((DP, DP), tl.float32)
     negative_sum = tl.zeros((DP, DP), tl.float32)
     positive_mean = tl.zeros((DP, 16), tl.float32)  # of equal columns: sums over tokens as a product, like the others
@@ -248,9 +255,9 @@ def state_kernel(
     if HAS_POSITION:
         position += head * D
     rows = tl.arange(0, T).to(tl.int64)[:, None]
-    first = part * tokens_per_part
-    last = tl.minimum(first + tokens_per_part, n)
-    for start in range(first, last, T):
+    begin = part * tokens_per_part
+    last = tl.minimum(begin + tokens_per_part, n)
+    for start in range(begin, last, T):
         tokens = start + tl.arange(0, T)
         start = tl.cast(start, tl.int64)
         real = tokens < last
@@ -281,27 +288,27 @@ def state_kernel(
 
 @triton.jit
 def output_kernel(
-    q, learned, scale, state, cos, sin, out,
+    q, first, second, state, cos, sin, out,
     q_image, q_token, q_head,
     N, parts, tokens_per_part, eps,
     MAP: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
-    BORDER: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_TURNS: tl.constexpr,
+    BORDER: tl.constexpr, ALPHA: tl.constexpr, HAS_TURNS: tl.constexpr,
 ):  # fmt: skip
     """One part of one image's and head's queries → their rows of the output (B, N, H, D)."""
     head, part, image = _program(H, parts)
     channels = tl.arange(0, DP)
-    p, inverse_scale = load_learned(learned, scale, head, channels, D, MAP, HAS_SCALE)
+    p, inverse_scale = load_learned(first, second, head, channels, D, MAP, ALPHA)
     streams = tl.arange(0, 16)
     state += (image * H + head) * (2 * (D + 1) * D)
     SETS: tl.constexpr = 2 if MAP == "growth" else 1
-    readouts, rates = _load_sets(state, learned, head, channels, streams, H, D, BORDER, SETS)
+    readouts, rates = _load_sets(state, first, second, head, channels, streams, D, BORDER, ALPHA, SETS)
     same_channels = (channels < BORDER)[None, :]
     q += image * q_image + head * q_head
     out += (image * N * H + head) * D
     rows = tl.arange(0, T).to(tl.int64)[:, None]
-    first = part * tokens_per_part
-    last = tl.minimum(first + tokens_per_part, N)
-    for start in range(first, last, T):
+    begin = part * tokens_per_part
+    last = tl.minimum(begin + tokens_per_part, N)
+    for start in range(begin, last, T):
         tokens = start + tl.arange(0, T)
         start = tl.cast(start, tl.int64)
         real = (tokens < last)[:, None]
@@ -329,24 +336,26 @@ def output_kernel(
 
 @triton.jit
 def query_backward_kernel(
-    q, learned, scale, state, inverse_count, cos, sin, grad_out, grad_q, grad_state, moments,
-    q_image, q_token, q_head, out_image, out_token, out_head,
+    q, first, second, state, inverse_count, cos, sin, grad_out, gate, ungated, grad_gate, gated, grad_q, grad_state,
+    moments,
+    q_image, q_token, q_head, out_image, out_token, out_head, gate_image, gate_token, gate_head,
     N, n, images, parts, tokens_per_part, eps,
     MAP: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
-    BORDER: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_TURNS: tl.constexpr,
+    BORDER: tl.constexpr, ALPHA: tl.constexpr, HAS_TURNS: tl.constexpr, HAS_GATE: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """One part of the queries → their gradients, its part of the gradient of the state's sums, and its moments.
 
-    The moments (parts, B, H, ·, D) are, of power, Σ u·∂/∂u·log2|u| without the factor p, of growth the gradients of the
-    rates, by sets and halves.
+    Rows of the gradients are ROW apart. With HAS_GATE grad_out is that of (output + x)·g: of `ungated`, output + x, it
+    makes the gradient of g, and `gated` (B, N, H, D), that of output and x. The moments (parts, B, H, ·, D) are, of
+    power, Σ u·∂/∂u·log2|u| without the factor p, of growth the gradients of the rates, by sets and halves.
     """
     head, part, image = _program(H, parts)
     channels = tl.arange(0, DP)
-    p, inverse_scale = load_learned(learned, scale, head, channels, D, MAP, HAS_SCALE)
+    p, inverse_scale = load_learned(first, second, head, channels, D, MAP, ALPHA)
     streams = tl.arange(0, 16)
     state += (image * H + head) * (2 * (D + 1) * D)
     SETS: tl.constexpr = 2 if MAP == "growth" else 1
-    readouts, rates = _load_sets(state, learned, head, channels, streams, H, D, BORDER, SETS)
+    readouts, rates = _load_sets(state, first, second, head, channels, streams, D, BORDER, ALPHA, SETS)
     rate_moment = tl.zeros((4, DP), tl.float32)
     moment_rows = tl.arange(0, 4)[:, None]
     same_channels = (channels < BORDER)[None, :]
@@ -357,19 +366,26 @@ def query_backward_kernel(
     log_moment = tl.zeros((T, DP), tl.float32)
     q += image * q_image + head * q_head
     grad_out += image * out_image + head * out_head
-    grad_q += (image * N * H + head) * D
+    grad_q += image * N * ROW + head * D
     rows = tl.arange(0, T).to(tl.int64)[:, None]
-    first = part * tokens_per_part
-    last = tl.minimum(first + tokens_per_part, N)
-    for start in range(first, last, T):
+    begin = part * tokens_per_part
+    last = tl.minimum(begin + tokens_per_part, N)
+    for start in range(begin, last, T):
         tokens = start + tl.arange(0, T)
         start = tl.cast(start, tl.int64)
         real = (tokens < last)[:, None]
         inside = real & (channels < D)[None, :]
         u = tl.load(q + start * q_token + (rows * q_token + channels[None, :]), mask=inside, other=0.0).to(tl.float32)
-        upstream = tl.load(
-            grad_out + start * out_token + (rows * out_token + channels[None, :]), mask=inside, other=0.0
-        )
+        upstream = _load_rows(grad_out + start * out_token, out_token, rows, channels, inside)
+        if HAS_GATE:
+            base = image * N + start
+            plain = head * D + rows * (H * D) + channels[None, :]
+            total = tl.load(ungated + base * (H * D) + plain, mask=inside, other=0.0).to(tl.float32)
+            of_gate = (upstream * total).to(grad_gate.dtype.element_ty)
+            tl.store(grad_gate + base * ROW + (head * D + rows * ROW + channels[None, :]), of_gate, mask=inside)
+            gates = gate + image * gate_image + head * gate_head + start * gate_token
+            upstream *= _load_rows(gates, gate_token, rows, channels, inside)
+            tl.store(gated + base * (H * D) + plain, upstream.to(gated.dtype.element_ty), mask=inside)
         u *= inverse_scale[None, :]
         exponent = p[None, :]
         if MAP == "norm":
@@ -385,7 +401,7 @@ def query_backward_kernel(
             further = _read(positive, negative, met, readouts[1], PRECISION)
             numerators, pair = numerators + further[0], pair + further[1]
         same, opposite = _reciprocal_normalisers(pair, streams, eps, PRECISION)
-        grad_numerators = upstream.to(tl.float32) * tl.where(same_channels, same[:, None], opposite[:, None])
+        grad_numerators = upstream * tl.where(same_channels, same[:, None], opposite[:, None])
         weighted = numerators * grad_numerators
         grad_same = -same * tl.sum(tl.where(same_channels, weighted, 0.0), axis=1)
         grad_opposite = -opposite * tl.sum(tl.where(same_channels, 0.0, weighted), axis=1)
@@ -422,8 +438,8 @@ def query_backward_kernel(
                 grad = pull_back(u, slope, grad_positive, grad_negative)
                 log_moment += u * grad * log
                 result = grad * (p * inverse_scale)[None, :]
-        offsets = rows * (H * D) + channels[None, :]
-        tl.store(grad_q + start * (H * D) + offsets, result.to(grad_q.dtype.element_ty), mask=inside)
+        offsets = rows * ROW + channels[None, :]
+        tl.store(grad_q + start * ROW + offsets, result.to(grad_q.dtype.element_ty), mask=inside)
     weight = _weight(inverse_count, image, n)
     program = (part * images + image) * H + head
     same_mean = _column(grad_positive_columns, streams, 0)
@@ -449,27 +465,30 @@ def query_backward_kernel(
 
 @triton.jit
 def key_backward_kernel(
-    k, v, learned, scale, position, key_mask, inverse_count, cos, sin, state, grad_state, grad_k, grad_v, moments,
+    k, v, first, second, position, key_mask, inverse_count, cos, sin, state, grad_state, grad_k, grad_v, moments,
     k_image, k_token, k_head, v_image, v_token, v_head,
     n, images, parts, tokens_per_part,
     MAP: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TURNS: tl.constexpr,
+    ALPHA: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_MASK: tl.constexpr, HAS_TURNS: tl.constexpr,
+    HAS_LOCAL: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys and values → their gradients and, of power, its moments (parts, B, H, 2, D).
 
-    They are, in the first part alone, the whole sequence's Σ u·∂/∂u, the sums' product with their gradient, and
+    Rows of the gradients are ROW apart. With HAS_LOCAL that of the values is added to what stands there.
+
+    The moments are, in the first part alone, the whole sequence's Σ u·∂/∂u, the sums' product with their gradient, and
     Σ u·∂/∂u·log2|u|.
     """
     head, part, image = _program(H, parts)
     channels = tl.arange(0, DP)
-    p, inverse_scale = load_learned(learned, scale, head, channels, D, MAP, HAS_SCALE)
+    p, inverse_scale = load_learned(first, second, head, channels, D, MAP, ALPHA)
     grad_state += (image * H + head) * (2 * (D + 1) * D)
     grad_positive_sum, grad_negative_sum = _load_sums(grad_state, channels, D)
     streams = tl.arange(0, 16)
     mean = grad_state + D * D + channels[:, None] + streams[None, :] * 0
-    first = (channels < D)[:, None] & (streams == 0)[None, :]
-    positive_columns = tl.load(mean, mask=first, other=0.0)
-    negative_columns = tl.load(mean + (D + 1) * D, mask=first, other=0.0)
+    one_column = (channels < D)[:, None] & (streams == 0)[None, :]
+    positive_columns = tl.load(mean, mask=one_column, other=0.0)
+    negative_columns = tl.load(mean + (D + 1) * D, mask=one_column, other=0.0)
     first_column = tl.zeros((T, 16), tl.float32) + tl.where(streams == 0, 1.0, 0.0)[None, :]
     if MAP == "power":
         log_moment = tl.zeros((T, DP), tl.float32)
@@ -489,12 +508,12 @@ def key_backward_kernel(
     v += image * v_image + head * v_head
     if HAS_POSITION:
         position += head * D
-    grad_k += (image * n * H + head) * D
-    grad_v += (image * n * H + head) * D
+    grad_k += image * n * ROW + head * D
+    grad_v += image * n * ROW + head * D
     rows = tl.arange(0, T).to(tl.int64)[:, None]
-    first = part * tokens_per_part
-    last = tl.minimum(first + tokens_per_part, n)
-    for start in range(first, last, T):
+    begin = part * tokens_per_part
+    last = tl.minimum(begin + tokens_per_part, n)
+    for start in range(begin, last, T):
         tokens = start + tl.arange(0, T)
         start = tl.cast(start, tl.int64)
         inside = (tokens < last)[:, None] & (channels < D)[None, :]
@@ -514,8 +533,10 @@ def key_backward_kernel(
         if DP > 64 and PRECISION == "tf32":  # too large to stay in shared memory, twice, for all tiles
             grad_positive_sum, grad_negative_sum = _load_sums(grad_state, channels, D)
         grad_values = _dot(positive, grad_positive_sum, PRECISION) + _dot(negative, grad_negative_sum, PRECISION)
-        offsets = rows * (H * D) + channels[None, :]
-        tl.store(grad_v + start * (H * D) + offsets, grad_values.to(grad_v.dtype.element_ty), mask=inside)
+        offsets = rows * ROW + channels[None, :]
+        if HAS_LOCAL:
+            grad_values += tl.load(grad_v + start * ROW + offsets, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_v + start * ROW + offsets, grad_values.to(grad_v.dtype.element_ty), mask=inside)
         grad_positive, grad_negative = _grad_features(
             values, first_column, (grad_positive_sum, grad_negative_sum, positive_columns, negative_columns),
             cos, sin, start, rows, (tokens < last)[:, None], PRECISION, HAS_TURNS, T, D, DP,
@@ -524,6 +545,6 @@ def key_backward_kernel(
         if MAP == "power":
             log_moment += u * grad * log
         grad *= (p * inverse_scale)[None, :]
-        tl.store(grad_k + start * (H * D) + offsets, grad.to(grad_k.dtype.element_ty), mask=inside)
+        tl.store(grad_k + start * ROW + offsets, grad.to(grad_k.dtype.element_ty), mask=inside)
     if MAP == "power":
         tl.store(moments + D, tl.sum(log_moment, axis=0), mask=channels < D)

@@ -76,29 +76,58 @@ def expm1(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_learned(learned, scale, head, channels, D: tl.constexpr, MAP: tl.constexpr, HAS_SCALE: tl.constexpr):
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) with the digits of small exp(x)"""
+    small = tl.exp(-tl.abs(x))
+    return tl.maximum(x, 0.0, PROPAGATE_NAN) + tl.where(small < 1e-3, small - small * small * 0.5, tl.log(1.0 + small))
+
+
+@triton.jit
+def load_exponent_and_scale(first, second, head, channels, D: tl.constexpr, ALPHA: tl.constexpr):
+    """p and scale of a head, of power; as they are learned, 1 + ALPHA·sigmoid and softplus, where there is an ALPHA"""
+    p = tl.full(channels.shape, 1.0, tl.float32)
+    if first is not None:
+        p = tl.load(first + head * D + channels, mask=channels < D, other=1.0).to(tl.float32)
+        if ALPHA is not None:
+            p = 1.0 + sigmoid(p) * ALPHA
+    elif ALPHA is not None:
+        p += ALPHA * 0.5
+    scale = tl.full(channels.shape, 1.0, tl.float32)
+    if second is not None:
+        scale = tl.load(second + head * D + channels, mask=channels < D, other=1.0).to(tl.float32)
+        if ALPHA is not None:
+            scale = softplus(scale)
+    return p, scale
+
+
+@triton.jit
+def load_learned(first, second, head, channels, D: tl.constexpr, MAP: tl.constexpr, ALPHA: tl.constexpr):
     """p of the keys and 1/scale of a head; 1 in the channels that only fill up to a power of two
 
     1/scale is NaN where p or scale is infinite: of |u|^p and u/scale that would be lost at 0 and where |u| < 1.
     """
-    divisor = tl.full(channels.shape, 1.0, tl.float32)
     if MAP == "power":
-        p = tl.load(learned + head * D + channels, mask=channels < D, other=1.0).to(tl.float32)
-        if HAS_SCALE:
-            divisor = tl.load(scale + head * D + channels, mask=channels < D, other=1.0).to(tl.float32)
-        return p, 1.0 / divisor + 0.0 * (p + divisor)
-    elif MAP == "norm":
-        return divisor * 3.0, divisor
+        p, scale = load_exponent_and_scale(first, second, head, channels, D, ALPHA)
+        return p, 1.0 / scale + 0.0 * (p + scale)
     else:
-        return divisor, divisor
+        one = tl.full(channels.shape, 1.0, tl.float32)
+        return one * (3.0 if MAP == "norm" else 1.0), one
 
 
 @triton.jit
-def load_rates(learned, head, channels, H: tl.constexpr, D: tl.constexpr, SET: tl.constexpr):
-    """a of both halves of one set of query features, of (2, H, 2·D)"""
-    rates = learned + (SET * H + head) * (2 * D) + channels
-    first = tl.load(rates, mask=channels < D, other=1.0).to(tl.float32)
-    return first[None, :], tl.load(rates + D, mask=channels < D, other=1.0).to(tl.float32)[None, :]
+def load_rates(rates, head, channels, D: tl.constexpr, ALPHA: tl.constexpr):
+    """a of both halves of one set of query features, (H, 2·D); as they are learned, sigmoid, where there is an ALPHA"""
+    rates += head * (2 * D) + channels
+    positive = tl.load(rates, mask=channels < D, other=1.0).to(tl.float32)
+    negative = tl.load(rates + D, mask=channels < D, other=1.0).to(tl.float32)
+    if ALPHA is not None:
+        positive, negative = sigmoid(positive), sigmoid(negative)
+    return positive[None, :], negative[None, :]
 
 
 @triton.jit

@@ -7,7 +7,7 @@ Letters as in triton.py: B images, N queries, n keys, H heads, D channels per he
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -162,32 +162,48 @@ def plain_parts(tokens: int, tile: int) -> tuple[int, int]:
     return triton.cdiv(tokens, TILES_OF_A_PART * tile), TILES_OF_A_PART * tile
 
 
-def _with_unit_channel_stride(t: Tensor) -> Tensor:
+def with_unit_channel_stride(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-class _Launch:
-    """What all launches of one call share."""
+class Gating(NamedTuple):
+    """The gate (B, N, H, D), what it multiplies, the gradient of the gate and that of what it multiplies."""
+
+    gate: Tensor
+    ungated: Tensor
+    grad_gate: Tensor
+    gated: Tensor
+
+
+class Launch:
+    """What all launches of one call share: tensors and constants.
+
+    The learned, first and second, are of power exponent and scale (H, D), of growth the rates of its sets (H, 2·D), and
+    with `alpha` what they are made of: 1 + alpha·sigmoid of the first, softplus of the second; of growth sigmoid.
+    """
 
     def __init__(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        learned: Tensor | None,
-        scale: Tensor | None,
+        first: Tensor | None,
+        second: Tensor | None,
         position: Tensor | None,
         key_mask: Tensor | None,
         cos: Tensor | None,
         sin: Tensor | None,
         feature_map: str,
+        eps: float,
+        alpha: float | None = None,
     ) -> None:
+        self.eps = eps
         self.B, self.N, self.H, self.D = q.shape
         self.n = k.shape[1]
-        self.q, self.k, self.v = (_with_unit_channel_stride(t) for t in (q, k, v))
-        self.learned, self.scale, self.position, self.key_mask, self.cos, self.sin = (
-            None if t is None else t.contiguous() for t in (learned, scale, position, key_mask, cos, sin)
-        )
+        self.q, self.k, self.v = (with_unit_channel_stride(t) for t in (q, k, v))
+        self.learned = [None if t is None else t.contiguous() for t in (first, second)]
+        self.turns = [None if t is None else t.contiguous() for t in (cos, sin)]
+        self.position, self.key_mask = (None if t is None else t.contiguous() for t in (position, key_mask))
         self.inverse_count = None  # (B,) one over the number of real keys, 1 where there are none
         if key_mask is not None:
             self.inverse_count = key_mask.sum(dim=1).clamp(min=1).float().reciprocal()
@@ -198,22 +214,86 @@ class _Launch:
             self.architecture = 10 * major + minor
         self.state_shape = (self.B, self.H, 2, self.D + 1, self.D)
         self.feature_map, self.power = feature_map, feature_map == "power"
-        self.flags = {"MAP": feature_map, "H": self.H, "HAS_SCALE": scale is not None, "HAS_TURNS": cos is not None}
+        self.flags = {"MAP": feature_map, "H": self.H, "ALPHA": alpha, "HAS_TURNS": cos is not None}
         self.of_queries = {"BORDER": border(feature_map, self.D)}
         self.of_keys = {"HAS_POSITION": position is not None, "HAS_MASK": key_mask is not None}
 
     def options(self, kernel: Any) -> dict[str, Any]:
         own = self.of_queries if kernel in (output_kernel, query_backward_kernel) else self.of_keys
-        return {**launch_options(kernel, self.D, self.dtype, self.architecture, self.feature_map), **self.flags, **own}
+        chosen = launch_options(kernel, self.D, self.dtype, self.architecture, self.feature_map)
+        return {**chosen, **self.flags, **own}
 
     def sum_parts(self, kernel: Any, tokens: int) -> tuple[int, int]:
         """Number of parts, and tokens of each, for a kernel that sums over tokens"""
-        multiprocessors = INTERPRETED_MULTIPROCESSORS
-        if self.device.type == "cuda":
-            multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        slots = multiprocessors * RESIDENT_PROGRAMS[kernel][_table_size(self.D)]
+        slots = multiprocessors(self.device) * RESIDENT_PROGRAMS[kernel][_table_size(self.D)]
         parts = parts_of_a_sum(tokens, self.B * self.H, slots)
         return parts, triton.cdiv(tokens, parts)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The output (B, N, H, D) in the dtype of q, and the state."""
+        out = torch.empty(self.q.shape, dtype=self.dtype, device=self.device)
+        parts, length = self.sum_parts(state_kernel, self.n)
+        state = self.empty(parts, *self.state_shape)
+        state_kernel[(self.B * self.H * parts,)](
+            self.k, self.v, *self.learned, self.position, self.key_mask, self.inverse_count, *self.turns, state,
+            *self.k.stride()[:3], *self.v.stride()[:3], self.n, self.B, parts, length, **self.options(state_kernel),
+        )  # fmt: skip
+        state = state.sum(dim=0) if parts > 1 else state[0]
+        options = self.options(output_kernel)
+        parts, length = plain_parts(self.N, options["T"])
+        output_kernel[(self.B * self.H * parts,)](
+            self.q, *self.learned, state, *self.turns, out,
+            *self.q.stride()[:3], self.N, parts, length, self.eps, **options,
+        )  # fmt: skip
+        return out, state
+
+    def backward(
+        self, grad_out: Tensor, state: Tensor, grads: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Into `grads`, of q, k and v, (B, ·, H, D). Returns the moments of queries (·, H, ·, D) and keys."""
+        moments, grad_state = self.query_backward(grad_out, state, grads[0])
+        return moments, self.key_backward(state, grad_state, *grads[1:])
+
+    def query_backward(
+        self, grad_out: Tensor, state: Tensor, grad_q: Tensor, gating: Gating | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Into grad_q (B, N, H, D), whose rows may be apart. Returns the moments and the gradient of the state."""
+        parts, length = self.sum_parts(query_backward_kernel, self.N)
+        grad_state = self.empty(parts, *self.state_shape)
+        moments = self.empty(parts * self.B, self.H, MOMENTS[self.feature_map] - self.power, self.D)
+        gate_strides = (0, 0, 0) if gating is None else gating.gate.stride()[:3]
+        query_backward_kernel[(self.B * self.H * parts,)](
+            self.q, *self.learned, state, self.inverse_count, *self.turns, grad_out,
+            *(gating or (None,) * 4), grad_q, grad_state, moments,
+            *self.q.stride()[:3], *grad_out.stride()[:3], *gate_strides,
+            self.N, self.n, self.B, parts, length, self.eps,
+            HAS_GATE=gating is not None, ROW=grad_q.stride(1), **self.options(query_backward_kernel),
+        )  # fmt: skip
+        return moments, grad_state.sum(dim=0) if parts > 1 else grad_state[0]
+
+    def key_backward(
+        self, state: Tensor, grad_state: Tensor, grad_k: Tensor, grad_v: Tensor, *, local: bool = False
+    ) -> Tensor | None:
+        """Into both, (B, n, H, D), whose rows may be apart; to that of v added if `local`. Returns the moments."""
+        options = self.options(key_backward_kernel)
+        parts, length = plain_parts(self.n, options["T"])
+        key_moments = self.empty(parts * self.B, self.H, 2, self.D) if self.power else None
+        key_backward_kernel[(self.B * self.H * parts,)](
+            self.k, self.v, *self.learned, self.position, self.key_mask, self.inverse_count, *self.turns,
+            state, grad_state, grad_k, grad_v, key_moments,
+            *self.k.stride()[:3], *self.v.stride()[:3], self.n, self.B, parts, length,
+            HAS_LOCAL=local, ROW=grad_k.stride(1), **options,
+        )  # fmt: skip
+        return key_moments
+
+
+def multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return INTERPRETED_MULTIPROCESSORS
 
 
 def border(feature_map: str, channels: int) -> int:
@@ -221,7 +301,7 @@ def border(feature_map: str, channels: int) -> int:
     return channels if feature_map == "norm" else (channels + 1) // 2
 
 
-def _operator(name: str) -> Callable[[Callable], Any]:
+def operator(name: str) -> Callable[[Callable], Any]:
     """Register a function as PyTorch's operator polaformer::name, once in a process.
 
     A second copy of this package (`models` beside `polaformer`) takes the operator of the first.
@@ -235,13 +315,13 @@ def _operator(name: str) -> Callable[[Callable], Any]:
     return register
 
 
-@_operator("linear_attention")
+@operator("linear_attention")
 def linear_attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    learned: Tensor | None,
-    scale: Tensor | None,
+    first: Tensor | None,
+    second: Tensor | None,
     position: Tensor | None,
     key_mask: Tensor | None,
     cos: Tensor | None,
@@ -254,34 +334,19 @@ def linear_attention_forward(
     The state holds, for both halves of the features, the D × D sums k̃ᵀv/n, one row a feature channel, and in the row
     after them the mean of k̃. It is for the backward pass; gradients do not flow through it.
     """
-    call = _Launch(q, k, v, learned, scale, position, key_mask, cos, sin, feature_map)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    call = Launch(q, k, v, first, second, position, key_mask, cos, sin, feature_map, eps)
     with torch.cuda.device_of(q):
-        parts, length = call.sum_parts(state_kernel, call.n)
-        state = torch.empty(parts, *call.state_shape, dtype=torch.float32, device=q.device)
-        state_kernel[(call.B * call.H * parts,)](
-            call.k, call.v, call.learned, call.scale, call.position, call.key_mask, call.inverse_count,
-            call.cos, call.sin, state,
-            *call.k.stride()[:3], *call.v.stride()[:3], call.n, call.B, parts, length, **call.options(state_kernel),
-        )  # fmt: skip
-        state = state.sum(dim=0) if parts > 1 else state[0]
-        options = call.options(output_kernel)
-        parts, length = plain_parts(call.N, options["T"])
-        output_kernel[(call.B * call.H * parts,)](
-            call.q, call.learned, call.scale, state, call.cos, call.sin, out,
-            *call.q.stride()[:3], call.N, parts, length, eps, **options,
-        )  # fmt: skip
-    return out, state
+        return call.forward()
 
 
-@_operator("linear_attention_backward")
+@operator("linear_attention_backward")
 def linear_attention_backward(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    learned: Tensor | None,
-    scale: Tensor | None,
+    first: Tensor | None,
+    second: Tensor | None,
     position: Tensor | None,
     key_mask: Tensor | None,
     cos: Tensor | None,
@@ -295,29 +360,10 @@ def linear_attention_backward(
     They are, of power, Σ u·∂/∂u over the keys, without the factor p, and Σ u·∂/∂u·log2|u| over queries and keys; of
     growth the gradients of the rates, by sets and halves.
     """
-    call = _Launch(q, k, v, learned, scale, position, key_mask, cos, sin, feature_map)
-    grad_out = _with_unit_channel_stride(grad_out)
+    call = Launch(q, k, v, first, second, position, key_mask, cos, sin, feature_map, eps)
     grad_q, grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    empty = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        parts, length = call.sum_parts(query_backward_kernel, call.N)
-        grad_state = empty(parts, *call.state_shape)
-        moments = empty(parts * call.B, call.H, MOMENTS[feature_map] - call.power, call.D)
-        query_backward_kernel[(call.B * call.H * parts,)](
-            call.q, call.learned, call.scale, state, call.inverse_count, call.cos, call.sin, grad_out,
-            grad_q, grad_state, moments,
-            *call.q.stride()[:3], *grad_out.stride()[:3], call.N, call.n, call.B, parts, length, eps,
-            **call.options(query_backward_kernel),
-        )  # fmt: skip
-        grad_state = grad_state.sum(dim=0) if parts > 1 else grad_state[0]
-        options = call.options(key_backward_kernel)
-        parts, length = plain_parts(call.n, options["T"])
-        key_moments = empty(parts * call.B, call.H, 2, call.D) if call.power else None
-        key_backward_kernel[(call.B * call.H * parts,)](
-            call.k, call.v, call.learned, call.scale, call.position, call.key_mask, call.inverse_count,
-            call.cos, call.sin, state, grad_state, grad_k, grad_v, key_moments,
-            *call.k.stride()[:3], *call.v.stride()[:3], call.n, call.B, parts, length, **options,
-        )  # fmt: skip
+        moments, key_moments = call.backward(with_unit_channel_stride(grad_out), state, (grad_q, grad_k, grad_v))
     total = moments.sum(dim=0)
     if key_moments is not None:
         of_keys = key_moments.sum(dim=0)
@@ -331,13 +377,13 @@ def linear_attention_backward(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _forward_fake(q, k, v, learned, scale, position, key_mask, cos, sin, feature_map, eps):
+def _forward_fake(q, k, v, first, second, position, key_mask, cos, sin, feature_map, eps):
     B, _, H, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return out, torch.empty(B, H, 2, D + 1, D, dtype=torch.float32, device=q.device)
 
 
-def _backward_fake(grad_out, q, k, v, learned, scale, position, key_mask, cos, sin, state, feature_map, eps):
+def _backward_fake(grad_out, q, k, v, first, second, position, key_mask, cos, sin, state, feature_map, eps):
     gradients = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     H, D = q.shape[2:]
     return *gradients, torch.empty(H, MOMENTS[feature_map], D, dtype=torch.float32, device=q.device)
@@ -351,22 +397,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
     check_backward("triton", grad_out)
     *tensors, state = ctx.saved_tensors
-    learned, scale, position = tensors[3:6]
+    first, second, position = tensors[3:6]
     arguments = (*tensors, state, ctx.feature_map, ctx.eps)
     grad_q, grad_k, grad_v, moments = linear_attention_backward(grad_out, *arguments)
-    grad_learned, grad_scale = None, None
+    grad_first, grad_second = None, None
     if ctx.feature_map == "power":
         # Σ u·∂/∂u over the queries is that over the keys: either is the sums' product with their gradient (README.md)
-        grad_learned = (moments[:, 1] * math.log(2)).to(learned.dtype)
-        grad_scale = None if scale is None else (-2 * moments[:, 0] * learned / scale).to(scale.dtype)
+        grad_first = (moments[:, 1] * math.log(2)).to(first.dtype)
+        grad_second = None if second is None else (-2 * moments[:, 0] * first / second).to(second.dtype)
     elif ctx.feature_map == "growth":
-        grad_learned = moments.unflatten(1, (2, 2)).transpose(0, 1).flatten(2).to(learned.dtype)
+        grad_first, grad_second = (part.flatten(1).to(first.dtype) for part in moments.chunk(2, dim=1))
     return (
         grad_q,
         grad_k,
         grad_v,
-        grad_learned,
-        grad_scale,
+        grad_first,
+        grad_second,
         None if position is None else grad_k.sum(dim=0, dtype=torch.float32).to(position.dtype),
         *(None,) * 5,
     )
@@ -416,9 +462,7 @@ def linear_attention_triton(
     """As `linear_attention_eager`, arguments and result, with a feature map that has kernels; differentiable once."""
     name = feature_map.in_triton
     assert name is not None
-    first, scale = (*learned, None, None)[:2]
-    if name == "growth":
-        first, scale = torch.stack([rate for rate in learned if rate is not None]), None
+    first, second = (*learned, None, None)[:2]
     cos, sin = (None, None) if rotary is None else (table.float() for table in rotary)
-    out: Tensor = linear_attention_forward(q, k, v, first, scale, position, key_mask, cos, sin, name, eps)[0]
+    out: Tensor = linear_attention_forward(q, k, v, first, second, position, key_mask, cos, sin, name, eps)[0]
     return out

@@ -34,6 +34,12 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype = torc
     return choose(backend, BACKENDS, device, dtype, channels, named_by=named_by)
 
 
+def backend_of_call(backend: str, channels: int, q: Tensor, k: Tensor, *others: Tensor | None) -> str:
+    """The implementation of a call on these tensors with so many channels per head. Raises ValueError as `choose`."""
+    chosen = choose_backend(backend, q.device, q.dtype, channels)
+    return of_call(chosen, (AUTO if backend == "auto" else backend) != "auto", q, k, *others)
+
+
 def _implementation(backend: str) -> Callable[..., Tensor]:
     return {
         "eager": polarity_attention_eager,
@@ -121,7 +127,5 @@ def polarity_attention(
         raise ValueError(f"eps is {eps}, expected a positive number: rows without a matching key divide by it")
     if key_mask is not None and (key_mask.shape != (B, n) or key_mask.dtype != torch.bool):
         raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}, expected torch.bool ({B}, {n})")
-    chosen = choose_backend(backend, q.device, q.dtype, d)
-    by_name = (AUTO if backend == "auto" else backend) != "auto"
-    implementation = _implementation(of_call(chosen, by_name, q, k, v, exponent, scale, position))
+    implementation = _implementation(backend_of_call(backend, d, q, k, v, exponent, scale, position))
     return implementation(q, k, v, exponent, scale, position, key_mask, eps)
