@@ -35,12 +35,18 @@ from triton.compiler import ASTSource
 
 from benchmarks import common
 from benchmarks.common import DTYPES, Bar, Outcome
+from models.ops.linear_attention import gated, triton_local, triton_op
 from models.ops.linear_attention import triton as kernels
-from models.ops.linear_attention import triton_op
 
 # Each kernel and the tensors of tokens that it reads and writes once.
 PASSES = {"state": 2, "output": 2, "query_backward": 3, "key_backward": 4}
-DIRECTIONS = {"forward": ("state", "output"), "backward": ("query_backward", "key_backward")}
+# Those of the convolution and the gate around it (models/ops/linear_attention/gated.py), of 5×5 places.
+LOCAL_PASSES, PLACES = {"local": 5, "local_backward": 3}, 25
+DIRECTIONS = {
+    "forward": ("state", "output"),
+    "backward": ("query_backward", "key_backward"),
+    "convolution and gate": ("local", "local_backward"),
+}
 SHAPES = (
     (128, 3136, 3, 32), (128, 784, 6, 32), (32, 4096, 2, 32),
     (128, 3136, 1, 64), (128, 196, 5, 64), (128, 49, 8, 64),
@@ -76,9 +82,12 @@ REGISTERS, WARPS, PROGRAMS, RESERVED_SHARED = 65536, 64, 32, 1024
 # ---------------------------------------------------------------------------------------------------------------------
 
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-TENSORS = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"}  # in the dtype of the call
+TENSORS = {  # in the dtype of the call
+    "q", "k", "v", "out", "gate", "result", "grad", "grad_out", "grad_q", "grad_k", "grad_v",
+}  # fmt: skip
 FLOATS = {
     "first", "second", "position", "state", "grad_state", "moments", "inverse_count", "cos", "sin",
+    "weight", "bias", "sums",
 }  # fmt: skip
 SIZES = {"N", "n", "images", "parts", "tokens_per_part"}
 STRIDES = ("_image", "_token", "_head")
@@ -99,27 +108,13 @@ def compile_kernel(
 
     ones: every size, number of parts and stride is 1, which the launcher makes a constant of the kernel.
     """
-    kernel = getattr(kernels, f"{name}_kernel")
-    options = triton_op.launch_options(kernel, channels, DTYPES[dtype], architecture, feature_map)
+    kernel = getattr(kernels if name in PASSES else triton_local, f"{name}_kernel")
+    if name in PASSES:
+        options = triton_op.launch_options(kernel, channels, DTYPES[dtype], architecture, feature_map)
+    else:
+        options = gated.launch_options(channels, kernel_size=5)
     settings = {key: options.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in options}
-    power = feature_map == "power"
-    border = triton_op.border(feature_map, channels)
-    constants = {**options, "MAP": feature_map, "H": HEADS, "BORDER": border, "ALPHA": None, "HAS_MASK": mask}
-    constants |= {"HAS_POSITION": power, "HAS_TURNS": not power, "HAS_GATE": False, "HAS_LOCAL": False}
-    constants |= {"ROW": HEADS * channels, "gate_image": 1, "gate_token": 1, "gate_head": 1}
-    norm = feature_map == "norm"
-    absent = {
-        "cos": power,
-        "sin": power,
-        "position": not power,
-        "gate": True,
-        "ungated": True,
-        "grad_gate": True,
-        "gated": True,
-    }
-    absent |= {"first": norm, "second": norm, "moments": norm}
-    absent |= {"key_mask": not mask, "inverse_count": not mask}
-    constants |= {argument: None for argument, is_absent in absent.items() if is_absent}
+    constants = {**options, **_constants(name, channels, feature_map, mask)}
     if ones:
         constants |= {argument: 1 for argument in kernel.arg_names if argument in SIZES or argument.endswith(STRIDES)}
     signature = {argument: _type_of(argument, dtype, constants) for argument in kernel.arg_names}
@@ -137,12 +132,31 @@ def compile_kernel(
         "tile": options["T"], "warps": settings["num_warps"], "shared": compiled.metadata.shared,
         **_resources(compiled.asm["cubin"]),
     }  # fmt: skip
+    if name == "local":  # one tile a program, whose loop is over places
+        record |= {"loop": record["outside"] + PLACES * record["loop"], "outside": 0}
+    elif name == "local_backward":
+        record["loop"] += (PLACES - 1) * record["inner"]
     elements = options["T"] * channels / (32 * settings["num_warps"])  # of a tile, for each thread
     return record | {
         "programs": _resident_programs(record),
         "instructions_per_element": record["loop"] / elements,
         "special_per_element": record["special"] / elements,
     }
+
+
+def _constants(name: str, channels: int, feature_map: str, mask: bool) -> dict[str, Any]:
+    """What the launcher makes constants of a kernel: flags, and None for tensors that are not there."""
+    power, is_local = feature_map == "power", name in LOCAL_PASSES
+    border = triton_op.border(feature_map, channels)
+    flags = {"MAP": feature_map, "H": HEADS, "BORDER": border, "ALPHA": None, "ROW": HEADS * channels}
+    flags |= {"HAS_POSITION": power, "HAS_TURNS": not power, "HAS_MASK": mask, "HAS_GATE": is_local, "HAS_LOCAL": False}
+    absent = {"cos", "sin"} if power else {"position"}
+    absent |= {"first", "second", "moments"} if feature_map == "norm" else set()
+    absent |= set() if mask else {"key_mask", "inverse_count"}
+    if not is_local:
+        absent |= {"gate", "ungated", "grad_gate", "gated"}
+        flags |= {"gate_image": 1, "gate_token": 1, "gate_head": 1}
+    return flags | dict.fromkeys(absent)
 
 
 def _type_of(argument: str, dtype: str, constants: Mapping[str, Any]) -> str:
@@ -174,8 +188,9 @@ def _resources(cubin: bytes) -> dict[str, Any]:
 def count_instructions(code: str) -> dict[str, Any]:
     """Of a kernel's machine code as cuobjdump prints it.
 
-    loop, outside: instructions in the loop over tiles and elsewhere; of the loop: special functions, barriers of the
-    whole program, and how often each kind of matrix product is started; of all: accesses to spilled values, maxima.
+    loop, outside: instructions in the loop over tiles and elsewhere; of the loop: those of the longest loop inside of
+    it, special functions, barriers of the whole program, and how often each kind of matrix product is started; of all:
+    accesses to spilled values, maxima.
     """
     lines = [
         (int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?)\s*;\s+/\*", code)
@@ -183,12 +198,15 @@ def count_instructions(code: str) -> dict[str, Any]:
     targets = [(address, re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)) for address, text in lines]
     jumps = [(int(target[1], 16), address) for address, target in targets if target]
     backward = [(to, at) for to, at in jumps if to < at]  # none where sizes are constants that make one tile
-    first, last = max(backward, key=lambda jump: jump[1] - jump[0], default=(-1, -1))
+    loops = sorted(backward, key=lambda jump: jump[0] - jump[1])  # the longest first
+    first, last = loops[0] if loops else (-1, -1)
+    inner = next(((to, at) for to, at in loops[1:] if first <= to and at < last), None)
     names = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for _, text in lines]
     loop = [name for (address, _), name in zip(lines, names, strict=True) if first <= address <= last]
     return {
         "loop": len(loop),
         "outside": len(names) - len(loop),
+        "inner": 0 if inner is None else sum(inner[0] <= address <= inner[1] for address, _ in lines),
         "special": sum(name.startswith("MUFU") for name in loop),
         "barriers": sum(name.startswith("BAR.") for name in loop),
         "products": Counter(name for name in loop if re.match(r"(HGMMA|HMMA|UTC\w*MMA)\b", name)),
@@ -225,7 +243,13 @@ def estimate(record: Mapping[str, Any], shape: tuple[int, int, int, int]) -> dic
     seconds = {
         "issue": cycles / device.clock,
         "special": special / device.clock,
-        "memory": PASSES[record["kernel"]] * images * tokens * heads * channels * element / device.copy_rate,
+        "memory": (PASSES | LOCAL_PASSES)[record["kernel"]]
+        * images
+        * tokens
+        * heads
+        * channels
+        * element
+        / device.copy_rate,
     }
     limit = max(seconds, key=lambda name: seconds[name])
     return {
@@ -242,7 +266,9 @@ def _parts(record: Mapping[str, Any], shape: tuple[int, int, int, int]) -> tuple
         slots = resident * DEVICES[record["architecture"]].multiprocessors
         parts = triton_op.parts_of_a_sum(tokens, images * heads, slots)
         return parts, triton.cdiv(tokens, parts)
-    return triton_op.plain_parts(tokens, record["tile"])
+    if record["kernel"] in PASSES:
+        return triton_op.plain_parts(tokens, record["tile"])
+    return triton.cdiv(tokens, record["tile"]), record["tile"]
 
 
 def _cycles(issued: int, programs: int, warps: int) -> float:
@@ -305,6 +331,8 @@ def _bars(records: Iterable[Mapping[str, Any]]) -> list[Bar]:
     for record in records:
         if (record["architecture"], record["dtype"]) != (90, "bfloat16") or record["channels"] not in INSTRUCTION_BARS:
             continue
+        if record["kernel"] in LOCAL_PASSES:
+            continue
         what = f"{record['kernel']} at {record['channels']} channels: "
         bound = INSTRUCTION_BARS[record["channels"]][list(PASSES).index(record["kernel"])]
         bars += [
@@ -322,7 +350,7 @@ def main() -> None:
     parser.add_argument("--architectures", type=int, nargs="+", choices=DEVICES, default=list(DEVICES))
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--dtypes", nargs="+", choices=TYPES, default=["bfloat16"])
-    parser.add_argument("--kernels", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument("--kernels", nargs="+", choices=[*PASSES, *LOCAL_PASSES], default=[*PASSES, *LOCAL_PASSES])
     parser.add_argument("--map", choices=triton_op.MOMENTS, default="power", help="the feature map")
     parser.add_argument("--mask", action="store_true", help="with a key mask")
     parser.add_argument("--ones", action="store_true", help="every size and stride is 1")

@@ -51,11 +51,17 @@ def _launch(
     return Launch(parts.q, parts.k, parts.v, first, second, position, None, cos, sin, feature_map, EPS, alpha)
 
 
-def _constants(call: Launch, weight: Tensor) -> dict[str, Any]:
-    K = weight.shape[-1]
-    shared = len(weight) == call.D
-    padded = max(16, triton.next_power_of_2(call.D))
-    return {"H": call.H, "D": call.D, "DP": padded, "K": K, "SHARED": shared, "num_warps": WARPS}
+def launch_options(channels: int, kernel_size: int, *, shared: bool = True) -> dict[str, Any]:
+    """Compile-time constants of the convolution's kernels, without the number of heads, which may share its weight."""
+    padded = max(16, triton.next_power_of_2(channels))
+    places = triton.next_power_of_2(kernel_size**2 + 1)
+    sizes = {"D": channels, "DP": padded, "T": TILE_ELEMENTS // padded, "K": kernel_size, "KP": places}
+    return {**sizes, "SHARED": shared, "num_warps": WARPS, "num_stages": 2}
+
+
+def _constants(call: Launch, weight: Tensor, *without: str) -> dict[str, Any]:
+    options = launch_options(call.D, weight.shape[-1], shared=len(weight) == call.D)
+    return {"H": call.H, **{name: value for name, value in options.items() if name not in without}}
 
 
 @operator("gated_linear_attention")
@@ -84,11 +90,10 @@ def gated_forward(
     tokens = call.B * call.N
     with torch.cuda.device_of(x):
         out, state = call.forward()
-        constants = _constants(call, weight)
-        tile = TILE_ELEMENTS // constants["DP"]
-        local_kernel[(triton.cdiv(tokens, tile) * call.H,)](
+        constants = _constants(call, weight, "KP")
+        local_kernel[(triton.cdiv(tokens, constants["T"]) * call.H,)](
             out, v, gate, weight, bias, result,
-            *v.stride()[1:3], *_strides(gate), tokens, call.N // width, width, T=tile, HAS_GATE=gated, **constants,
+            *v.stride()[1:3], *_strides(gate), tokens, call.N // width, width, HAS_GATE=gated, **constants,
         )  # fmt: skip
     return result.flatten(2), out, state
 
@@ -132,8 +137,7 @@ def gated_backward(
     K = weight.shape[-1]
     tokens = call.B * call.N
     constants = _constants(call, weight)
-    tile = TILE_ELEMENTS // constants["DP"]
-    tiles = triton.cdiv(tokens, tile)
+    tiles = triton.cdiv(tokens, constants["T"])
     programs = min(tiles, max(1, PROGRAMS * multiprocessors(x.device) // heads))
     sums = call.empty(programs, heads, K * K + 1, call.D)
     with torch.cuda.device_of(x):
@@ -141,13 +145,13 @@ def gated_backward(
         local_backward_kernel[(programs * heads,)](
             of_sum, v, weight, own.local, sums,
             *of_sum.stride()[1:3], *v.stride()[1:3], tokens, triton.cdiv(tiles, programs), call.N // width, width,
-            T=tile, KP=triton.next_power_of_2(K * K + 1), ROW=own.local.stride(1), **constants,
+            ROW=own.local.stride(1), **constants,
         )  # fmt: skip
         key_moments = call.key_backward(state, grad_state, own.k, own.v, local=local is None)
         learned_backward_kernel[(K * K + 2, heads)](
             moments, key_moments, sums, *call.learned, grad_first, grad_second, grad_weight, grad_bias,
             len(moments), 0 if key_moments is None else len(key_moments), programs,
-            MAP=feature_map, ALPHA=alpha, **constants,
+            MAP=feature_map, ALPHA=alpha, **_constants(call, weight, "T", "KP"),
         )  # fmt: skip
         grad_position = None if position is None else own.k.flatten(2).sum(dim=0, dtype=position.dtype)
     absent = (x.new_empty(0) if t is None else t for t in (grad_kv, grad_local, grad_first, grad_second, grad_position))
