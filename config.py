@@ -217,7 +217,8 @@ KEYS: dict[str, Key] = {
     "MODEL.LA.BACKEND": Key(
         "auto",
         text(),
-        "implementation of linear attention: auto, eager or reference, of polarity attention also native, triton",
+        "implementation of linear attention: auto, eager or reference; of polarity, polarity_pp and norm_aware also"
+        " triton, of polarity also native",
     ),
     "MODEL.PPP.EMBED_DIMS": Key([32, 64, 128, 384], sequence(integer(1)), "channels per stage (PolaFormer++)"),
     "MODEL.PPP.DEPTHS": Key([2, 2, 2, 2], sequence(integer(1)), "blocks per stage (PolaFormer++)"),

@@ -104,7 +104,7 @@ class AttentionOptions:
         gate: multiply the output by a gate made from the block's input (MODEL.LA.GATE).
         gate_bias: initial value of that gate's bias; None: what the body initialises biases with (MODEL.LA.GATE_BIAS).
         dropout: probability of leaving out a weight of softmax while training; linear kernels have no weights to drop.
-        backend: implementation of the polarity attention op: auto, eager, triton or reference (MODEL.LA.BACKEND).
+        backend: implementation of linear attention: auto, eager, native, triton or reference (MODEL.LA.BACKEND).
 
     Raises ValueError for a negative alpha, an unknown backend, or a dropout that is no probability below 1.
     """

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -29,10 +30,15 @@ def anywhere(device: torch.device, dtype: torch.dtype, channels: int) -> str | N
     return None
 
 
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def reason_against_triton(
     device: torch.device, dtype: torch.dtype, channels: int, feature_map: str = "power"
 ) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "the package triton is not installed"
     from .triton_op import reason_against  # not every platform has Triton
 
