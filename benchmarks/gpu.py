@@ -29,11 +29,13 @@ SIZES = {
         "lengths": "49 256 1024 4096 16384 65536",
         "models": "--models pola_swin_t pola_pvt_t pola_pp_b2 nalaformer_t --batch-size 64",
         "training": "",
+        "kernel_tests": "tests/test_gated.py tests/test_triton_maps.py",
     },
     "cpu": {
         "shapes": "1,49,1,8",
         "lengths": "49",
         "models": "--models pola_pvt_t --batch-size 1 --image-size 32 --repeats 1",
+        "kernel_tests": "tests/test_gated.py -k launches",
         "training": "--opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0",
     },
 }
@@ -51,9 +53,11 @@ class Step:
 ATTENTION = "-m benchmarks.attention --device {device} --shapes {shapes} --lengths {lengths} --output {out} --dtype"
 MODEL_STEP = "-m benchmarks.model_step --device {device} {models} --timm-sizes --output {out}"
 STEPS = [
-    Step("tests", "-m pytest -q -m gpu tests/test_gpu.py", 120),
+    Step("tests", "-m pytest -q -m gpu tests/test_gpu.py", 100),
+    Step("tests of kernels", "-m pytest -q {kernel_tests}", 60),
     Step("operation, bfloat16", f"{ATTENTION} bfloat16", 90),
     Step("operation, float32", f"{ATTENTION} float32", 60),
+    Step("layers", "-m benchmarks.attention_layer --device {device} --output {out}", 30),
     Step("training steps", f"{MODEL_STEP} --precision bfloat16 float32", 120),
     Step("training run", "main.py --cfg configs/quickstart.yaml --output {out} --tag run --amp {training}", 70),
 ]

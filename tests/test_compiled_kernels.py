@@ -29,11 +29,9 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 REGISTER_LIMIT = 255
 # Bytes of stack, known and named in the op's README; nothing else spills at up to 64 channels.
 SPILLS = {
-    (80, "float16", 40, "query_backward"): 64,
-    (90, "bfloat16", 40, "query_backward"): 8,
+    (80, "float32", 8, "query_backward"): 8,
+    (90, "bfloat16", 40, "query_backward"): 32,
     (90, "bfloat16", 64, "query_backward"): 16,
-    (80, "float32", 24, "key_backward"): 8,
-    (90, "float32", 24, "key_backward"): 8,
 }
 
 

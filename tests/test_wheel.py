@@ -151,8 +151,8 @@ with warnings.catch_warnings(record=True) as caught:
     import {first}
     import {second}
     import main
-    import {first}.ops.polarity_attention.triton_op as one
-    import {second}.ops.polarity_attention.triton_op as other
+    import {first}.ops.polarity_attention as one
+    import {second}.ops.polarity_attention as other
 ours = [str(w.message) for w in caught if 'copy' in str(w.message) or 'verwriting' in str(w.message)]
 assert len(ours) == 1 and ours[0].startswith('{second} is a second copy of {first}'), ours
 import timm, torch
@@ -161,7 +161,7 @@ q = torch.randn(1, 9, 2, 4, requires_grad=True)
 exponent = torch.full((2, 4), 3.0)
 results = []
 for package in (one, other):
-    out = package.polarity_attention_triton(q, q, q, exponent, None, None, None, 1e-6)
+    out = package.polarity_attention(q, q, q, exponent, backend='triton')
     results += [out, *torch.autograd.grad(out.square().sum(), q)]
 assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
 config = {{'MODEL': {{'TYPE': 'pola_pvt_tiny', 'NUM_CLASSES': 2}}, 'DATA': {{'IMG_SIZE': 32}}}}

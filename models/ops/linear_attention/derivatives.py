@@ -2,14 +2,16 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 
 def beyond_plain(*tensors: Tensor | None) -> str | None:
     """What now asks for other derivatives of these tensors, or None."""
     if torch._C._are_functorch_transforms_active():
         return "torch.func (grad, vmap, jvp, ...) transforms it"
-    if any(unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None):
+    if forward_ad._current_level < 0:  # no tangents anywhere, without asking each tensor
+        return None
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None):
         return "forward-mode AD gives it a tangent"
     return None
 

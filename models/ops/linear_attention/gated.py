@@ -15,8 +15,9 @@ from torch import Tensor
 from ..rotary import Rotary
 from .backends import Raw
 from .derivatives import check_backward
+from .operators import differentiable, operator
 from .triton_local import learned_backward_kernel, local_backward_kernel, local_kernel
-from .triton_op import Gating, Launch, multiprocessors, operator
+from .triton_op import Gating, Launch, multiprocessors
 
 EPS = 1e-6
 # Of the convolution: elements of a tile, warps, and programs that each multiprocessor is given where they sum.
@@ -64,8 +65,22 @@ def _constants(call: Launch, weight: Tensor, *without: str) -> dict[str, Any]:
     return {"H": call.H, **{name: value for name, value in options.items() if name not in without}}
 
 
-@operator("gated_linear_attention")
-def gated_forward(
+def _forward_fake(
+    x, kv, local, first, second, position, cos, sin, weight, bias, heads, gated, feature_map, alpha, width
+):
+    B, N, C = x.shape
+    C //= (1 if kv is not None else 3) + gated
+    d = C // heads
+    out = x.new_empty(B, N, heads, d)
+    return x.new_empty(B, N, C), out, x.new_empty(B, heads, 2, d + 1, d, dtype=torch.float32)
+
+
+def _backward_fake(grad, x, kv, local, first, second, position, cos, sin, weight, bias, *rest):
+    tensors = (x, kv, local, first, second, position, weight, bias)
+    return tuple(x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors)
+
+
+def forward(
     x: Tensor,
     kv: Tensor | None,
     local: Tensor | None,
@@ -98,8 +113,7 @@ def gated_forward(
     return result.flatten(2), out, state
 
 
-@operator("gated_linear_attention_backward")
-def gated_backward(
+def backward(
     grad: Tensor,
     x: Tensor,
     kv: Tensor | None,
@@ -162,25 +176,9 @@ def _strides(t: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if t is None else t.stride()[1:3]
 
 
-def _forward_fake(
-    x, kv, local, first, second, position, cos, sin, weight, bias, heads, gated, feature_map, alpha, width
-):
-    B, N, C = x.shape
-    C //= (1 if kv is not None else 3) + gated
-    d = C // heads
-    out = x.new_empty(B, N, heads, d)
-    return x.new_empty(B, N, C), out, x.new_empty(B, heads, 2, d + 1, d, dtype=torch.float32)
-
-
-def _backward_fake(grad, x, kv, local, first, second, position, cos, sin, weight, bias, *rest):
-    tensors = (x, kv, local, first, second, position, weight, bias)
-    return tuple(x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:10], *output[1:])
     ctx.options = inputs[10:]
-    ctx.set_materialize_grads(False)  # nothing flows through what is for this pass
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
@@ -192,10 +190,9 @@ def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, .
     return (*(None if t is None else gradient for t, gradient in zip(given, needed, strict=True)), *(None,) * 5)
 
 
-if isinstance(gated_forward, torch.library.CustomOpDef):  # registered by this copy of the package
-    gated_forward.register_fake(_forward_fake)
-    gated_backward.register_fake(_backward_fake)
-    gated_forward.register_autograd(_backward, setup_context=_setup_context)
+gated_forward = operator("gated_linear_attention", forward, _forward_fake)
+gated_backward = operator("gated_linear_attention_backward", backward, _backward_fake)
+differentiable(gated_forward, _setup_context, _backward)
 
 
 def gated_linear_attention(

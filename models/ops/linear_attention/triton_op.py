@@ -6,17 +6,18 @@ Letters as in triton.py: B images, N queries, n keys, H heads, D channels per he
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from ..rotary import Rotary
 from .derivatives import check_backward
 from .eager import FeatureMap
+from .operators import differentiable, operator
 from .triton import (
     key_backward_kernel,
     output_kernel,
@@ -111,6 +112,7 @@ def _table_size(channels: int) -> int:
     return 32 if channels <= 32 else 64 if channels <= 64 else 128
 
 
+@functools.cache
 def launch_options(
     kernel: Any, channels: int, dtype: torch.dtype, architecture: int | None, feature_map: str = "power"
 ) -> dict[str, Any]:
@@ -301,22 +303,19 @@ def border(feature_map: str, channels: int) -> int:
     return channels if feature_map == "norm" else (channels + 1) // 2
 
 
-def operator(name: str) -> Callable[[Callable], Any]:
-    """Register a function as PyTorch's operator polaformer::name, once in a process.
-
-    A second copy of this package (`models` beside `polaformer`) takes the operator of the first.
-    """
-
-    def register(function: Callable) -> Any:
-        if hasattr(torch.ops.polaformer, name):
-            return getattr(torch.ops.polaformer, name)
-        return torch.library.custom_op(f"polaformer::{name}", function, mutates_args=())
-
-    return register
+def _forward_fake(q, k, v, first, second, position, key_mask, cos, sin, feature_map, eps):
+    B, _, H, D = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, torch.empty(B, H, 2, D + 1, D, dtype=torch.float32, device=q.device)
 
 
-@operator("linear_attention")
-def linear_attention_forward(
+def _backward_fake(grad_out, q, k, v, first, second, position, key_mask, cos, sin, state, feature_map, eps):
+    gradients = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    H, D = q.shape[2:]
+    return *gradients, torch.empty(H, MOMENTS[feature_map], D, dtype=torch.float32, device=q.device)
+
+
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -339,8 +338,7 @@ def linear_attention_forward(
         return call.forward()
 
 
-@operator("linear_attention_backward")
-def linear_attention_backward(
+def backward(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -375,18 +373,6 @@ def linear_attention_backward(
 # ---------------------------------------------------------------------------------------------------------------------
 # What PyTorch asks of an operator: shapes without data, gradients, FLOPs
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _forward_fake(q, k, v, first, second, position, key_mask, cos, sin, feature_map, eps):
-    B, _, H, D = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return out, torch.empty(B, H, 2, D + 1, D, dtype=torch.float32, device=q.device)
-
-
-def _backward_fake(grad_out, q, k, v, first, second, position, key_mask, cos, sin, state, feature_map, eps):
-    gradients = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    H, D = q.shape[2:]
-    return *gradients, torch.empty(H, MOMENTS[feature_map], D, dtype=torch.float32, device=q.device)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -439,10 +425,10 @@ def _query_product_flops(N: int, D: int, feature_map: str) -> int:
     return 2 * N * (D + (1 if feature_map == "norm" else 2)) * 2 * D  # a normaliser for each stream
 
 
-if isinstance(linear_attention_forward, torch.library.CustomOpDef):  # registered by this copy of the package
-    linear_attention_forward.register_fake(_forward_fake)
-    linear_attention_backward.register_fake(_backward_fake)
-    linear_attention_forward.register_autograd(_backward, setup_context=_setup_context)
+linear_attention_forward = operator("linear_attention", forward, _forward_fake)
+linear_attention_backward = operator("linear_attention_backward", backward, _backward_fake)
+differentiable(linear_attention_forward, _setup_context, _backward)
+if torch.ops.polaformer.linear_attention not in flop_registry:  # where no other copy of this package has done it
     register_flop_formula(torch.ops.polaformer.linear_attention)(_forward_flops)
     register_flop_formula(torch.ops.polaformer.linear_attention_backward)(_backward_flops)
 
