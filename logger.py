@@ -56,6 +56,14 @@ def _escaped(found: re.Match[str]) -> str:
     return f"\\x{code - 0xDC00:02x}" if byte else found[0].encode("unicode_escape").decode()
 
 
+def duration(seconds: float) -> str:
+    """A time for people, in two digits or more of the unit that fits."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.95 * size:
+            return f"{seconds / size:.1f} {unit}" if seconds < 9.95 * size else f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 class _Formatter(logging.Formatter):
     """Lines that no name in them can break, and that every file takes."""
 

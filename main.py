@@ -5,12 +5,20 @@ torchrun --nproc_per_node=8 main.py --cfg configs/pola_swin_t.yaml --data-path I
 python main.py --cfg configs/pola_swin_t.yaml --data-path IMAGENET --eval --resume FILE.pth
 """
 
-from config import ConfigError, parse_command_line
+from config import CfgNode, ConfigError, parse_command_line
+
+
+def stored_configuration(path: str) -> CfgNode:
+    """What --eval without --cfg takes; only this question needs more than config.py."""
+    from engine.state import evaluated_configuration
+
+    return evaluated_configuration(path)
+
 
 if __name__ == "__main__":
     # Before anything heavy is imported: --help and mistakes answer at once, and on a CPU denormals are flushed before
     # the first tensor operation (threads started earlier would keep their setting).
-    COMMAND_LINE = parse_command_line()
+    COMMAND_LINE = parse_command_line(stored=stored_configuration)
 
     import signal
 
@@ -26,13 +34,11 @@ if __name__ == "__main__":
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing import errors
-from yacs.config import CfgNode
 
 from config import Plan, evaluation_config, make_plan, notes_of
 from data.builders import builder_of
@@ -42,10 +48,10 @@ from data.sources.base import DataError
 from engine.epoch import train_one_epoch
 from engine.evaluation import evaluate
 from engine.memory import OutOfMemoryError, leave_to_the_loader, memory_problem
-from engine.monitoring import RunFiles
+from engine.monitoring import RunFiles, watched
 from engine.non_finite import NonFiniteError
-from engine.profiling import step_profiler
 from engine.published import best_predictions, log_reference, run_evaluation
+from engine.rehearsal import rehearse
 from engine.saving import Checkpointer
 from engine.state import Progress, resume
 from engine.throughput import run_throughput
@@ -101,7 +107,7 @@ def setup(config: CfgNode) -> tuple[torch.device, Plan]:
     setup_logger(int(os.environ.get("RANK", 0)))  # for what goes wrong before the ranks know each other
     device = distributed.init(config.LOCAL_RANK, config.DIST.TIMEOUT)
     plan = make_plan(config, distributed.world_size())
-    if not config.THROUGHPUT_MODE:
+    if not config.THROUGHPUT_MODE and not config.DRY_RUN_MODE:
         open_folder(plan.folder)
     # sizes are fixed, so the search for fast kernels pays
     torch.backends.cudnn.benchmark = not config.EVAL_MODE and not config.DETERMINISTIC
@@ -130,22 +136,26 @@ def begin_log(config: CfgNode, device: torch.device, folder: Path | None, lock: 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def build_run(config: CfgNode, plan: Plan, device: torch.device) -> tuple[Loaders, Training]:
+    """The data, the model on its device, and what trains it."""
+    logger = get_logger()
+    loaders = build_loaders(config, plan)
+    assert loaders.train is not None
+    sizes = loaders.train.num_images, loaders.val.num_images, loaders.num_classes
+    logger.info("%d training and %d validation samples of %d classes", *sizes)
+    log_reference(loaders)
+    model = place(build_model(config, loaders.num_classes), device)  # the classes are the data's, not the config's
+    logger.info("%s: %.2f M parameters", config.MODEL.TYPE, sum(p.numel() for p in model.parameters()) / 1e6)
+    return loaders, build_training(config, plan, model, loaders, device)
+
+
 def run_training(config: CfgNode, plan: Plan, device: torch.device, request: StopRequest, hold: Hold) -> Progress:
     """Train from where the run stands to its last epoch, saving and evaluating on the way; `hold` is its folder's.
 
     Raises Preempted when the run was told to stop by `request` and has saved.
     """
     logger = get_logger()
-    # data
-    loaders = build_loaders(config, plan)
-    assert loaders.train is not None
-    sizes = loaders.train.num_images, loaders.val.num_images, loaders.num_classes
-    logger.info("%d training and %d validation samples of %d classes", *sizes)
-    log_reference(loaders)
-    # model and optimiser
-    model = place(build_model(config, loaders.num_classes), device)  # the classes are the data's, not the config's
-    logger.info("%s: %.2f M parameters", config.MODEL.TYPE, sum(p.numel() for p in model.parameters()) / 1e6)
-    training = build_training(config, plan, model, loaders, device)
+    loaders, training = build_run(config, plan, device)
     # resume
     seed_everything(config.SEED, distributed.rank())  # from here each rank draws its own
     progress, interval, skipped, claims = resume(config, training, loaders)  # on the bare model: wrapping comes after
@@ -169,7 +179,7 @@ def run_training(config: CfgNode, plan: Plan, device: torch.device, request: Sto
 
     saver = Checkpointer(config, training, loaders, writer, request, watchdog.all_alive, keep_folder)
     hold.began = True
-    with watched(config, training, loaders, record, writer, watchdog):
+    with watched(config, training, loaders, record, writer, watchdog, EXPECTED):
         while progress.epoch < plan.last_epoch:
             progress = run_epoch(config, training, loaders, progress, interval, record.metrics, saver)
             interval = Interval(device)
@@ -177,33 +187,6 @@ def run_training(config: CfgNode, plan: Plan, device: torch.device, request: Sto
     record.summarise(config, progress, main_file=__file__)
     distributed.barrier()
     return progress
-
-
-@contextmanager
-def watched(
-    config: CfgNode,
-    training: Training,
-    loaders: Loaders,
-    record: RunFiles,
-    writer: CheckpointWriter | None,
-    watchdog: Watchdog,
-) -> Iterator[None]:
-    """Around the loop: a watchdog that ends a run which stands still, the profiler, and what has to be closed after."""
-    training.beat = watchdog.beat
-    if writer:
-        writer.waiting = watchdog.go_on
-    training.profiler = step_profiler(config, training.plan.folder)
-    try:
-        with watchdog.watching(), training.profiler or nullcontext():
-            try:
-                yield
-            except RuntimeError as error:  # a collective that failed says little: the watchdog knows who is gone
-                if not isinstance(error, EXPECTED) and not memory_problem(error):
-                    watchdog.explain(error)
-                raise
-    finally:
-        loaders.close()
-        record.close()
 
 
 def run_epoch(
@@ -301,7 +284,7 @@ def reported(config: CfgNode) -> None:
 
 
 def main(config: CfgNode) -> None:
-    """Run what the configuration asks for: a check of the data, throughput, evaluation, or training."""
+    """Run what the configuration asks for: a check of the data, throughput, a rehearsal, evaluation, or training."""
     if config.CHECK_DATA_MODE:  # needs no device, no run folder and no other process
         sys.exit(run_check(config))
     check(config)
@@ -309,6 +292,10 @@ def main(config: CfgNode) -> None:
         device, _ = setup(config)
         begin_log(config, device, None)
         run_throughput(config, device)
+    elif config.DRY_RUN_MODE:
+        device, plan = setup(config)
+        begin_log(config, device, None)
+        rehearse(config, *build_run(config, plan, device))
     elif config.EVAL_MODE:
         device, plan = setup(config)
         with nothing_left(plan.folder):

@@ -3,7 +3,8 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from data.loaders import Loaders
 from data.transforms import Normalise
+from engine.memory import memory_problem
+from engine.profiling import step_profiler
 from engine.state import Progress, percent, stored_position
 from engine.training import Training
 from logger import MetricsWriter, Sink, get_logger
@@ -20,8 +24,10 @@ from models.files import CheckpointError, load_checkpoint
 from models.kernels import Kernel
 from utils import distributed
 from utils.checkpoints.naming import BESTS, run_file
+from utils.checkpoints.writing import CheckpointWriter
 from utils.curves import CurvesInBackground
 from utils.environment import ENVIRONMENT_FILE, environment_with
+from utils.faults.watchdog import Watchdog
 from utils.files import write_atomically
 
 PICTURES = 8  # inputs that are shown
@@ -209,3 +215,34 @@ class RunFiles:
         self._complete()
         if self.monitor:
             self.monitor.close()
+
+
+@contextmanager
+def watched(
+    config: CfgNode,
+    training: Training,
+    loaders: Loaders,
+    record: RunFiles,
+    writer: CheckpointWriter | None,
+    watchdog: Watchdog,
+    expected: tuple[type[Exception], ...],
+) -> Iterator[None]:
+    """Around the loop: a watchdog that ends a run which stands still, the profiler, and what has to be closed after.
+
+    Errors that are not `expected`, and may come from a process that is gone, the watchdog explains.
+    """
+    training.beat = watchdog.beat
+    if writer:
+        writer.waiting = watchdog.go_on
+    training.profiler = step_profiler(config, training.plan.folder)
+    try:
+        with watchdog.watching(), training.profiler or nullcontext():
+            try:
+                yield
+            except RuntimeError as error:  # a collective that failed says little: the watchdog knows who is gone
+                if not isinstance(error, expected) and not memory_problem(error):
+                    watchdog.explain(error)
+                raise
+    finally:
+        loaders.close()
+        record.close()
