@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 
 from flags import explain
 from utils.checkpoints.naming import best_files, run_checkpoints
+from utils.environment import share_of_cores
 from utils.schema import (
     Kind,
     boolean,
@@ -132,7 +133,11 @@ KEYS: dict[str, Key] = {
         " of a node its share; sampling is the same in every mode (--cache-mode)",
     ),
     "DATA.PIN_MEMORY": Key(True, boolean(), "page-locked batches for faster copies to a GPU"),
-    "DATA.NUM_WORKERS": Key(8, integer(0), "loader processes per process; 0 loads in the main process"),
+    "DATA.NUM_WORKERS": Key(
+        8,
+        integer(0),
+        "loader processes per process, of the default no more than its share of the cores; 0 loads in the main process",
+    ),
     "DATA.PREFETCH_FACTOR": Key(2, integer(1), "batches that each loader process prepares ahead"),
     "DATA.DECODER": Key(
         "pillow",
@@ -530,6 +535,7 @@ def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     for section in sections:
         node = node[section]
     node[leaf] = parsed
+    config.__dict__.setdefault("given", set()).add(key)
 
 
 def _flatten(tree: dict[str, Any], source: str, prefix: str = "") -> list[tuple[str, Any]]:
@@ -674,6 +680,7 @@ def config_from_tree(tree: dict[str, Any], source: str) -> tuple[CfgNode, list[s
                 ignored.append(key[:80])
 
     visit(tree, "")
+    config.__dict__["given"] = set()  # by the one who ran it, perhaps elsewhere
     config.freeze()
     return config, ignored
 
@@ -723,6 +730,7 @@ class Plan:
     accumulation: int  # forward passes per optimizer step
     world_size: int
     scales_lr: bool
+    workers: int  # loader processes of each process
     recipe_batch: int | None  # what TRAIN.GLOBAL_BATCH of the files says, else of the command line
 
     @property
@@ -757,8 +765,15 @@ def make_plan(config: CfgNode, world_size: int = 1) -> Plan:
         accumulation=accumulation,
         world_size=world_size,
         scales_lr=config.TRAIN.SCALE_LR,
+        workers=_loader_processes(config),
         recipe_batch=config.__dict__.get("about_batch", {}).get("recipe") or config.TRAIN.GLOBAL_BATCH,
     )
+
+
+def _loader_processes(config: CfgNode) -> int:
+    """DATA.NUM_WORKERS where it was given; its default as far as this process's share of the cores goes."""
+    wanted = config.DATA.NUM_WORKERS
+    return wanted if "DATA.NUM_WORKERS" in config.__dict__.get("given", ()) else min(wanted, share_of_cores())
 
 
 def _divide_step(config: CfgNode, world_size: int) -> tuple[int, int]:

@@ -266,6 +266,7 @@ class MetricsWriter:
         self.tensorboard = TensorBoard(folder / "tensorboard", step, check) if folder and tensorboard else None
         self._check = check
         self._written: list[str] = []
+        self.best: dict[str, tuple[float, int]] = {}  # by kind: top-1 and, the first of equals, after how many epochs
         self._whole = False  # the file holds what was written, and nothing else
         self._sink = Sink(str(self.path), self._append)
         if self.path and self.path.is_file():
@@ -276,13 +277,20 @@ class MetricsWriter:
                 records, damaged = [], []
             kept = [r for r in records if r["epoch"] < epoch or (r["kind"] == "train" and r["step"] <= step)]
             self._written = [json.dumps(record) for record in kept]
+            for record in kept:
+                self._compare(record["kind"], record["epoch"], record.get("top1"))
             self._whole = not damaged and len(kept) == len(records)
             if not self._whole:
                 self._sink.put(None)
 
+    def _compare(self, kind: str, epoch: int, top1: object) -> None:
+        if isinstance(top1, int | float) and (kind not in self.best or top1 > self.best[kind][0]):
+            self.best[kind] = float(top1), epoch + 1
+
     def write(self, kind: str, epoch: int, step: int, **values: float) -> None:
         if self.path is None:
             return
+        self._compare(kind, epoch, values.get("top1"))
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._sink.put(json.dumps({"kind": kind, "epoch": epoch, "step": step, **finite}))
         self._show(kind, step, values)

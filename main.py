@@ -33,6 +33,7 @@ if __name__ == "__main__":
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -184,7 +185,7 @@ def run_training(config: CfgNode, plan: Plan, device: torch.device, request: Sto
             progress = run_epoch(config, training, loaders, progress, interval, record.metrics, saver)
             interval = Interval(device)
             record.epoch_ended(progress.epoch)
-    record.summarise(config, progress, main_file=__file__)
+    record.summarise(progress, loaders, main_file=__file__)
     distributed.barrier()
     return progress
 
@@ -206,6 +207,8 @@ def run_epoch(
             config, training, loaders.train, epoch, metrics, start=progress.done, interval=interval, saver=saver
         )
 
+    began = time.perf_counter()
+
     def after_batch() -> None:
         done = training.steps_per_epoch
         training.beat((epoch + 1) * done - 1, "validation")
@@ -221,6 +224,7 @@ def run_epoch(
     if "model" in better:
         beside = best_predictions(config, training.plan.folder, loaders, recorder, epoch + 1)
     saver.end_epoch(epoch + 1, validated, better, beside)
+    training.pause = time.perf_counter() - began
     return Progress(epoch + 1)
 
 

@@ -76,6 +76,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a new store after every restart: 
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"  # else a process writes pages once a second while rank 0 is gone
 export POLAFORMER_LAUNCHER=$$  # processes that lose this script save and end
 rm -f "$folder/PREEMPTED"
+echo "starting $NPROC process$( (( NPROC == 1 )) || echo es) on this node: $CONFIG, run folder $folder"
 set -m  # torchrun in a process group of its own: Ctrl-C reaches it once, through the trap below
 "$PYTHON" "$here/utils/faults/launch.py" "${rendezvous[@]}" --max_restarts "${MAX_RESTARTS:-3}" --nproc_per_node "$NPROC" \
   "$here/main.py" "${arguments[@]}" &

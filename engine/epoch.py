@@ -4,6 +4,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,10 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from yacs.config import CfgNode
 
 from data.loaders import Batches
-from engine.bottleneck import Times, verdict
+from engine.bottleneck import Times, decoding_advice, verdict
 from engine.non_finite import FiniteGuard, NonFiniteError, write_report
 from engine.training import Interval, Saver, Training
-from logger import MetricsWriter, get_logger, progress
+from logger import MetricsWriter, duration, get_logger, progress
 from utils import distributed
 from utils.precision import autocast
 
@@ -71,10 +72,15 @@ def train_one_epoch(
             report = f"Computing the step again for a report failed ({problem})"
         raise NonFiniteError(f"{error}. {report}", error.step) from None
     if times.step > 0:
-        why = verdict(
-            times, workers=config.DATA.NUM_WORKERS, processes=distributed.world_size(), noun=batches.modality.noun
+        training.verdict = verdict(
+            times,
+            workers=training.plan.workers,
+            processes=distributed.world_size(),
+            noun=batches.modality.noun,
+            before=training.verdict,
+            decoding=partial(decoding_advice, config, batches, training.plan.image_size),
         )
-        get_logger().info("epoch %d %s", epoch, why)
+        get_logger().info("epoch %d %s", epoch, training.verdict)
 
 
 def _optimizer_step(
@@ -166,17 +172,24 @@ def _log_interval(
     shown = ["loss", "lr", "grad_norm", "step_time", "data_time", "communication_time", "images_per_s"]
     get_logger().info(
         "epoch %d [%d/%d] loss %.4f  lr %.3e  grad norm %.3f  step %.3f s (data %.3f, communication %.3f)"
-        "  %.0f %s/s  memory %.0f MiB",
+        "  %.0f %s/s  memory %.0f MiB  %s left",
         epoch,
         done,
         training.steps_per_epoch,
         *(values[name] for name in shown),
         batches.modality.noun,
         values["memory_mb"],
+        duration(_seconds_left(training, epoch, done, values["step_time"])),
     )
     steps = interval.timed_steps
     waiting = (values["data_time"] * steps, values["communication_time"] * steps)
     return Times(elapsed, *waiting, training.plan.global_batch * steps)
+
+
+def _seconds_left(training: Training, epoch: int, done: int, step_time: float) -> float:
+    """Of the run after `done` steps of an epoch: steps like the last ones, and breaks between epochs like the last."""
+    epochs = training.plan.last_epoch - epoch
+    return (epochs * training.steps_per_epoch - done) * step_time + epochs * training.pause
 
 
 def memory_mb(device: torch.device) -> float:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -31,6 +32,7 @@ from utils.faults.watchdog import Watchdog
 from utils.files import write_atomically
 
 PICTURES = 8  # inputs that are shown
+PICTURE = "docs/images/polaformer.png"  # one to try commands on, where the data set has no files of its own
 
 
 class InputWatch:
@@ -105,6 +107,24 @@ class Monitor:
         self.curves.close()
 
 
+def claim(kind: str, top1: float, epochs: int) -> str:
+    """An accuracy in percent, and whose it is."""
+    weights = "the average of the weights (EMA)" if kind == "ema" else "the model"
+    return f"{top1:.3f} % ({weights} after {epochs} epochs)"
+
+
+def short(path: Path | str) -> str:
+    """A path as it is written from here, where it lies below."""
+    here, there = os.getcwd(), os.path.abspath(path)
+    return os.path.relpath(there) if there.startswith(here + os.sep) else str(path)
+
+
+def python_command() -> str:
+    """How this interpreter is called from here."""
+    found = shutil.which("python")
+    return "python" if found and os.path.realpath(found) == os.path.realpath(sys.executable) else short(sys.executable)
+
+
 class BestWeights(NamedTuple):
     """What a file of best weights says of itself: the `kind` (model, ema) that is best there, its top-1 in percent."""
 
@@ -114,8 +134,7 @@ class BestWeights(NamedTuple):
     path: Path
 
     def __str__(self) -> str:
-        weights = {"model": "the model", "ema": "the average of the weights (EMA)"}[self.kind]
-        return f"{self.top1:.3f} % ({weights} after {self.epoch} epochs)"
+        return claim(self.kind, self.top1, self.epoch)
 
 
 def best_weights(folder: Path) -> list[BestWeights]:
@@ -181,33 +200,46 @@ class RunFiles:
     def epoch_ended(self, epochs: int) -> None:
         """`epochs` are finished."""
         self._complete()
+        if self.metrics.best:
+            kind, (top1, when) = max(self.metrics.best.items(), key=lambda each: each[1][0])
+            get_logger().info("best so far: %s", claim(kind, top1, when))
         if self.monitor:
             self.monitor.epoch_ended(epochs)
 
-    def summarise(self, config: CfgNode, progress: Progress, main_file: str) -> None:
-        """Draw the curves of the whole run; say where it lies, how good it is, and how to evaluate it again."""
+    def summarise(self, progress: Progress, loaders: Loaders, main_file: str) -> None:
+        """Draw the curves of the whole run; say where it lies, how good it is, and what can be done with it."""
         if self.monitor is None:
             return
         logger, folder = get_logger(), self.folder
+        logger.info("drawing the curves")
         curves = self.monitor.draw_curves()
         held = best_weights(folder)
         best = max(held, key=lambda each: each.top1, default=None)  # of equals the model's
-        checkpoint = best.path if best else run_file(folder, progress.position)
-        python, script = (
-            os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
-            for path in (sys.executable, os.path.abspath(main_file))
-        )
-        words = [python, script, "--cfg", str(folder / "config.yaml"), "--eval", "--resume", str(checkpoint)]
-        logger.info("run folder: %s", folder)
+        logger.info("run folder: %s", short(folder))
         if best:
             others = "".join(f"; {each}" for each in held if each is not best)
             logger.info("best top-1: %s%s", best, others)
-            words += ["--opts", "MODEL.WEIGHTS", best.kind] if best.kind == "ema" else []
         else:
             logger.warning("the run folder holds no best weights that can be read")
         if curves:
-            logger.info("curves: %s", curves)
-        logger.info("evaluate it with: %s", shlex.join(words))
+            logger.info("curves: %s", short(curves))
+        checkpoint = short(best.path if best else run_file(folder, progress.position))
+        averaged = best is not None and best.kind == "ema"
+        python, home = python_command(), Path(main_file).parent
+
+        def say(what: str, script: str, *words: str) -> None:
+            logger.info("%s: %s", what, shlex.join([python, short(home / script), *words]))
+
+        weights = ["--opts", "MODEL.WEIGHTS", "ema"] if averaged else []
+        say("evaluate it with", "main.py", "--eval", "--resume", checkpoint, *weights)
+        say("report", "tools/report.py", short(folder))
+        if not isinstance(self.monitor.training.bare_model, Classifier):
+            return
+        picture = short(loaders.picture or home / PICTURE)
+        chosen = ["--checkpoint", checkpoint, *(["--ema"] if averaged else [])]
+        say("predict", "tools/predict.py", picture, *chosen)
+        if any(isinstance(module, Kernel) for module in self.monitor.training.bare_model.modules()):
+            say("attention maps", "tools/visualize_attention.py", picture, *chosen)
 
     def close(self) -> None:
         """The loop ends, in whatever way."""

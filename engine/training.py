@@ -52,6 +52,8 @@ class Training:
     skipped: int = 0
     beat: Callable[[int, str], None] = lambda step, phase: None  # nobody watches
     profiler: torch.profiler.profile | None = None
+    pause: float = 0.0  # seconds between the last epoch's steps and the next one's: validation, saving
+    verdict: str = ""  # what bounded the last epoch
 
     def running_statistics(self) -> list[Tensor]:
         """What BatchNorm layers gather over batches, each rank over its own: mean, variance and count of each."""

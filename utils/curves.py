@@ -227,13 +227,16 @@ class CurvesInBackground:
         self.folder, self.pause = folder, pause
         self.started = time.monotonic()
         self.drawing: subprocess.Popen | None = None
-        self.failed = False
+        self.failed = self.told = False
 
     def epoch_ended(self) -> None:
         """Start a drawing if one is due."""
         if not self._idle() or time.monotonic() - self.started < self.pause:
             return
         self.started = time.monotonic()
+        if not self.told:
+            self.told = True
+            get_logger().info("curves so far, from now on beside the run: %s", self.folder / "curves.png")
         try:
             self.drawing = subprocess.Popen(
                 [sys.executable, "-m", "utils.curves", str(self.folder.resolve())],

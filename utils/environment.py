@@ -22,6 +22,16 @@ KEPT = 50  # starts
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_of_cores() -> int:
+    """Cores for each of the run's processes on this node."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def describe(device: "torch.device", processes: int) -> dict[str, Any]:
     """Versions, hardware, commit and command of this process, as plain values."""
     import timm  # slow to import, which readers of the file need not wait for
@@ -38,7 +48,7 @@ def describe(device: "torch.device", processes: int) -> dict[str, Any]:
         else f"CPU, threads per process: {torch.get_num_threads()}",
         "device_memory_gib": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1) if cuda else None,
         "cpu": cpu_field("model name") or platform.processor() or platform.machine(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": cores(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
