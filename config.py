@@ -437,6 +437,12 @@ KEYS: dict[str, Key] = {
         boolean(),
         "write TensorBoard files to the run folder: scalars, a few augmented inputs, histograms of the exponents",
     ),
+    "TRACKER": Key(
+        "none",
+        text(re.compile(r"none|wandb|[A-Za-z_][\w.]*:[A-Za-z_]\w*"), "none, wandb, or MODULE:CLASS"),
+        "experiment tracker that rank 0 tells what metrics.jsonl gets, the configuration and the result: none; wandb"
+        " (pip install wandb); or a class of yours with three methods (docs/training.md)",
+    ),
     "OUTPUT": Key("", file_path(), "root of the run folders; empty means `output` (--output)"),
     "TAG": Key("default", folder_name(), "last part of the run folder OUTPUT/NAME/TAG (--tag)"),
     "SAVE_FREQ": Key(1, integer(1), "epochs between checkpoints; the last epoch is always saved"),

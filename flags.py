@@ -83,6 +83,7 @@ OF_SETTINGS = {
     "EMA.WARMUP True": "--model-ema-warmup",
     "MODEL.LA.BACKEND auto": "--fused-window-process",
     "TEST.FLIP True": "--tta",
+    "TRACKER wandb": "--log-wandb --wandb-project --wandb",
     "TRAIN.AUTO_RESUME False": "--no-resume",
     "TRAIN.LR_SCHEDULER.WARMUP_PREFIX True": "--warmup-prefix",
     "TRAIN.SCALE_LR False": "--unscale-lr",

@@ -261,7 +261,10 @@ class MetricsWriter:
         epoch: int = 0,
         step: int = 0,
         check: Callable[[], None] = lambda: None,
+        follow: Callable[[Mapping[str, float], int], None] = lambda values, step: None,
     ) -> None:
+        """`follow` is told the values of every record, by names such as train/loss, and its step."""
+        self._follow = follow
         self.path = folder / "metrics.jsonl" if folder else None
         self.tensorboard = TensorBoard(folder / "tensorboard", step, check) if folder and tensorboard else None
         self._check = check
@@ -294,6 +297,7 @@ class MetricsWriter:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._sink.put(json.dumps({"kind": kind, "epoch": epoch, "step": step, **finite}))
         self._show(kind, step, values)
+        self._follow({f"{kind}/{name}": value for name, value in values.items()}, step)
 
     def _append(self, line: str | None) -> None:
         assert self.path is not None

@@ -56,6 +56,8 @@ from engine.rehearsal import rehearse
 from engine.saving import Checkpointer
 from engine.state import Progress, resume
 from engine.throughput import run_throughput
+from engine.tracking import hangs as tracker_hangs
+from engine.tracking import tracker_class
 from engine.training import Interval, Training, build_training, place, wrap
 from logger import MetricsWriter, get_logger, setup_logger
 from models import build_model
@@ -98,6 +100,8 @@ def check(config: CfgNode) -> None:
                 where = f"TEST.IMG_SIZE {config.TEST.IMG_SIZE}: "
                 build_model(evaluation_config(config))
                 where = ""
+        if not (config.EVAL_MODE or config.THROUGHPUT_MODE):
+            tracker_class(config.TRACKER)
         announce_attention(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     except (TypeError, ValueError) as problem:
         raise ConfigError(f"{where}{problem}") from None
@@ -318,13 +322,15 @@ def main(config: CfgNode) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.unraisablehook = leave_to_the_loader
+    status = 0
     try:
         reported(COMMAND_LINE)
     except EXPECTED as problem:
         get_logger().error("error: %s", problem)
-        distributed.leave(2)
+        status = 2
     except KeyboardInterrupt:
         get_logger().warning(
             "interrupted; the last complete checkpoint is intact, and the same command continues from it"
         )
-        sys.exit(130)
+        status = 130
+    distributed.leave(status, at_once=tracker_hangs())

@@ -18,6 +18,7 @@ from data.transforms import Normalise
 from engine.memory import memory_problem
 from engine.profiling import step_profiler
 from engine.state import Progress, percent, stored_position
+from engine.tracking import Tracking
 from engine.training import Training
 from logger import MetricsWriter, Sink, get_logger
 from models.classifier import Classifier
@@ -161,12 +162,17 @@ class RunFiles:
     ) -> None:
         """`check` raises OSError where nothing may be written into the folder."""
         self.folder, is_main = training.plan.folder, distributed.rank() == 0
+        self.epochs, self.last_epoch = progress.epoch, training.plan.last_epoch
+        continues = progress > Progress(config.TRAIN.START_EPOCH)
+        tracked = is_main and config.TRACKER != "none"
+        self.tracking = Tracking(config, self.folder, continues=continues) if tracked else None
         self.metrics = MetricsWriter(
             self.folder if is_main else None,
             config.TENSORBOARD,
             epoch=progress.epoch,
             step=progress.epoch * training.steps_per_epoch + progress.done,
             check=check,
+            **({"follow": self.tracking.log} if self.tracking else {}),
         )
         self.monitor, self._about = None, dict[str, Sink]()
         if is_main:
@@ -199,6 +205,7 @@ class RunFiles:
 
     def epoch_ended(self, epochs: int) -> None:
         """`epochs` are finished."""
+        self.epochs = epochs
         self._complete()
         if self.metrics.best:
             kind, (top1, when) = max(self.metrics.best.items(), key=lambda each: each[1][0])
@@ -247,6 +254,11 @@ class RunFiles:
         self._complete()
         if self.monitor:
             self.monitor.close()
+        if self.tracking:
+            report = {"folder": str(self.folder), "epochs": self.epochs, "finished": self.epochs >= self.last_epoch}
+            for kind, (top1, epochs) in self.metrics.best.items():
+                report |= {f"best/{kind}/top1": top1, f"best/{kind}/epochs": epochs}
+            self.tracking.finish(report)
 
 
 @contextmanager

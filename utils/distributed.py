@@ -130,11 +130,11 @@ def cleanup() -> None:
         dist.destroy_process_group()
 
 
-def leave(status: int) -> NoReturn:
-    """End a process that failed. Torch's threads are not taken apart: while other processes of the run are gone, that
-    can abort with a report of its own."""
+def leave(status: int, *, at_once: bool = False) -> NoReturn:
+    """End the program; `at_once`, without what libraries do at its end. Nor are torch's threads taken apart where the
+    process failed: while other processes of the run are gone, that can abort with a report of its own."""
     logging.shutdown()
-    if dist.is_initialized():
+    if at_once or dist.is_initialized():
         os._exit(status)
     sys.exit(status)
 
