@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 
 from flags import explain
 from utils.checkpoints.naming import best_files, run_checkpoints
-from utils.environment import share_of_cores
+from utils.environment import share_of_cores, short_path
 from utils.schema import (
     Kind,
     boolean,
@@ -471,6 +471,12 @@ KEYS: dict[str, Key] = {
         "build everything, do two steps on synthetic input, say what the run will take, write nothing and stop"
         " (--dry-run)",
     ),
+    "DEVICE": Key(
+        "auto",
+        choice("auto", "cpu", "cuda", "mps", "xpu"),
+        "what to compute on: cuda (NVIDIA's and AMD's GPUs), mps (Apple's), xpu (Intel's), cpu; auto: the accelerator"
+        " that torch finds, else the CPU (--device)",
+    ),
     "LOCAL_RANK": Key(0, integer(0), "GPU of a single process; torchrun's LOCAL_RANK takes precedence (--local-rank)"),
 }
 
@@ -567,8 +573,8 @@ def _merge_file(config: CfgNode, file: Path, done: set[Path] | None = None, pare
     try:
         tree, resolved = read_yaml(file), Path(os.path.realpath(file))
     except FileNotFoundError:
-        folder = Path(os.path.relpath(Path(__file__).with_name("configs")))
-        available = [path.stem for path in folder.glob("*.yaml")]
+        folder = short_path(Path(__file__).with_name("configs"))
+        available = [path.stem for path in Path(folder).glob("*.yaml")]
         nearest = _nearest(file.stem[-200:], available, f"did you mean {folder}/{{}}.yaml?") or f"{folder}/ holds many"
         raise ConfigError(f"config file {str(file)[:200]} does not exist; {nearest}") from None
     except YamlError as error:
@@ -865,6 +871,7 @@ VALUE_FLAGS = {
     "--profile": "PROFILE",
     "--benchmark": "TEST.BENCHMARK",
     "--local-rank": "LOCAL_RANK",
+    "--device": "DEVICE",
 }
 SWITCHES = {
     "--zip": "DATA.ZIP_MODE",

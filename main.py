@@ -65,6 +65,7 @@ from models.files import CheckpointError
 from models.registry import announce_attention, body_of
 from utils import distributed
 from utils.checkpoints.writing import CheckpointWriter
+from utils.devices import described, device_type, lacks
 from utils.faults.folder_lock import LOG_FILE, Hold, RunFolderError, RunLock, nothing_left, open_folder, own_folder
 from utils.faults.preemption import PeersLostError, Preempted, StopRequest
 from utils.faults.watchdog import Watchdog
@@ -102,7 +103,7 @@ def check(config: CfgNode) -> None:
                 where = ""
         if not (config.EVAL_MODE or config.THROUGHPUT_MODE):
             tracker_class(config.TRACKER)
-        announce_attention(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        announce_attention(config, torch.device(device_type(config.DEVICE)))
     except (TypeError, ValueError) as problem:
         raise ConfigError(f"{where}{problem}") from None
 
@@ -110,7 +111,7 @@ def check(config: CfgNode) -> None:
 def setup(config: CfgNode) -> tuple[torch.device, Plan]:
     """Join the other processes, open the run folder, seed every generator."""
     setup_logger(int(os.environ.get("RANK", 0)))  # for what goes wrong before the ranks know each other
-    device = distributed.init(config.LOCAL_RANK, config.DIST.TIMEOUT)
+    device = distributed.init(config.LOCAL_RANK, config.DIST.TIMEOUT, config.DEVICE)
     plan = make_plan(config, distributed.world_size())
     if not config.THROUGHPUT_MODE and not config.DRY_RUN_MODE:
         open_folder(plan.folder)
@@ -128,10 +129,12 @@ def begin_log(config: CfgNode, device: torch.device, folder: Path | None, lock: 
     get_logger().info(
         "%d × %s, torch %s, %s",
         distributed.world_size(),
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)",
+        described(device),
         torch.__version__,
         announce_attention(config, device),
     )
+    if without := lacks(device):
+        get_logger().info("this device is used without %s", without)
     for note in notes_of(config):
         get_logger().warning("%s", note)
 

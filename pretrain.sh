@@ -40,13 +40,17 @@ from config import ConfigError, make_plan, parse_command_line
 config = parse_command_line()
 import torch
 from main import check
+from utils.devices import device_type
+from utils.environment import cores
 try:
     check(config)
 except ConfigError as problem:
     print(f"main.py: error: {problem}", file=sys.stderr)
     sys.exit(2)
-print(torch.cuda.device_count(), make_plan(config).folder)' "$here" "${arguments[@]}")
-gpus="${answer%% *}" folder="${answer#* }"
+gpus = 0 if device_type(config.DEVICE) == "cpu" else torch.accelerator.device_count()
+print(gpus, cores(), make_plan(config).folder)' "$here" "${arguments[@]}")
+gpus="${answer%% *}" answer="${answer#* }"
+cores="${answer%% *}" folder="${answer#* }"
 
 if (( gpus > 0 )); then
   arguments+=(--amp)
@@ -54,7 +58,7 @@ if (( gpus > 0 )); then
 else
   NPROC="${NPROC:-2}"
   # each process gets its share of the cores
-  threads=$(( $(nproc) / NPROC ))
+  threads=$(( cores / NPROC ))
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( threads > 0 ? threads : 1 ))}"
 fi
 

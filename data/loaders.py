@@ -26,6 +26,7 @@ from data.sources.shards import ShardDataset, ShardEvalDataset, ShardSplit, Shar
 from data.transforms import Images
 from logger import get_logger
 from utils import distributed
+from utils.devices import PINNING, device_type
 from utils.environment import share_of_cores
 
 # Seconds that a loader process goes on after SIGTERM: longer than the run has to save.
@@ -185,6 +186,8 @@ def _collate(samples: list[Sample]) -> Batch:
 
 def _outlive_stop_signals(worker: int) -> None:
     """A loader process that was told to stop with the whole run goes on for a while, so that the run can save."""
+    if not hasattr(signal, "alarm"):  # Windows has no signals to outlive
+        return
     signal.set_wakeup_fd(-1)  # of the process it was forked from
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -198,7 +201,7 @@ def _loader_options(config: CfgNode, plan: Plan, *, persistent: bool) -> dict[st
         "num_workers": workers,
         "prefetch_factor": config.DATA.PREFETCH_FACTOR if workers else None,
         "persistent_workers": persistent and workers > 0,
-        "pin_memory": config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+        "pin_memory": config.DATA.PIN_MEMORY and device_type(config.DEVICE) in PINNING,
         "collate_fn": _collate,
         "worker_init_fn": _outlive_stop_signals,
         "generator": torch.Generator(),  # of its own, so that iterating draws nothing from the run's generator

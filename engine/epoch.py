@@ -1,6 +1,5 @@
 """One epoch of training: the loop."""
 
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from engine.non_finite import FiniteGuard, NonFiniteError, write_report
 from engine.training import Interval, Saver, Training
 from logger import MetricsWriter, duration, get_logger, progress
 from utils import distributed
+from utils.devices import peak_memory_mb, widest
 from utils.precision import autocast
 
 
@@ -122,7 +122,7 @@ def _optimizer_step(
     if scaler:
         scaler.step(optimizer)
         scaler.update()
-    else:
+    elif guard.allows_update():
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # None, not zeros: unused parameters are then left alone
     if training.ema:
@@ -143,15 +143,16 @@ def _log_interval(
     batches: Batches,
 ) -> Times:
     """One reduction and one look at the device: mean loss of all ranks, gradient norm, times, and whether to stop."""
-    bad = (guard.first_bad_step >= 0).double()
+    wide = widest(training.device)
+    bad = (guard.first_bad_step >= 0).to(wide)
     mine = [len(batches.unreadable), interval.data_time / interval.timed_steps, exposed_communication(training.model)]
-    numbers = torch.tensor(mine, dtype=torch.float64).to(bad.device, non_blocking=True)
+    numbers = torch.tensor(mine, dtype=wide).to(bad.device, non_blocking=True)
     # one reduction and one copy to the host for everything that a log line says
     sums = distributed.sum_over_ranks(
-        torch.cat([torch.stack([interval.loss_sum, interval.losses.double(), bad]), numbers])
+        torch.cat([torch.stack([interval.loss_sum, interval.losses.to(wide), bad]), numbers])
     )
     loss_sum, losses, bad_ranks, unreadable, data, communication, grad_norm = torch.cat(
-        [sums, norm.detach().double()[None]]
+        [sums, norm.detach().to(wide)[None]]
     ).tolist()
     guard.look(bad_ranks > 0)  # raises on every rank alike, because the sum is the same everywhere
     batches.require_readable(int(unreadable))
@@ -165,7 +166,7 @@ def _log_interval(
         "communication_time": communication / world_size,
         "step_time": elapsed / interval.timed_steps,
         "images_per_s": training.plan.global_batch * interval.timed_steps / elapsed,
-        "memory_mb": memory_mb(training.device),
+        "memory_mb": peak_memory_mb(training.device),
     }
     metrics.write("train", epoch, step + 1, **values)
     done = (step % training.steps_per_epoch) + 1
@@ -190,13 +191,6 @@ def _seconds_left(training: Training, epoch: int, done: int, step_time: float) -
     """Of the run after `done` steps of an epoch: steps like the last ones, and breaks between epochs like the last."""
     epochs = training.plan.last_epoch - epoch
     return (epochs * training.steps_per_epoch - done) * step_time + epochs * training.pause
-
-
-def memory_mb(device: torch.device) -> float:
-    """Largest memory use so far in MiB: allocated on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def exposed_communication(model: nn.Module) -> float:

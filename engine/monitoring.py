@@ -28,7 +28,7 @@ from utils import distributed
 from utils.checkpoints.naming import BESTS, run_file
 from utils.checkpoints.writing import CheckpointWriter
 from utils.curves import CurvesInBackground
-from utils.environment import ENVIRONMENT_FILE, environment_with
+from utils.environment import ENVIRONMENT_FILE, environment_with, short_path
 from utils.faults.watchdog import Watchdog
 from utils.files import write_atomically
 
@@ -114,16 +114,11 @@ def claim(kind: str, top1: float, epochs: int) -> str:
     return f"{top1:.3f} % ({weights} after {epochs} epochs)"
 
 
-def short(path: Path | str) -> str:
-    """A path as it is written from here, where it lies below."""
-    here, there = os.getcwd(), os.path.abspath(path)
-    return os.path.relpath(there) if there.startswith(here + os.sep) else str(path)
-
-
 def python_command() -> str:
     """How this interpreter is called from here."""
     found = shutil.which("python")
-    return "python" if found and os.path.realpath(found) == os.path.realpath(sys.executable) else short(sys.executable)
+    same = found and os.path.realpath(found) == os.path.realpath(sys.executable)
+    return "python" if same else short_path(sys.executable)
 
 
 class BestWeights(NamedTuple):
@@ -222,27 +217,27 @@ class RunFiles:
         curves = self.monitor.draw_curves()
         held = best_weights(folder)
         best = max(held, key=lambda each: each.top1, default=None)  # of equals the model's
-        logger.info("run folder: %s", short(folder))
+        logger.info("run folder: %s", short_path(folder))
         if best:
             others = "".join(f"; {each}" for each in held if each is not best)
             logger.info("best top-1: %s%s", best, others)
         else:
             logger.warning("the run folder holds no best weights that can be read")
         if curves:
-            logger.info("curves: %s", short(curves))
-        checkpoint = short(best.path if best else run_file(folder, progress.position))
+            logger.info("curves: %s", short_path(curves))
+        checkpoint = short_path(best.path if best else run_file(folder, progress.position))
         averaged = best is not None and best.kind == "ema"
         python, home = python_command(), Path(main_file).parent
 
         def say(what: str, script: str, *words: str) -> None:
-            logger.info("%s: %s", what, shlex.join([python, short(home / script), *words]))
+            logger.info("%s: %s", what, shlex.join([python, short_path(home / script), *words]))
 
         weights = ["--opts", "MODEL.WEIGHTS", "ema"] if averaged else []
         say("evaluate it with", "main.py", "--eval", "--resume", checkpoint, *weights)
-        say("report", "tools/report.py", short(folder))
+        say("report", "tools/report.py", short_path(folder))
         if not isinstance(self.monitor.training.bare_model, Classifier):
             return
-        picture = short(loaders.picture or home / PICTURE)
+        picture = short_path(loaders.picture or home / PICTURE)
         chosen = ["--checkpoint", checkpoint, *(["--ema"] if averaged else [])]
         say("predict", "tools/predict.py", picture, *chosen)
         if any(isinstance(module, Kernel) for module in self.monitor.training.bare_model.modules()):

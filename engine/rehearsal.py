@@ -8,11 +8,12 @@ import torch
 from yacs.config import CfgNode
 
 from data.loaders import Loaders
-from engine.epoch import _optimizer_step, memory_mb
+from engine.epoch import _optimizer_step
 from engine.non_finite import FiniteGuard
 from engine.state import Progress, checkpoint_state, start_from_pretrained
 from engine.training import Interval, Training, wrap
 from logger import duration, get_logger
+from utils.devices import peak_memory_mb
 
 STEPS = 2  # the first one includes what is done once: compiling, choosing kernels, the optimizer's state
 
@@ -51,7 +52,7 @@ def rehearse(config: CfgNode, loaders: Loaders, training: Training) -> None:
         STEPS,
         *seconds,
         plan.global_batch / seconds[-1],
-        memory_mb(device),
+        peak_memory_mb(device),
     )
     logger.info(
         "the run: %d epochs of %d steps, %s without validation and waiting for data",

@@ -136,8 +136,8 @@ def test_tasks_of_srun_without_torchrun_are_refused(monkeypatch):
 
 
 def test_more_processes_than_gpus_is_explained(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     for name, value in {"RANK": 7, "WORLD_SIZE": 8, "LOCAL_RANK": 7, "LOCAL_WORLD_SIZE": 8}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(distributed.LaunchError, match="8 processes need 8 GPUs, and this node has 4: lower --nproc"):

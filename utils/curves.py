@@ -287,5 +287,6 @@ class CurvesInBackground:
 
 
 if __name__ == "__main__":
-    os.nice(19)
+    if hasattr(os, "nice"):  # not on Windows
+        os.nice(19)
     draw_curves(Path(sys.argv[1]))
