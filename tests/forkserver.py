@@ -90,7 +90,7 @@ def _serve(listener: socket.socket, alive: int) -> None:
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(io.FileIO(number, "w", closefd=False), write_through=True) for number in (1, 2)
     )
-    for reference in logging._handlerList:
+    for reference in logging._handlerList:  # type: ignore[attr-defined]
         handler = reference()
         # those of a private class look sys.stderr up themselves: logging's own and, where it is installed, dill's
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging._StderrHandler):
@@ -207,7 +207,7 @@ def _become(arguments: list[str], environment: dict[str, str], ignored: Sequence
         traceback.print_exc()
     finally:
         with suppress(BaseException):
-            threading._shutdown()
+            threading._shutdown()  # type: ignore[attr-defined]
             multiprocessing.util._exit_function()
             atexit._run_exitfuncs()
         os._exit(status & 255)

@@ -168,6 +168,23 @@ def test_reference_page_is_up_to_date():
     assert (ROOT / "docs" / "configuration.md").read_text() == render(), "run `make reference`"
 
 
+def test_the_reference_begins_with_ten_keys_and_has_every_key_in_one_section():
+    first, *sections = re.split(r"^## ", render(), flags=re.MULTILINE)[1:]
+    assert (
+        first.startswith("The ten keys that people change\n") and len(re.findall(r"^\| `", first, re.MULTILINE)) == 10
+    )
+    found = [(s.partition("\n")[0], key) for s in sections for key in re.findall(r"^\| `([\w.]+)` \|", s, re.MULTILINE)]
+    assert sorted(key for _, key in found) == sorted(config.KEYS)
+    titles = dict.fromkeys(title for title, _ in found)
+    assert len(titles) == len(sections) >= 12  # none is empty
+    by_key = {key: title for title, key in found}
+    assert (
+        by_key["TRAIN.OPTIMIZER.NAME"] == "Optimizer"
+        and by_key["SEED"] == "Run"
+        and by_key["AUG.HFLIP"] == "Augmentation"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
 # ---------------------------------------------------------------------------------------------------------------------
