@@ -97,12 +97,34 @@ OF_FLAGS = {
     "--use-checkpoint": "--grad-checkpointing",
 }
 # By the reason: flags that nothing stands for.
-UNNEEDED = {
-    "torchrun says how many processes there are, and where": "--world-size --dist-url --dist-backend --backend"
-    " --distributed --rank --gpu --multiprocessing-distributed --ngpus",
-    "evaluation always divides the images, each exactly once": "--dist-eval",
-    "memory layouts, kernels and copies to the device are chosen by the device": "--channels-last --fuser --fast-norm"
-    " --fused-layernorm --no-prefetcher --no-ddp-bb --torchscript --synchronize-step",
+WITHOUT = {
+    "not needed, torchrun says how many processes there are, and where": (
+        "--world-size --dist-url --dist-backend --backend --distributed --rank --gpu --multiprocessing-distributed "
+        "--ngpus"
+    ),
+    "not needed, evaluation always divides the images, each exactly once": ("--dist-eval --no-dist-eval"),
+    "not needed, memory layouts, kernels and copies to the device are chosen by the device": (
+        "--channels-last --fuser --fast-norm --fused-layernorm --no-prefetcher --no-ddp-bb --torchscript --synchronize- "
+        "step --use-multi-epochs-loader --worker-seeding --device-modules --model-dtype --model-ema-force-cpu --dist-bn "
+        "--force-cpu"
+    ),
+    "not needed, docs/data.md tells how a data set lies there": (
+        "--train-split --val-split --dataset-download --class-map --input-key --target-key --train-num-samples --val- "
+        "num-samples --dataset-trust-remote-code --inat-category --cache-dataset --num-samples"
+    ),
+    "not needed, --pretrained takes weights alone, and --resume everything": ("--no-resume-opt --resume-opt"),
+    "not needed, the best checkpoint is that of the highest top-1": ("--eval-metric --save-images"),
+    "nothing here does this; docs/configuration.md lists what can be set": (
+        "--jsd-loss --aug-splits --split-bn --resplit --mixup-off-epoch --color-jitter-prob --grayscale-prob "
+        "--gaussian-blur-prob --train-crop-mode --drop-block --ra-magnitude --augmix-severity --lr-noise --lr-noise-pct "
+        "--lr-noise-std --lr-cycle-mul --lr-cycle-decay --lr-cycle-limit --lr-k-decay --lr-base-size --lr-base-scale "
+        "--lr-warmup-method --lr-warmup-decay --decay-milestones --patience-epochs --sched-on-updates --epoch-repeats "
+        "--clip-mode --layer-decay-min-scale --layer-decay-no-opt-scale --norm-weight-decay --bias-weight-decay "
+        "--transformer-embedding-decay --model-ema-steps --bn-momentum --bn-eps --gp --head-init-scale --head-init-bias "
+        "--bce-sum --bce-target-thresh --bce-pos-weight --teacher-model --teacher-path --distillation-type "
+        "--distillation-alpha --distillation-tau --kd-model-name --cosub --attn-only --src --train-mode --no-train-mode "
+        "--use-v2"
+    ),
 }
 LISTS = ("TRAIN.OPTIMIZER.BETAS", "AUG.CUTMIX_MINMAX", "DATA.IMG_SIZE", "TEST.IMG_SIZE")  # keys of several values
 
@@ -111,7 +133,7 @@ def _by_flag(table: Mapping[str, str]) -> dict[str, str]:
     return {flag: meaning for meaning, flags in table.items() for flag in flags.split()}
 
 
-KEYS, SETTINGS, FLAGS, REASONS = map(_by_flag, (OF_KEYS, OF_SETTINGS, OF_FLAGS, UNNEEDED))
+KEYS, SETTINGS, FLAGS, REASONS = map(_by_flag, (OF_KEYS, OF_SETTINGS, OF_FLAGS, WITHOUT))
 
 
 def explain(words: Sequence[str], helps: Mapping[str, str]) -> str:
@@ -129,7 +151,7 @@ def explain(words: Sequence[str], helps: Mapping[str, str]) -> str:
             values.append(value)
         key = name.lstrip("-") if name.lstrip("-") in helps else KEYS.get(flag)
         if reason := REASONS.get(flag):
-            about.append(f"{name} is not needed: {reason}")
+            about.append(f"{name}: {reason}")
         elif key:
             about.append(f"{name} is the key {key} here ({helps[key]})")
             pairs += [key, _value(key, values)]

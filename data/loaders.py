@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,13 +93,14 @@ class Batches:
         sampler.set_epoch(epoch, start * size)
         return [dataset.source.name(draw.position) for draw in itertools.islice(sampler, batches * size)]
 
-    def sample_sizes(self, count: int = 9) -> tuple[list[str], list[int]]:
+    @cached_property
+    def sample_sizes(self) -> tuple[list[str], list[int]]:
         """Names, and shorter sides in pixels, of a few training images; of streams and sequences none."""
         dataset = self.loader.dataset
         if not isinstance(dataset, TrainDataset) or self.modality.reads != Images.reads:
             return [], []
         names, sides = [], []
-        for index in range(0, len(dataset), max(1, len(dataset) // count)):
+        for index in range(0, len(dataset), max(1, len(dataset) // 8)):
             with suppress(UnreadableImage):
                 sides.append(min(get_image_size(dataset.source.load(index))))
                 names.append(dataset.source.name(index))

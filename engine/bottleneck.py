@@ -80,7 +80,7 @@ def _count(number: int, noun: str) -> str:
 
 def decoding_advice(config: CfgNode, batches: Batches, size: tuple[int, int]) -> list[str]:
     """What would make images of (height, width) load faster, by what is in the data set: a look at a few of them."""
-    names, sides = batches.sample_sizes()
+    names, sides = batches.sample_sizes
     needed, advice = ceil(max(size) / CROPPED), []
     if config.DATA.DECODER == "pillow" and any(name.lower().endswith((".jpg", ".jpeg")) for name in names):
         advice.append("DATA.DECODER simplejpeg with AUG.BACKEND opencv")
