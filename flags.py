@@ -102,28 +102,28 @@ WITHOUT = {
         "--world-size --dist-url --dist-backend --backend --distributed --rank --gpu --multiprocessing-distributed "
         "--ngpus"
     ),
-    "not needed, evaluation always divides the images, each exactly once": ("--dist-eval --no-dist-eval"),
+    "not needed, evaluation always divides the images, each exactly once": "--dist-eval --no-dist-eval",
     "not needed, memory layouts, kernels and copies to the device are chosen by the device": (
-        "--channels-last --fuser --fast-norm --fused-layernorm --no-prefetcher --no-ddp-bb --torchscript --synchronize- "
-        "step --use-multi-epochs-loader --worker-seeding --device-modules --model-dtype --model-ema-force-cpu --dist-bn "
-        "--force-cpu"
+        "--channels-last --fuser --fast-norm --fused-layernorm --no-prefetcher --no-ddp-bb --torchscript "
+        "--synchronize-step --use-multi-epochs-loader --worker-seeding --device-modules --model-dtype "
+        "--model-ema-force-cpu --dist-bn --force-cpu"
     ),
     "not needed, docs/data.md tells how a data set lies there": (
-        "--train-split --val-split --dataset-download --class-map --input-key --target-key --train-num-samples --val- "
-        "num-samples --dataset-trust-remote-code --inat-category --cache-dataset --num-samples"
+        "--train-split --val-split --dataset-download --class-map --input-key --target-key --train-num-samples "
+        "--val-num-samples --dataset-trust-remote-code --inat-category --cache-dataset --num-samples"
     ),
-    "not needed, --pretrained takes weights alone, and --resume everything": ("--no-resume-opt --resume-opt"),
-    "not needed, the best checkpoint is that of the highest top-1": ("--eval-metric --save-images"),
+    "not needed, --pretrained takes weights alone, and --resume everything": "--no-resume-opt --resume-opt",
+    "not needed, the best checkpoint is that of the highest top-1": "--eval-metric --save-images",
     "nothing here does this; docs/configuration.md lists what can be set": (
         "--jsd-loss --aug-splits --split-bn --resplit --mixup-off-epoch --color-jitter-prob --grayscale-prob "
-        "--gaussian-blur-prob --train-crop-mode --drop-block --ra-magnitude --augmix-severity --lr-noise --lr-noise-pct "
-        "--lr-noise-std --lr-cycle-mul --lr-cycle-decay --lr-cycle-limit --lr-k-decay --lr-base-size --lr-base-scale "
-        "--lr-warmup-method --lr-warmup-decay --decay-milestones --patience-epochs --sched-on-updates --epoch-repeats "
-        "--clip-mode --layer-decay-min-scale --layer-decay-no-opt-scale --norm-weight-decay --bias-weight-decay "
-        "--transformer-embedding-decay --model-ema-steps --bn-momentum --bn-eps --gp --head-init-scale --head-init-bias "
-        "--bce-sum --bce-target-thresh --bce-pos-weight --teacher-model --teacher-path --distillation-type "
-        "--distillation-alpha --distillation-tau --kd-model-name --cosub --attn-only --src --train-mode --no-train-mode "
-        "--use-v2"
+        "--gaussian-blur-prob --train-crop-mode --drop-block --ra-magnitude --augmix-severity --lr-noise "
+        "--lr-noise-pct --lr-noise-std --lr-cycle-mul --lr-cycle-decay --lr-cycle-limit --lr-k-decay "
+        "--lr-base-size --lr-base-scale --lr-warmup-method --lr-warmup-decay --decay-milestones --patience-epochs "
+        "--sched-on-updates --epoch-repeats --clip-mode --layer-decay-min-scale --layer-decay-no-opt-scale "
+        "--norm-weight-decay --bias-weight-decay --transformer-embedding-decay --model-ema-steps --bn-momentum "
+        "--bn-eps --gp --head-init-scale --head-init-bias --bce-sum --bce-target-thresh --bce-pos-weight "
+        "--teacher-model --teacher-path --distillation-type --distillation-alpha --distillation-tau "
+        "--kd-model-name --cosub --attn-only --src --train-mode --no-train-mode --use-v2"
     ),
 }
 LISTS = ("TRAIN.OPTIMIZER.BETAS", "AUG.CUTMIX_MINMAX", "DATA.IMG_SIZE", "TEST.IMG_SIZE")  # keys of several values

@@ -372,6 +372,7 @@ def flags_of_others() -> list[str]:
 def test_every_flag_of_related_scripts_is_told_once_what_to_write_here():
     own = {name for action in config._parser()._actions for name in action.option_strings}
     assert len(set(flags_of_others())) == len(flags_of_others()) > 200 and not own & set(flags_of_others())
+    assert all(re.fullmatch(r"-\w|-vb|--\w+(-\w+)*", flag) for flag in flags_of_others())
     assert set(flags.OF_KEYS) <= set(config.KEYS) and set(flags.OF_FLAGS) <= own
     for setting in flags.OF_SETTINGS:
         load_config(config_file("pola_swin_t"), setting.split())  # can be written as it stands
