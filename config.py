@@ -925,8 +925,9 @@ def parse_command_line(argv: Sequence[str] | None = None, stored: Callable[[str]
     flags = {key: given[key] for key in KEYS if key in given}
     try:
         if namespace.cfg is None and stored and "EVAL_MODE" in flags and "MODEL.RESUME" in flags:
-            _require_checkpoint("--resume", flags["MODEL.RESUME"])
-            namespace.cfg = stored(flags["MODEL.RESUME"])
+            path = os.path.expanduser(flags["MODEL.RESUME"])
+            _require_checkpoint("--resume", path)
+            namespace.cfg = stored(path)
         if namespace.cfg is None:
             parser.error(
                 "--cfg FILE is required, for example --cfg configs/pola_swin_t.yaml (--eval --resume FILE does without)"
@@ -962,7 +963,7 @@ def _require_files(config: CfgNode) -> None:
 
 
 def _require_checkpoint(flag: str, path: str) -> None:
-    if not Path(path).expanduser().is_file():
+    if not Path(path).is_file():
         raise ConfigError(f"{flag} {path}: {'not a file' if Path(path).exists() else 'no such file'}")
 
 

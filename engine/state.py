@@ -288,8 +288,8 @@ def configuration_in(checkpoint: dict[str, Any], source: str) -> CfgNode | None:
 
 
 def evaluated_configuration(path: str) -> CfgNode:
-    """The configuration in a checkpoint, as --eval takes it: without what the run began with, and, of a released file,
-    without the places on another machine. Raises ConfigError where there is none that can be used."""
+    """The configuration in a checkpoint, as --eval takes it: without what the run began with, its device and, of a
+    released file, places on another machine. Raises ConfigError where there is none that can be used."""
     try:
         checkpoint = load_checkpoint(path)
         config = configuration_in(checkpoint, path)
@@ -297,9 +297,10 @@ def evaluated_configuration(path: str) -> CfgNode:
         raise ConfigError(str(error)) from None
     if config is None:
         raise ConfigError(f"{path} stores no configuration: --cfg names the YAML file of its model")
-    places = () if "version" in checkpoint else ("DATA.DATA_PATH", "OUTPUT", "TAG")
+    others = [*STARTING_POINTS, "DEVICE", "LOCAL_RANK"]
+    others += [] if "version" in checkpoint else ["DATA.DATA_PATH", "OUTPUT", "TAG"]
     config.defrost()
-    config.merge_from_list([word for key in (*STARTING_POINTS, *places) for word in (key, KEYS[key].default)])
+    config.merge_from_list([word for key in others for word in (key, KEYS[key].default)])
     config.freeze()
     return config
 

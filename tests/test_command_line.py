@@ -191,9 +191,10 @@ def test_a_dry_run_says_what_the_run_will_take_and_leaves_nothing(tiny, log):
 
 
 def test_evaluation_without_a_configuration_takes_the_checkpoints_own(tiny):
-    run(tiny, "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 MODEL.PRETRAINED ''")
+    run(tiny, "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 DEVICE cpu")
     tiny.unlink()
     best = folder_of(tiny) / "max_acc.pth"
+    assert stored_configuration(str(best)).DEVICE == "auto"  # that of the machine that evaluates
     result = run_main("--eval", "--resume", best, "--opts", "DATA.BATCH_SIZE=50")
     assert f"evaluated {best}" in result.stdout
     top1 = max(r["top1"] for r in read_metrics(folder_of(tiny) / "metrics.jsonl") if r["kind"] == "val")

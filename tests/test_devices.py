@@ -199,7 +199,13 @@ for name in ("fcntl", "resource", "termios", "pwd", "grp", "tty", "pty", "syslog
     sys.modules[name] = None
 for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGALRM", "SIGKILL", "SIGQUIT", "SIGSTOP", "SIGCONT", "alarm"):
     delattr(signal, name)
-for name in ("sched_getaffinity", "statvfs", "nice", "getuid", "fork", "killpg", "setsid", "mkfifo", "getpgid"):
+real = os.open
+def opened(path, *arguments, **named):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    return real(path, *arguments, **named)
+os.open = opened
+for name in ("O_DIRECTORY", "sched_getaffinity", "statvfs", "nice", "getuid", "fork", "killpg", "setsid", "mkfifo", "getpgid"):
     delattr(os, name)
 if __name__ == "__main__":
     import multiprocessing, runpy

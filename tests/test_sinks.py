@@ -268,7 +268,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_run_few_lines_and_no_record(tin
         assert [event.value for event in found[0]] == [event.value for event in found[1]]
     steps = [[record["step"] for record in read_metrics(each / "metrics.jsonl")] for each in (folder, whole)]
     assert steps[0] == steps[1]
-    assert len(log.text.splitlines()) < undisturbed + 7 and log.text.count("could not be written") <= 5
+    assert len(log.text.splitlines()) <= undisturbed + 5 and log.text.count("could not be written") <= 5
     assert "best top-1" in log.text and load_checkpoint(folder / "max_acc.pth")["epoch"] == 2
     lines = (folder / "log.txt").read_text().splitlines()
     assert len(lines) == len(log.text.splitlines())
