@@ -205,7 +205,7 @@ def opened(path, *arguments, **named):
         raise PermissionError(13, "Permission denied", str(path))
     return real(path, *arguments, **named)
 os.open = opened
-for name in ("O_DIRECTORY", "sched_getaffinity", "statvfs", "nice", "getuid", "fork", "killpg", "setsid", "mkfifo", "getpgid"):
+for name in ("O_DIRECTORY", "sched_getaffinity", "statvfs", "nice", "getuid", "fork", "killpg", "setsid", "mkfifo"):
     delattr(os, name)
 if __name__ == "__main__":
     import multiprocessing, runpy
