@@ -235,7 +235,7 @@ class RunFiles:
         weights = ["--opts", "MODEL.WEIGHTS", "ema"] if averaged else []
         say("evaluate it with", "main.py", "--eval", "--resume", checkpoint, *weights)
         say("report", "tools/report.py", short_path(folder))
-        if not isinstance(self.monitor.training.bare_model, Classifier):
+        if loaders.modality.noun != "images":
             return
         picture = short_path(loaders.picture or home / PICTURE)
         chosen = ["--checkpoint", checkpoint, *(["--ema"] if averaged else [])]
