@@ -620,7 +620,7 @@ def _merge(cfg: str | CfgNode, flags: Mapping[str, str], opts: Sequence[str]) ->
     """`cfg`: a YAML file, or a configuration that a checkpoint holds."""
     config = cfg.clone() if isinstance(cfg, CfgNode) else default_config()
     config.defrost()
-    if isinstance(cfg, str):
+    if not isinstance(cfg, CfgNode):
         _merge_file(config, Path(os.path.expanduser(cfg)))
     overrides = _pairs(opts)
     for key, value in flags.items():
