@@ -83,7 +83,7 @@ OF_SETTINGS = {
     "EMA.WARMUP True": "--model-ema-warmup",
     "MODEL.LA.BACKEND auto": "--fused-window-process",
     "TEST.FLIP True": "--tta",
-    "TRACKER wandb": "--log-wandb --wandb-project --wandb",
+    "TRACKER wandb": "--log-wandb --wandb",
     "TRAIN.AUTO_RESUME False": "--no-resume",
     "TRAIN.LR_SCHEDULER.WARMUP_PREFIX True": "--warmup-prefix",
     "TRAIN.SCALE_LR False": "--unscale-lr",
@@ -111,6 +111,9 @@ WITHOUT = {
     "not needed, docs/data.md tells how a data set lies there": (
         "--train-split --val-split --dataset-download --class-map --input-key --target-key --train-num-samples "
         "--val-num-samples --dataset-trust-remote-code --inat-category --cache-dataset --num-samples"
+    ),
+    "wandb reads its environment variables, such as WANDB_PROJECT, where TRACKER is wandb": (
+        "--wandb-project --wandb-tags --wandb-resume-id --wandb-entity --wandb-name"
     ),
     "not needed, --pretrained takes weights alone, and --resume everything": "--no-resume-opt --resume-opt",
     "not needed, the best checkpoint is that of the highest top-1": "--eval-metric --save-images",

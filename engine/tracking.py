@@ -20,7 +20,7 @@ from utils.files import write_note
 TRACKER_FILE = "tracker.json"  # in the run folder: which tracker, and under which id it knows the run
 THREAD = "tracker"
 METHODS = ("start", "log", "finish")
-PATIENCE = 30.0  # seconds that the end of a run waits for its tracker
+PATIENCE = 15.0  # seconds that the end of a run waits for its tracker
 PAUSE = 60.0  # seconds after a call that raised, before the next one
 
 
