@@ -12,7 +12,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -20,7 +20,9 @@ from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
+from flags import explain
 from utils.checkpoints.naming import best_files, run_checkpoints
+from utils.environment import share_of_cores, short_path
 from utils.schema import (
     Kind,
     boolean,
@@ -47,6 +49,7 @@ DECODERS = ("pillow", "simplejpeg")
 AUGMENTERS = ("pillow", "opencv")
 BENCHMARKS = ("val", "real", "v2", "a", "r", "sketch", "c")  # the first two are the data set's own validation images
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")  # those that warping augmentations take too
+SIMILAR = 0.6  # of two spellings, from 0 to 1, for one to be suggested for the other
 DEEPEST_BASE = 20  # BASE files in a row, which no real file has
 REFERENCE_BATCH = 512  # images per step that BASE_LR, WARMUP_LR and MIN_LR are given for
 AUGMENT_POLICY = re.compile(
@@ -130,7 +133,11 @@ KEYS: dict[str, Key] = {
         " of a node its share; sampling is the same in every mode (--cache-mode)",
     ),
     "DATA.PIN_MEMORY": Key(True, boolean(), "page-locked batches for faster copies to a GPU"),
-    "DATA.NUM_WORKERS": Key(8, integer(0), "loader processes per process; 0 loads in the main process"),
+    "DATA.NUM_WORKERS": Key(
+        8,
+        integer(0),
+        "loader processes per process, of the default no more than its share of the cores; 0 loads in the main process",
+    ),
     "DATA.PREFETCH_FACTOR": Key(2, integer(1), "batches that each loader process prepares ahead"),
     "DATA.DECODER": Key(
         "pillow",
@@ -431,6 +438,12 @@ KEYS: dict[str, Key] = {
         boolean(),
         "write TensorBoard files to the run folder: scalars, a few augmented inputs, histograms of the exponents",
     ),
+    "TRACKER": Key(
+        "none",
+        text(re.compile(r"none|wandb|[A-Za-z_][\w.]*:[A-Za-z_]\w*"), "none, wandb, or MODULE:CLASS"),
+        "experiment tracker that rank 0 tells what metrics.jsonl gets, the configuration and the result: none; wandb"
+        " (pip install wandb); or a class of yours with three methods (docs/training.md)",
+    ),
     "OUTPUT": Key("", file_path(), "root of the run folders; empty means `output` (--output)"),
     "TAG": Key("default", folder_name(), "last part of the run folder OUTPUT/NAME/TAG (--tag)"),
     "SAVE_FREQ": Key(1, integer(1), "epochs between checkpoints; the last epoch is always saved"),
@@ -452,6 +465,18 @@ KEYS: dict[str, Key] = {
         False,
         boolean(),
         "examine every file of the data set, print a report and stop; exit code 1 on findings (--check-data)",
+    ),
+    "DRY_RUN_MODE": Key(
+        False,
+        boolean(),
+        "build everything, do two steps on synthetic input, say what the run will take, write nothing and stop"
+        " (--dry-run)",
+    ),
+    "DEVICE": Key(
+        "auto",
+        choice("auto", "cpu", "cuda", "mps", "xpu"),
+        "what to compute on: cuda (NVIDIA's and AMD's GPUs), mps (Apple's), xpu (Intel's), cpu; auto: the accelerator"
+        " that torch finds, else the CPU (--device)",
     ),
     "LOCAL_RANK": Key(0, integer(0), "GPU of a single process; torchrun's LOCAL_RANK takes precedence (--local-rank)"),
 }
@@ -488,9 +513,14 @@ def default_config() -> CfgNode:
     return config
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    return close[0] if close else ""
+def _nearest(name: str, names: Iterable[str], words: str, separator: str = ".") -> str:
+    """`words` with the name that is spelled much like this one, also in what follows its last separator; else ""."""
+    spelled = {each.casefold(): each for each in names}
+    for close in difflib.get_close_matches(name.casefold(), spelled):
+        own, theirs = (each.rpartition(separator)[2] for each in (name.casefold(), close))
+        if difflib.SequenceMatcher(None, own, theirs).ratio() >= SIMILAR:
+            return words.format(spelled[close])
+    return ""
 
 
 def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
@@ -501,7 +531,8 @@ def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     if is_dead_key(key):
         raise ConfigError(f"{source}: {key} has no effect here and was removed; delete it")
     if key not in KEYS:
-        raise ConfigError(f"{source}: unknown key {key[:80]}; the nearest valid key is {_nearest(key, list(KEYS))}")
+        nearest = _nearest(key, KEYS, "the nearest valid key is {}") or "docs/configuration.md lists all"
+        raise ConfigError(f"{source}: unknown key {key[:80]}; {nearest}")
     kind = KEYS[key].kind
     spelled = decoded(value) if isinstance(value, str) else value
     for candidate in (value, spelled):
@@ -517,6 +548,7 @@ def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     for section in sections:
         node = node[section]
     node[leaf] = parsed
+    config.__dict__.setdefault("given", set()).add(key)
 
 
 def _flatten(tree: dict[str, Any], source: str, prefix: str = "") -> list[tuple[str, Any]]:
@@ -526,10 +558,8 @@ def _flatten(tree: dict[str, Any], source: str, prefix: str = "") -> list[tuple[
         if isinstance(value, dict) and not is_dead_key(key):
             if key not in _SECTIONS:
                 known = "is a value, not a section" if key in KEYS else "is unknown"
-                raise ConfigError(
-                    f"{source}: section {key[:80]} {known}; the nearest valid section is"
-                    f" {_nearest(key, sorted(_SECTIONS))}"
-                )
+                nearest = _nearest(key, sorted(_SECTIONS), "; the nearest valid section is {}")
+                raise ConfigError(f"{source}: section {key[:80]} {known}{nearest}")
             items += _flatten(value, source, key + ".")
         elif key in _SECTIONS:
             raise ConfigError(f"{source}: {key} is a section and needs keys below it, received {shown(value)}")
@@ -544,9 +574,10 @@ def _merge_file(config: CfgNode, file: Path, done: set[Path] | None = None, pare
     try:
         tree, resolved = read_yaml(file), Path(os.path.realpath(file))
     except FileNotFoundError:
-        available = sorted(os.path.relpath(p) for p in Path(__file__).with_name("configs").glob("*.yaml"))
-        nearest = _nearest(str(file)[-200:], available)
-        raise ConfigError(f"config file {str(file)[:200]} does not exist; did you mean {nearest}?") from None
+        folder = short_path(Path(__file__).with_name("configs"))
+        available = [path.stem for path in Path(folder).glob("*.yaml")]
+        nearest = _nearest(file.stem[-200:], available, f"did you mean {folder}/{{}}.yaml?") or f"{folder}/ holds many"
+        raise ConfigError(f"config file {str(file)[:200]} does not exist; {nearest}") from None
     except YamlError as error:
         raise ConfigError(str(error)) from error
     if resolved in parents or len(parents) > DEEPEST_BASE:
@@ -567,11 +598,15 @@ def _merge_file(config: CfgNode, file: Path, done: set[Path] | None = None, pare
     _settle_batch(config, [key for key, _ in items], file=True)
 
 
-def _merge_pairs(config: CfgNode, pairs: Sequence[str], source: str) -> None:
-    if len(pairs) % 2:
-        raise ConfigError(f"{source} takes KEY VALUE pairs, received {len(pairs)} words: {' '.join(pairs)}")
-    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-        _set(config, key, value, source)
+def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs that --opts is given as KEY VALUE or KEY=VALUE."""
+    rest, pairs = list(words), []
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        if not equals and not rest:
+            raise ConfigError(f"--opts takes KEY VALUE pairs, and {key} has no value: {' '.join(words)}")
+        pairs.append((key, value if equals else rest.pop(0)))
+    return pairs
 
 
 def load_config(cfg_file: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -579,15 +614,21 @@ def load_config(cfg_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
     Raises ConfigError for a missing file, an unknown key (naming the nearest), a wrong type or value.
     """
-    return _merge(cfg_file, (), opts)
+    return _merge(cfg_file, {}, opts)
 
 
-def _merge(cfg_file: str, flags: Sequence[str], opts: Sequence[str]) -> CfgNode:
-    config = default_config()
-    _merge_file(config, Path(os.path.expanduser(cfg_file)))
-    _merge_pairs(config, flags, "command line")
-    _merge_pairs(config, opts, "--opts")
-    _settle_batch(config, [*flags[::2], *opts[::2]], file=False)
+def _merge(cfg: str | CfgNode, flags: Mapping[str, str], opts: Sequence[str]) -> CfgNode:
+    """`cfg`: a YAML file, or a configuration that a checkpoint holds."""
+    config = cfg.clone() if isinstance(cfg, CfgNode) else default_config()
+    config.defrost()
+    if not isinstance(cfg, CfgNode):
+        _merge_file(config, Path(os.path.expanduser(cfg)))
+    overrides = _pairs(opts)
+    for key, value in flags.items():
+        _set(config, key, value, "command line")
+    for key, value in overrides:
+        _set(config, key, value, "--opts")
+    _settle_batch(config, {*flags, *(key for key, _ in overrides)}, file=False)
     validate(config)
     config.freeze()
     return config
@@ -652,6 +693,7 @@ def config_from_tree(tree: dict[str, Any], source: str) -> tuple[CfgNode, list[s
                 ignored.append(key[:80])
 
     visit(tree, "")
+    config.__dict__["given"] = set()  # by the one who ran it, perhaps elsewhere
     config.freeze()
     return config, ignored
 
@@ -701,6 +743,7 @@ class Plan:
     accumulation: int  # forward passes per optimizer step
     world_size: int
     scales_lr: bool
+    workers: int  # loader processes of each process
     recipe_batch: int | None  # what TRAIN.GLOBAL_BATCH of the files says, else of the command line
 
     @property
@@ -735,8 +778,15 @@ def make_plan(config: CfgNode, world_size: int = 1) -> Plan:
         accumulation=accumulation,
         world_size=world_size,
         scales_lr=config.TRAIN.SCALE_LR,
+        workers=_loader_processes(config),
         recipe_batch=config.__dict__.get("about_batch", {}).get("recipe") or config.TRAIN.GLOBAL_BATCH,
     )
+
+
+def _loader_processes(config: CfgNode) -> int:
+    """DATA.NUM_WORKERS where it was given; its default as far as this process's share of the cores goes."""
+    wanted = config.DATA.NUM_WORKERS
+    return wanted if "DATA.NUM_WORKERS" in config.__dict__.get("given", ()) else min(wanted, share_of_cores())
 
 
 def _divide_step(config: CfgNode, world_size: int) -> tuple[int, int]:
@@ -788,8 +838,8 @@ def _validate_schedule(config: CfgNode) -> None:
 
 
 def _validate_modes(config: CfgNode) -> None:
-    modes = {"--eval": config.EVAL_MODE, "--throughput": config.THROUGHPUT_MODE, "--check-data": config.CHECK_DATA_MODE}
-    given = [flag for flag, chosen in modes.items() if chosen]
+    modes = ("EVAL_MODE", "THROUGHPUT_MODE", "CHECK_DATA_MODE", "DRY_RUN_MODE")
+    given = [flag for flag, key in SWITCHES.items() if key in modes and config[key]]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} exclude each other")
     if config.EVAL_MODE and not config.MODEL.RESUME:
@@ -822,6 +872,7 @@ VALUE_FLAGS = {
     "--profile": "PROFILE",
     "--benchmark": "TEST.BENCHMARK",
     "--local-rank": "LOCAL_RANK",
+    "--device": "DEVICE",
 }
 SWITCHES = {
     "--zip": "DATA.ZIP_MODE",
@@ -830,6 +881,7 @@ SWITCHES = {
     "--eval": "EVAL_MODE",
     "--throughput": "THROUGHPUT_MODE",
     "--check-data": "CHECK_DATA_MODE",
+    "--dry-run": "DRY_RUN_MODE",
     "--find-unused-params": "TRAIN.FIND_UNUSED_PARAMS",
 }
 
@@ -847,8 +899,9 @@ def _parser() -> argparse.ArgumentParser:
         " file; docs/configuration.md lists every key.",
         epilog="example: torchrun --nproc_per_node=8 main.py --cfg configs/pola_swin_t.yaml --data-path IMAGENET --amp",
     )
-    parser.add_argument("--cfg", metavar="FILE", help="YAML configuration, for example configs/pola_swin_t.yaml")
-    what = "override keys: --opts TRAIN.EPOCHS 100"
+    what = "YAML configuration, for example configs/pola_swin_t.yaml; without it, --eval takes the checkpoint's own"
+    parser.add_argument("--cfg", metavar="FILE", help=what)
+    what = "override keys: --opts TRAIN.EPOCHS 100 SEED=1"
     parser.add_argument("--opts", nargs="*", action="extend", default=[], metavar="KEY VALUE", help=what)
     for flag, key in VALUE_FLAGS.items():
         names = [flag, "--local_rank"] if flag == "--local-rank" else [flag]
@@ -860,23 +913,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_command_line(argv: Sequence[str] | None = None) -> CfgNode:
-    """The frozen configuration of the command line (default: sys.argv). A mistake exits with status 2 and one line."""
+def parse_command_line(argv: Sequence[str] | None = None, stored: Callable[[str], CfgNode] | None = None) -> CfgNode:
+    """The frozen configuration of the command line (default: sys.argv). A mistake exits with status 2 and one line.
+
+    `stored` reads the configuration that a checkpoint was written with, which --eval without --cfg takes.
+    """
     parser = _parser()
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [name for action in parser._actions for name in action.option_strings]
-        parser.error(f"unknown argument {unknown[0]}; the nearest valid one is {_nearest(unknown[0], flags)}")
-    if namespace.cfg is None:
-        parser.error("--cfg FILE is required, for example --cfg configs/pola_swin_t.yaml")
+        parser.error(_unknown(parser, unknown))
     given = vars(namespace)
-    pairs = [word for key in KEYS if key in given for word in (key, given[key])]
+    flags = {key: given[key] for key in KEYS if key in given}
     try:
-        config = _merge(namespace.cfg, pairs, namespace.opts)
+        if namespace.cfg is None and stored and "EVAL_MODE" in flags and "MODEL.RESUME" in flags:
+            path = os.path.expanduser(flags["MODEL.RESUME"])
+            _require_checkpoint("--resume", path)
+            namespace.cfg = stored(path)
+        if namespace.cfg is None:
+            parser.error(
+                "--cfg FILE is required, for example --cfg configs/pola_swin_t.yaml (--eval --resume FILE does without)"
+            )
+        config = _merge(namespace.cfg, flags, namespace.opts)
         _require_files(config)
     except ConfigError as error:
         parser.error(str(error))
     return config
+
+
+def _unknown(parser: argparse.ArgumentParser, words: Sequence[str]) -> str:
+    """What to write in place of words that are no flags here."""
+    if explained := explain(words, {key: declared.help for key, declared in KEYS.items()}):
+        return explained
+    if not words[0].startswith("-"):
+        return f"unexpected word {words[0][:200]}: settings are flags, or keys after --opts; main.py --help lists them"
+    names = [name for action in parser._actions for name in action.option_strings]
+    nearest = _nearest(words[0].partition("=")[0], names, "the nearest valid one is {}", "--")
+    return f"unknown argument {words[0][:200]}; {nearest or 'main.py --help lists the flags'}"
 
 
 def _require_files(config: CfgNode) -> None:
@@ -887,8 +959,13 @@ def _require_files(config: CfgNode) -> None:
     if not config.EVAL_MODE and continues(config):  # without them; the log says so
         return
     for flag, given in (("--resume", config.MODEL.RESUME), ("--pretrained", config.MODEL.PRETRAINED)):
-        if given and not Path(given).is_file():
-            raise ConfigError(f"{flag} {given}: {'not a file' if Path(given).exists() else 'no such file'}")
+        if given:
+            _require_checkpoint(flag, given)
+
+
+def _require_checkpoint(flag: str, path: str) -> None:
+    if not Path(path).is_file():
+        raise ConfigError(f"{flag} {path}: {'not a file' if Path(path).exists() else 'no such file'}")
 
 
 def continues(config: CfgNode) -> bool:

@@ -56,6 +56,14 @@ def _escaped(found: re.Match[str]) -> str:
     return f"\\x{code - 0xDC00:02x}" if byte else found[0].encode("unicode_escape").decode()
 
 
+def duration(seconds: float) -> str:
+    """A time for people, in two digits or more of the unit that fits."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.95 * size:
+            return f"{seconds / size:.1f} {unit}" if seconds < 9.95 * size else f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 class _Formatter(logging.Formatter):
     """Lines that no name in them can break, and that every file takes."""
 
@@ -253,11 +261,15 @@ class MetricsWriter:
         epoch: int = 0,
         step: int = 0,
         check: Callable[[], None] = lambda: None,
+        follow: Callable[[Mapping[str, float], int], None] = lambda values, step: None,
     ) -> None:
+        """`follow` is told the values of every record, by names such as train/loss, and its step."""
+        self._follow = follow
         self.path = folder / "metrics.jsonl" if folder else None
         self.tensorboard = TensorBoard(folder / "tensorboard", step, check) if folder and tensorboard else None
         self._check = check
         self._written: list[str] = []
+        self.best: dict[str, tuple[float, int]] = {}  # by kind: top-1 and, the first of equals, after how many epochs
         self._whole = False  # the file holds what was written, and nothing else
         self._sink = Sink(str(self.path), self._append)
         if self.path and self.path.is_file():
@@ -268,16 +280,24 @@ class MetricsWriter:
                 records, damaged = [], []
             kept = [r for r in records if r["epoch"] < epoch or (r["kind"] == "train" and r["step"] <= step)]
             self._written = [json.dumps(record) for record in kept]
+            for record in kept:
+                self._compare(record["kind"], record["epoch"], record.get("top1"))
             self._whole = not damaged and len(kept) == len(records)
             if not self._whole:
                 self._sink.put(None)
 
+    def _compare(self, kind: str, epoch: int, top1: object) -> None:
+        if isinstance(top1, int | float) and (kind not in self.best or top1 > self.best[kind][0]):
+            self.best[kind] = float(top1), epoch + 1
+
     def write(self, kind: str, epoch: int, step: int, **values: float) -> None:
         if self.path is None:
             return
+        self._compare(kind, epoch, values.get("top1"))
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._sink.put(json.dumps({"kind": kind, "epoch": epoch, "step": step, **finite}))
         self._show(kind, step, values)
+        self._follow({f"{kind}/{name}": value for name, value in values.items()}, step)
 
     def _append(self, line: str | None) -> None:
         assert self.path is not None

@@ -5,12 +5,20 @@ torchrun --nproc_per_node=8 main.py --cfg configs/pola_swin_t.yaml --data-path I
 python main.py --cfg configs/pola_swin_t.yaml --data-path IMAGENET --eval --resume FILE.pth
 """
 
-from config import ConfigError, parse_command_line
+from config import CfgNode, ConfigError, parse_command_line
+
+
+def stored_configuration(path: str) -> CfgNode:
+    """What --eval without --cfg takes; only this question needs more than config.py."""
+    from engine.state import evaluated_configuration
+
+    return evaluated_configuration(path)
+
 
 if __name__ == "__main__":
     # Before anything heavy is imported: --help and mistakes answer at once, and on a CPU denormals are flushed before
     # the first tensor operation (threads started earlier would keep their setting).
-    COMMAND_LINE = parse_command_line()
+    COMMAND_LINE = parse_command_line(stored=stored_configuration)
 
     import signal
 
@@ -25,14 +33,13 @@ if __name__ == "__main__":
 
 import os
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing import errors
-from yacs.config import CfgNode
 
 from config import Plan, evaluation_config, make_plan, notes_of
 from data.builders import builder_of
@@ -42,13 +49,15 @@ from data.sources.base import DataError
 from engine.epoch import train_one_epoch
 from engine.evaluation import evaluate
 from engine.memory import OutOfMemoryError, leave_to_the_loader, memory_problem
-from engine.monitoring import RunFiles
+from engine.monitoring import RunFiles, watched
 from engine.non_finite import NonFiniteError
-from engine.profiling import step_profiler
 from engine.published import best_predictions, log_reference, run_evaluation
+from engine.rehearsal import rehearse
 from engine.saving import Checkpointer
 from engine.state import Progress, resume
 from engine.throughput import run_throughput
+from engine.tracking import hangs as tracker_hangs
+from engine.tracking import tracker_class
 from engine.training import Interval, Training, build_training, place, wrap
 from logger import MetricsWriter, get_logger, setup_logger
 from models import build_model
@@ -56,6 +65,7 @@ from models.files import CheckpointError
 from models.registry import announce_attention, body_of
 from utils import distributed
 from utils.checkpoints.writing import CheckpointWriter
+from utils.devices import described, device_type, lacks
 from utils.faults.folder_lock import LOG_FILE, Hold, RunFolderError, RunLock, nothing_left, open_folder, own_folder
 from utils.faults.preemption import PeersLostError, Preempted, StopRequest
 from utils.faults.watchdog import Watchdog
@@ -91,7 +101,9 @@ def check(config: CfgNode) -> None:
                 where = f"TEST.IMG_SIZE {config.TEST.IMG_SIZE}: "
                 build_model(evaluation_config(config))
                 where = ""
-        announce_attention(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if not (config.EVAL_MODE or config.THROUGHPUT_MODE):
+            tracker_class(config.TRACKER)
+        announce_attention(config, torch.device(device_type(config.DEVICE)))
     except (TypeError, ValueError) as problem:
         raise ConfigError(f"{where}{problem}") from None
 
@@ -99,9 +111,9 @@ def check(config: CfgNode) -> None:
 def setup(config: CfgNode) -> tuple[torch.device, Plan]:
     """Join the other processes, open the run folder, seed every generator."""
     setup_logger(int(os.environ.get("RANK", 0)))  # for what goes wrong before the ranks know each other
-    device = distributed.init(config.LOCAL_RANK, config.DIST.TIMEOUT)
+    device = distributed.init(config.LOCAL_RANK, config.DIST.TIMEOUT, config.DEVICE)
     plan = make_plan(config, distributed.world_size())
-    if not config.THROUGHPUT_MODE:
+    if not config.THROUGHPUT_MODE and not config.DRY_RUN_MODE:
         open_folder(plan.folder)
     # sizes are fixed, so the search for fast kernels pays
     torch.backends.cudnn.benchmark = not config.EVAL_MODE and not config.DETERMINISTIC
@@ -117,10 +129,12 @@ def begin_log(config: CfgNode, device: torch.device, folder: Path | None, lock: 
     get_logger().info(
         "%d × %s, torch %s, %s",
         distributed.world_size(),
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)",
+        described(device),
         torch.__version__,
         announce_attention(config, device),
     )
+    if without := lacks(device):
+        get_logger().info("this device is used without %s", without)
     for note in notes_of(config):
         get_logger().warning("%s", note)
 
@@ -130,22 +144,26 @@ def begin_log(config: CfgNode, device: torch.device, folder: Path | None, lock: 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def build_run(config: CfgNode, plan: Plan, device: torch.device) -> tuple[Loaders, Training]:
+    """The data, the model on its device, and what trains it."""
+    logger = get_logger()
+    loaders = build_loaders(config, plan)
+    assert loaders.train is not None
+    sizes = loaders.train.num_images, loaders.val.num_images, loaders.num_classes
+    logger.info("%d training and %d validation samples of %d classes", *sizes)
+    log_reference(loaders)
+    model = place(build_model(config, loaders.num_classes), device)  # the classes are the data's, not the config's
+    logger.info("%s: %.2f M parameters", config.MODEL.TYPE, sum(p.numel() for p in model.parameters()) / 1e6)
+    return loaders, build_training(config, plan, model, loaders, device)
+
+
 def run_training(config: CfgNode, plan: Plan, device: torch.device, request: StopRequest, hold: Hold) -> Progress:
     """Train from where the run stands to its last epoch, saving and evaluating on the way; `hold` is its folder's.
 
     Raises Preempted when the run was told to stop by `request` and has saved.
     """
     logger = get_logger()
-    # data
-    loaders = build_loaders(config, plan)
-    assert loaders.train is not None
-    sizes = loaders.train.num_images, loaders.val.num_images, loaders.num_classes
-    logger.info("%d training and %d validation samples of %d classes", *sizes)
-    log_reference(loaders)
-    # model and optimiser
-    model = place(build_model(config, loaders.num_classes), device)  # the classes are the data's, not the config's
-    logger.info("%s: %.2f M parameters", config.MODEL.TYPE, sum(p.numel() for p in model.parameters()) / 1e6)
-    training = build_training(config, plan, model, loaders, device)
+    loaders, training = build_run(config, plan, device)
     # resume
     seed_everything(config.SEED, distributed.rank())  # from here each rank draws its own
     progress, interval, skipped, claims = resume(config, training, loaders)  # on the bare model: wrapping comes after
@@ -169,41 +187,14 @@ def run_training(config: CfgNode, plan: Plan, device: torch.device, request: Sto
 
     saver = Checkpointer(config, training, loaders, writer, request, watchdog.all_alive, keep_folder)
     hold.began = True
-    with watched(config, training, loaders, record, writer, watchdog):
+    with watched(config, training, loaders, record, writer, watchdog, EXPECTED):
         while progress.epoch < plan.last_epoch:
             progress = run_epoch(config, training, loaders, progress, interval, record.metrics, saver)
             interval = Interval(device)
             record.epoch_ended(progress.epoch)
-    record.summarise(config, progress, main_file=__file__)
+    record.summarise(progress, loaders, main_file=__file__)
     distributed.barrier()
     return progress
-
-
-@contextmanager
-def watched(
-    config: CfgNode,
-    training: Training,
-    loaders: Loaders,
-    record: RunFiles,
-    writer: CheckpointWriter | None,
-    watchdog: Watchdog,
-) -> Iterator[None]:
-    """Around the loop: a watchdog that ends a run which stands still, the profiler, and what has to be closed after."""
-    training.beat = watchdog.beat
-    if writer:
-        writer.waiting = watchdog.go_on
-    training.profiler = step_profiler(config, training.plan.folder)
-    try:
-        with watchdog.watching(), training.profiler or nullcontext():
-            try:
-                yield
-            except RuntimeError as error:  # a collective that failed says little: the watchdog knows who is gone
-                if not isinstance(error, EXPECTED) and not memory_problem(error):
-                    watchdog.explain(error)
-                raise
-    finally:
-        loaders.close()
-        record.close()
 
 
 def run_epoch(
@@ -223,6 +214,8 @@ def run_epoch(
             config, training, loaders.train, epoch, metrics, start=progress.done, interval=interval, saver=saver
         )
 
+    began = time.perf_counter()
+
     def after_batch() -> None:
         done = training.steps_per_epoch
         training.beat((epoch + 1) * done - 1, "validation")
@@ -238,6 +231,7 @@ def run_epoch(
     if "model" in better:
         beside = best_predictions(config, training.plan.folder, loaders, recorder, epoch + 1)
     saver.end_epoch(epoch + 1, validated, better, beside)
+    training.pause = time.perf_counter() - began
     return Progress(epoch + 1)
 
 
@@ -301,7 +295,7 @@ def reported(config: CfgNode) -> None:
 
 
 def main(config: CfgNode) -> None:
-    """Run what the configuration asks for: a check of the data, throughput, evaluation, or training."""
+    """Run what the configuration asks for: a check of the data, throughput, a rehearsal, evaluation, or training."""
     if config.CHECK_DATA_MODE:  # needs no device, no run folder and no other process
         sys.exit(run_check(config))
     check(config)
@@ -309,6 +303,10 @@ def main(config: CfgNode) -> None:
         device, _ = setup(config)
         begin_log(config, device, None)
         run_throughput(config, device)
+    elif config.DRY_RUN_MODE:
+        device, plan = setup(config)
+        begin_log(config, device, None)
+        rehearse(config, *build_run(config, plan, device))
     elif config.EVAL_MODE:
         device, plan = setup(config)
         with nothing_left(plan.folder):
@@ -327,13 +325,15 @@ def main(config: CfgNode) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.unraisablehook = leave_to_the_loader
+    status = 0
     try:
         reported(COMMAND_LINE)
     except EXPECTED as problem:
         get_logger().error("error: %s", problem)
-        distributed.leave(2)
+        status = 2
     except KeyboardInterrupt:
         get_logger().warning(
             "interrupted; the last complete checkpoint is intact, and the same command continues from it"
         )
-        sys.exit(130)
+        status = 130
+    distributed.leave(status, at_once=tracker_hangs())

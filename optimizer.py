@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 
 from models.classifier import TrainableModel
 from models.files import CheckpointError
+from utils.devices import SUPPRESSING
 
 
 def parameter_groups(model: TrainableModel) -> tuple[list[str], list[str]]:
@@ -54,7 +55,7 @@ def build_optimizer(config: CfgNode, model: TrainableModel, lr_scale: float = 1.
     """AdamW or SGD (Nesterov) at BASE_LR · `lr_scale` over the bare model's parameters: decayed and undecayed, and with
     TRAIN.LAYER_DECAY below 1 in layers, whose `lr_scale` the schedule multiplies its rate by.
 
-    Fused kernels are used because they can suppress an update on the device (`found_inf`), without the host.
+    Fused kernels are used where they can suppress an update on the device (`found_inf`), without the host.
     """
     parameters = dict(model.named_parameters())
     decay, no_decay = parameter_groups(model)
@@ -72,6 +73,7 @@ def build_optimizer(config: CfgNode, model: TrainableModel, lr_scale: float = 1.
             for group in layer_groups(model, config.TRAIN.LAYER_DECAY)
         ]
     lr = config.TRAIN.BASE_LR * lr_scale
+    fused = next(model.parameters()).device.type in SUPPRESSING
     name = config.TRAIN.OPTIMIZER.NAME
     if name == "adamw":
         return torch.optim.AdamW(
@@ -80,12 +82,12 @@ def build_optimizer(config: CfgNode, model: TrainableModel, lr_scale: float = 1.
             betas=config.TRAIN.OPTIMIZER.BETAS,
             eps=config.TRAIN.OPTIMIZER.EPS,
             weight_decay=config.TRAIN.WEIGHT_DECAY,
-            fused=True,
+            fused=fused,
         )
     if name == "sgd":
         momentum = config.TRAIN.OPTIMIZER.MOMENTUM
         sgd = torch.optim.SGD(
-            groups, lr=lr, momentum=momentum, weight_decay=config.TRAIN.WEIGHT_DECAY, nesterov=momentum > 0, fused=True
+            groups, lr=lr, momentum=momentum, weight_decay=config.TRAIN.WEIGHT_DECAY, nesterov=momentum > 0, fused=fused
         )
         if momentum > 0:
             # from zeros the first step is the same; left to itself the fused kernel starts from uninitialised memory

@@ -40,13 +40,17 @@ from config import ConfigError, make_plan, parse_command_line
 config = parse_command_line()
 import torch
 from main import check
+from utils.devices import device_type
+from utils.environment import cores
 try:
     check(config)
 except ConfigError as problem:
     print(f"main.py: error: {problem}", file=sys.stderr)
     sys.exit(2)
-print(torch.cuda.device_count(), make_plan(config).folder)' "$here" "${arguments[@]}")
-gpus="${answer%% *}" folder="${answer#* }"
+gpus = 0 if device_type(config.DEVICE) == "cpu" else torch.accelerator.device_count()
+print(gpus, cores(), make_plan(config).folder)' "$here" "${arguments[@]}")
+gpus="${answer%% *}" answer="${answer#* }"
+cores="${answer%% *}" folder="${answer#* }"
 
 if (( gpus > 0 )); then
   arguments+=(--amp)
@@ -54,7 +58,7 @@ if (( gpus > 0 )); then
 else
   NPROC="${NPROC:-2}"
   # each process gets its share of the cores
-  threads=$(( $(nproc) / NPROC ))
+  threads=$(( cores / NPROC ))
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( threads > 0 ? threads : 1 ))}"
 fi
 
@@ -76,6 +80,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a new store after every restart: 
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"  # else a process writes pages once a second while rank 0 is gone
 export POLAFORMER_LAUNCHER=$$  # processes that lose this script save and end
 rm -f "$folder/PREEMPTED"
+echo "starting $NPROC process$( (( NPROC == 1 )) || echo es) on this node: $CONFIG, run folder $folder"
 set -m  # torchrun in a process group of its own: Ctrl-C reaches it once, through the trap below
 "$PYTHON" "$here/utils/faults/launch.py" "${rendezvous[@]}" --max_restarts "${MAX_RESTARTS:-3}" --nproc_per_node "$NPROC" \
   "$here/main.py" "${arguments[@]}" &

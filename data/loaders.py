@@ -4,24 +4,31 @@ import itertools
 import os
 import signal
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+from torchvision.transforms.functional import get_image_size
 from yacs.config import CfgNode
 
 from config import Plan
 from data.builders import builder_of
 from data.datasets import EvalDataset, Sample, TrainDataset, too_many_unreadable
 from data.samplers import EvalSampler, TrainSampler
-from data.sources.base import DataError, FractionSource, Modality, Source
+from data.sources.base import DataError, FractionSource, Modality, Source, UnreadableImage
 from data.sources.shards import ShardDataset, ShardEvalDataset, ShardSplit, ShardTrainDataset
 from data.transforms import Images
 from logger import get_logger
 from utils import distributed
+from utils.devices import PINNING, device_type
+from utils.environment import share_of_cores
 
 # Seconds that a loader process goes on after SIGTERM: longer than the run has to save.
 STOP_DELAY = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) + 10
@@ -86,6 +93,19 @@ class Batches:
         sampler.set_epoch(epoch, start * size)
         return [dataset.source.name(draw.position) for draw in itertools.islice(sampler, batches * size)]
 
+    @cached_property
+    def sample_sizes(self) -> tuple[list[str], list[int]]:
+        """Names, and shorter sides in pixels, of a few training images; of streams and sequences none."""
+        dataset = self.loader.dataset
+        if not isinstance(dataset, TrainDataset) or self.modality.reads != Images.reads:
+            return [], []
+        names, sides = [], []
+        for index in range(0, len(dataset), max(1, len(dataset) // 8)):
+            with suppress(UnreadableImage):
+                sides.append(min(get_image_size(dataset.source.load(index))))
+                names.append(dataset.source.name(index))
+        return names, sides
+
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Iterate over `epoch`, continuing after this process's first `start` batches of it."""
         self.unreadable.clear()
@@ -144,6 +164,13 @@ class Loaders(NamedTuple):
     description: str = ""
     reference: Mapping[str, float] | None = None
 
+    @property
+    def picture(self) -> Path | None:
+        """The file of a validation image, where each has one."""
+        dataset = self.val.loader.dataset
+        file = Path(dataset.source.name(0) if isinstance(dataset, EvalDataset) else "")
+        return file if file.is_file() else None
+
     def close(self) -> None:
         for batches in (self.train, self.val):
             if batches:
@@ -161,20 +188,22 @@ def _collate(samples: list[Sample]) -> Batch:
 
 def _outlive_stop_signals(worker: int) -> None:
     """A loader process that was told to stop with the whole run goes on for a while, so that the run can save."""
+    if not hasattr(signal, "alarm"):  # Windows has no signals to outlive
+        return
     signal.set_wakeup_fd(-1)  # of the process it was forked from
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(STOP_DELAY))
 
 
-def _loader_options(config: CfgNode, *, persistent: bool) -> dict[str, Any]:
+def _loader_options(config: CfgNode, plan: Plan, *, persistent: bool) -> dict[str, Any]:
     """What training and validation loaders have in common; `persistent` workers survive the end of an epoch."""
-    workers = config.DATA.NUM_WORKERS
+    workers = plan.workers
     return {
         "num_workers": workers,
         "prefetch_factor": config.DATA.PREFETCH_FACTOR if workers else None,
         "persistent_workers": persistent and workers > 0,
-        "pin_memory": config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+        "pin_memory": config.DATA.PIN_MEMORY and device_type(config.DEVICE) in PINNING,
         "collate_fn": _collate,
         "worker_init_fn": _outlive_stop_signals,
         "generator": torch.Generator(),  # of its own, so that iterating draws nothing from the run's generator
@@ -207,7 +236,9 @@ def evaluation_batches(
     else:
         dataset = EvalDataset(source, transform)
         sampler = EvalSampler(len(source.labels), rank=rank, world_size=world_size)
-    loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, **_loader_options(config, persistent=repeated))
+    loader = DataLoader(
+        dataset, batch_size=batch_size, sampler=sampler, **_loader_options(config, plan, persistent=repeated)
+    )
     return Batches(loader, relabel=relabel, modality=modality)
 
 
@@ -251,7 +282,7 @@ def _build_train(config: CfgNode, modality: Modality, source: Source | ShardSpli
             samples=samples,
             repeats=config.AUG.REPEATS,
         )
-    options = _loader_options(config, persistent=True)
+    options = _loader_options(config, plan, persistent=True)
     loader = DataLoader(dataset, batch_size=plan.per_process, sampler=sampler, drop_last=True, **options)
     return Batches(loader, max_unreadable, modality=modality)
 
@@ -273,6 +304,7 @@ def build_loaders(
     builder = builder_of(config)
     modality = builder.modality
     modality.require(config)
+    _announce_workers(config, plan, 2 if train else 1)
     if not train:
         source = builder.open(config, builder.evaluation_split)
         own = source.classes
@@ -303,6 +335,25 @@ def build_loaders(
         train_source.num_classes,
         modality,
         *_described(val_source),
+    )
+
+
+def _announce_workers(config: CfgNode, plan: Plan, loaders: int) -> None:
+    """One line on the loader processes that start, of which a core for each is enough; it stands for torch's."""
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+    wanted, cores = config.DATA.NUM_WORKERS, share_of_cores()
+    if not wanted:
+        return
+    about = ""
+    if wanted > cores:
+        fits = f"{cores} {'fits' if cores == 1 else 'fit'} its share of the cores"
+        about = f": {fits}, and the default of {wanted} is lowered" if plan.workers < wanted else f", as asked: {fits}"
+    get_logger().info(
+        "each of the run's %d processes starts %d loader processes%s%s",
+        plan.world_size,
+        plan.workers,
+        " for training and as many for validation" if loaders == 2 else "",
+        about,
     )
 
 

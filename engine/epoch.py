@@ -1,9 +1,9 @@
 """One epoch of training: the loop."""
 
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,12 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from yacs.config import CfgNode
 
 from data.loaders import Batches
-from engine.bottleneck import Times, verdict
+from engine.bottleneck import Times, decoding_advice, verdict
 from engine.non_finite import FiniteGuard, NonFiniteError, write_report
 from engine.training import Interval, Saver, Training
-from logger import MetricsWriter, get_logger, progress
+from logger import MetricsWriter, duration, get_logger, progress
 from utils import distributed
+from utils.devices import peak_memory_mb, widest
 from utils.precision import autocast
 
 
@@ -71,10 +72,15 @@ def train_one_epoch(
             report = f"Computing the step again for a report failed ({problem})"
         raise NonFiniteError(f"{error}. {report}", error.step) from None
     if times.step > 0:
-        why = verdict(
-            times, workers=config.DATA.NUM_WORKERS, processes=distributed.world_size(), noun=batches.modality.noun
+        training.verdict = verdict(
+            times,
+            workers=training.plan.workers,
+            processes=distributed.world_size(),
+            noun=batches.modality.noun,
+            before=training.verdict,
+            decoding=partial(decoding_advice, config, batches, training.plan.image_size),
         )
-        get_logger().info("epoch %d %s", epoch, why)
+        get_logger().info("epoch %d %s", epoch, training.verdict)
 
 
 def _optimizer_step(
@@ -116,7 +122,7 @@ def _optimizer_step(
     if scaler:
         scaler.step(optimizer)
         scaler.update()
-    else:
+    elif guard.allows_update():
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # None, not zeros: unused parameters are then left alone
     if training.ema:
@@ -137,15 +143,16 @@ def _log_interval(
     batches: Batches,
 ) -> Times:
     """One reduction and one look at the device: mean loss of all ranks, gradient norm, times, and whether to stop."""
-    bad = (guard.first_bad_step >= 0).double()
+    wide = widest(training.device)
+    bad = (guard.first_bad_step >= 0).to(wide)
     mine = [len(batches.unreadable), interval.data_time / interval.timed_steps, exposed_communication(training.model)]
-    numbers = torch.tensor(mine, dtype=torch.float64).to(bad.device, non_blocking=True)
+    numbers = torch.tensor(mine, dtype=wide).to(bad.device, non_blocking=True)
     # one reduction and one copy to the host for everything that a log line says
     sums = distributed.sum_over_ranks(
-        torch.cat([torch.stack([interval.loss_sum, interval.losses.double(), bad]), numbers])
+        torch.cat([torch.stack([interval.loss_sum, interval.losses.to(wide), bad]), numbers])
     )
     loss_sum, losses, bad_ranks, unreadable, data, communication, grad_norm = torch.cat(
-        [sums, norm.detach().double()[None]]
+        [sums, norm.detach().to(wide)[None]]
     ).tolist()
     guard.look(bad_ranks > 0)  # raises on every rank alike, because the sum is the same everywhere
     batches.require_readable(int(unreadable))
@@ -159,31 +166,31 @@ def _log_interval(
         "communication_time": communication / world_size,
         "step_time": elapsed / interval.timed_steps,
         "images_per_s": training.plan.global_batch * interval.timed_steps / elapsed,
-        "memory_mb": memory_mb(training.device),
+        "memory_mb": peak_memory_mb(training.device),
     }
     metrics.write("train", epoch, step + 1, **values)
     done = (step % training.steps_per_epoch) + 1
     shown = ["loss", "lr", "grad_norm", "step_time", "data_time", "communication_time", "images_per_s"]
     get_logger().info(
         "epoch %d [%d/%d] loss %.4f  lr %.3e  grad norm %.3f  step %.3f s (data %.3f, communication %.3f)"
-        "  %.0f %s/s  memory %.0f MiB",
+        "  %.0f %s/s  memory %.0f MiB  %s left",
         epoch,
         done,
         training.steps_per_epoch,
         *(values[name] for name in shown),
         batches.modality.noun,
         values["memory_mb"],
+        duration(_seconds_left(training, epoch, done, values["step_time"])),
     )
     steps = interval.timed_steps
     waiting = (values["data_time"] * steps, values["communication_time"] * steps)
     return Times(elapsed, *waiting, training.plan.global_batch * steps)
 
 
-def memory_mb(device: torch.device) -> float:
-    """Largest memory use so far in MiB: allocated on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _seconds_left(training: Training, epoch: int, done: int, step_time: float) -> float:
+    """Of the run after `done` steps of an epoch: steps like the last ones, and breaks between epochs like the last."""
+    epochs = training.plan.last_epoch - epoch
+    return (epochs * training.steps_per_epoch - done) * step_time + epochs * training.pause
 
 
 def exposed_communication(model: nn.Module) -> float:

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import resource
 import sys
 import traceback
 
@@ -39,6 +38,8 @@ def memory_problem(error: BaseException) -> str | None:
     if isinstance(error, ConnectionError | EOFError | FileNotFoundError) and _raised_in(error, "reductions.py"):
         return KILLED  # while its batch was being received
     if "Too many open files" in text:
+        import resource  # Windows has neither this limit nor the module
+
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return (
             f"this process may have {limit} files open (ulimit -n), too few for its loader processes: raise the limit,"

@@ -2,8 +2,10 @@
 
 import os
 import shlex
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +13,12 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from data.loaders import Loaders
 from data.transforms import Normalise
+from engine.memory import memory_problem
+from engine.profiling import step_profiler
 from engine.state import Progress, percent, stored_position
+from engine.tracking import Tracking
 from engine.training import Training
 from logger import MetricsWriter, Sink, get_logger
 from models.classifier import Classifier
@@ -20,11 +26,14 @@ from models.files import CheckpointError, load_checkpoint
 from models.kernels import Kernel
 from utils import distributed
 from utils.checkpoints.naming import BESTS, run_file
+from utils.checkpoints.writing import CheckpointWriter
 from utils.curves import CurvesInBackground
-from utils.environment import ENVIRONMENT_FILE, environment_with
+from utils.environment import ENVIRONMENT_FILE, environment_with, short_path
+from utils.faults.watchdog import Watchdog
 from utils.files import write_atomically
 
 PICTURES = 8  # inputs that are shown
+PICTURE = "docs/images/polaformer.png"  # one to try commands on, where the data set has no files of its own
 
 
 class InputWatch:
@@ -99,6 +108,19 @@ class Monitor:
         self.curves.close()
 
 
+def claim(kind: str, top1: float, epochs: int) -> str:
+    """An accuracy in percent, and whose it is."""
+    weights = "the average of the weights (EMA)" if kind == "ema" else "the model"
+    return f"{top1:.3f} % ({weights} after {epochs} epochs)"
+
+
+def python_command() -> str:
+    """How this interpreter is called from here."""
+    found = shutil.which("python")
+    same = found and os.path.realpath(found) == os.path.realpath(sys.executable)
+    return "python" if same else short_path(sys.executable)
+
+
 class BestWeights(NamedTuple):
     """What a file of best weights says of itself: the `kind` (model, ema) that is best there, its top-1 in percent."""
 
@@ -108,8 +130,7 @@ class BestWeights(NamedTuple):
     path: Path
 
     def __str__(self) -> str:
-        weights = {"model": "the model", "ema": "the average of the weights (EMA)"}[self.kind]
-        return f"{self.top1:.3f} % ({weights} after {self.epoch} epochs)"
+        return claim(self.kind, self.top1, self.epoch)
 
 
 def best_weights(folder: Path) -> list[BestWeights]:
@@ -136,12 +157,17 @@ class RunFiles:
     ) -> None:
         """`check` raises OSError where nothing may be written into the folder."""
         self.folder, is_main = training.plan.folder, distributed.rank() == 0
+        self.epochs, self.last_epoch = progress.epoch, training.plan.last_epoch
+        continues = progress > Progress(config.TRAIN.START_EPOCH)
+        tracked = is_main and config.TRACKER != "none"
+        self.tracking = Tracking(config, self.folder, continues=continues) if tracked else None
         self.metrics = MetricsWriter(
             self.folder if is_main else None,
             config.TENSORBOARD,
             epoch=progress.epoch,
             step=progress.epoch * training.steps_per_epoch + progress.done,
             check=check,
+            **({"follow": self.tracking.log} if self.tracking else {}),
         )
         self.monitor, self._about = None, dict[str, Sink]()
         if is_main:
@@ -174,34 +200,48 @@ class RunFiles:
 
     def epoch_ended(self, epochs: int) -> None:
         """`epochs` are finished."""
+        self.epochs = epochs
         self._complete()
+        if self.metrics.best:
+            kind, (top1, when) = max(self.metrics.best.items(), key=lambda each: each[1][0])
+            get_logger().info("best so far: %s", claim(kind, top1, when))
         if self.monitor:
             self.monitor.epoch_ended(epochs)
 
-    def summarise(self, config: CfgNode, progress: Progress, main_file: str) -> None:
-        """Draw the curves of the whole run; say where it lies, how good it is, and how to evaluate it again."""
+    def summarise(self, progress: Progress, loaders: Loaders, main_file: str) -> None:
+        """Draw the curves of the whole run; say where it lies, how good it is, and what can be done with it."""
         if self.monitor is None:
             return
         logger, folder = get_logger(), self.folder
+        logger.info("drawing the curves")
         curves = self.monitor.draw_curves()
         held = best_weights(folder)
         best = max(held, key=lambda each: each.top1, default=None)  # of equals the model's
-        checkpoint = best.path if best else run_file(folder, progress.position)
-        python, script = (
-            os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
-            for path in (sys.executable, os.path.abspath(main_file))
-        )
-        words = [python, script, "--cfg", str(folder / "config.yaml"), "--eval", "--resume", str(checkpoint)]
-        logger.info("run folder: %s", folder)
+        logger.info("run folder: %s", short_path(folder))
         if best:
             others = "".join(f"; {each}" for each in held if each is not best)
             logger.info("best top-1: %s%s", best, others)
-            words += ["--opts", "MODEL.WEIGHTS", best.kind] if best.kind == "ema" else []
         else:
             logger.warning("the run folder holds no best weights that can be read")
         if curves:
-            logger.info("curves: %s", curves)
-        logger.info("evaluate it with: %s", shlex.join(words))
+            logger.info("curves: %s", short_path(curves))
+        checkpoint = short_path(best.path if best else run_file(folder, progress.position))
+        averaged = best is not None and best.kind == "ema"
+        python, home = python_command(), Path(main_file).parent
+
+        def say(what: str, script: str, *words: str) -> None:
+            logger.info("%s: %s", what, shlex.join([python, short_path(home / script), *words]))
+
+        weights = ["--opts", "MODEL.WEIGHTS", "ema"] if averaged else []
+        say("evaluate it with", "main.py", "--eval", "--resume", checkpoint, *weights)
+        say("report", "tools/report.py", short_path(folder))
+        if loaders.modality.noun != "images":
+            return
+        picture = short_path(loaders.picture or home / PICTURE)
+        chosen = ["--checkpoint", checkpoint, *(["--ema"] if averaged else [])]
+        say("predict", "tools/predict.py", picture, *chosen)
+        if any(isinstance(module, Kernel) for module in self.monitor.training.bare_model.modules()):
+            say("attention maps", "tools/visualize_attention.py", picture, *chosen)
 
     def close(self) -> None:
         """The loop ends, in whatever way."""
@@ -209,3 +249,39 @@ class RunFiles:
         self._complete()
         if self.monitor:
             self.monitor.close()
+        if self.tracking:
+            report = {"folder": str(self.folder), "epochs": self.epochs, "finished": self.epochs >= self.last_epoch}
+            for kind, (top1, epochs) in self.metrics.best.items():
+                report |= {f"best/{kind}/top1": top1, f"best/{kind}/epochs": epochs}
+            self.tracking.finish(report)
+
+
+@contextmanager
+def watched(
+    config: CfgNode,
+    training: Training,
+    loaders: Loaders,
+    record: RunFiles,
+    writer: CheckpointWriter | None,
+    watchdog: Watchdog,
+    expected: tuple[type[Exception], ...],
+) -> Iterator[None]:
+    """Around the loop: a watchdog that ends a run which stands still, the profiler, and what has to be closed after.
+
+    Errors that are not `expected`, and may come from a process that is gone, the watchdog explains.
+    """
+    training.beat = watchdog.beat
+    if writer:
+        writer.waiting = watchdog.go_on
+    training.profiler = step_profiler(config, training.plan.folder)
+    try:
+        with watchdog.watching(), training.profiler or nullcontext():
+            try:
+                yield
+            except RuntimeError as error:  # a collective that failed says little: the watchdog knows who is gone
+                if not isinstance(error, expected) and not memory_problem(error):
+                    watchdog.explain(error)
+                raise
+    finally:
+        loaders.close()
+        record.close()

@@ -14,6 +14,7 @@ from engine.training import Training
 from logger import get_logger
 from models.diagnostics import inspect_step, plain
 from utils import distributed
+from utils.devices import widest
 from utils.precision import autocast
 
 
@@ -40,6 +41,8 @@ class FiniteGuard:
 
     def __init__(self, training: Training) -> None:
         self.training = training
+        # fused optimizers read `found_inf`; torch's others refuse it
+        self._by_itself = getattr(training.optimizer, "_step_supports_amp_scaling", False)
         self.statistics = training.running_statistics()
         self.before = [each.clone() for each in self.statistics]
         self._begin()
@@ -56,7 +59,7 @@ class FiniteGuard:
         self.bad_loss = torch.zeros((), dtype=torch.bool, device=device)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)
-        self.bad_lr = torch.zeros((), dtype=torch.float64, device=device)
+        self.bad_lr = torch.zeros((), dtype=widest(device), device=device)
         self._this_loss_bad = torch.zeros_like(self.bad_loss)
 
     def see_loss(self, loss: Tensor) -> Tensor:
@@ -79,11 +82,16 @@ class FiniteGuard:
             suppressed = self.first_bad_step >= 0
             self.alive = torch.where(suppressed, torch.nan, self.alive)
         if scaler is None:
-            # read by fused optimizers only, which is what build_optimizer builds
-            self.training.optimizer.found_inf = suppressed.float()  # type: ignore[attr-defined]
+            self._suppressed = suppressed
+            if self._by_itself:
+                self.training.optimizer.found_inf = suppressed.float()  # type: ignore[attr-defined]
         for now, before in zip(self.statistics, self.before, strict=True):
             now.copy_(torch.where(suppressed, before, now))
         self._this_loss_bad = torch.zeros_like(self._this_loss_bad)
+
+    def allows_update(self) -> bool:
+        """Whether to call the optimizer: a fused one leaves out a bad step by itself; for another the host looks."""
+        return self._by_itself or not bool(self._suppressed)
 
     def look(self, bad_ranks: bool) -> None:
         """Raise NonFiniteError on every rank when the run has to end; count what was skipped otherwise.
@@ -122,7 +130,7 @@ class FiniteGuard:
 
     def look_everywhere(self) -> None:
         """`look`, with the one reduction that it takes."""
-        self.look(bool(distributed.sum_over_ranks((self.first_bad_step >= 0).double()) > 0))
+        self.look(bool(distributed.sum_over_ranks((self.first_bad_step >= 0).float()) > 0))
 
 
 def write_report(training: Training, batches: Batches, error: NonFiniteError) -> Path:

@@ -287,6 +287,24 @@ def configuration_in(checkpoint: dict[str, Any], source: str) -> CfgNode | None:
     return config
 
 
+def evaluated_configuration(path: str) -> CfgNode:
+    """The configuration in a checkpoint, as --eval takes it: without what the run began with, its device and, of a
+    released file, places on another machine. Raises ConfigError where there is none that can be used."""
+    try:
+        checkpoint = load_checkpoint(path)
+        config = configuration_in(checkpoint, path)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    if config is None:
+        raise ConfigError(f"{path} stores no configuration: --cfg names the YAML file of its model")
+    others = [*STARTING_POINTS, "DEVICE", "LOCAL_RANK"]
+    others += [] if "version" in checkpoint else ["DATA.DATA_PATH", "OUTPUT", "TAG"]
+    config.defrost()
+    config.merge_from_list([word for key in others for word in (key, KEYS[key].default)])
+    config.freeze()
+    return config
+
+
 def differing_function(checkpoint: dict[str, Any], config: CfgNode, modality: Modality, source: str) -> list[str]:
     """A line for each key by which the file's configuration computes another function with the same shapes."""
     return function_differences(configuration_in(checkpoint, source), config, source, modality.function_keys)
@@ -310,6 +328,18 @@ def _log_unused(config: CfgNode, found: Path | None, source: str, stored: dict[s
                 given,
                 found.name,
             )
+
+
+def start_from_pretrained(config: CfgNode, training: Training, loaders: Loaders) -> None:
+    """Take the weights of --pretrained where it is given."""
+    if source := config.MODEL.PRETRAINED:
+        pretrained = load_checkpoint(source)
+        for line in differing_function(pretrained, config, loaders.modality, source):
+            get_logger().warning("%s", line)
+        load_pretrained(training.bare_model, pretrained, source, config.MODEL.WEIGHTS)
+        if training.ema:
+            training.ema.set(training.bare_model)
+        get_logger().info("starts from the weights of %s", source)
 
 
 def resume(config: CfgNode, training: Training, loaders: Loaders) -> Start:
@@ -351,13 +381,7 @@ def resume(config: CfgNode, training: Training, loaders: Loaders) -> Start:
         )
     elif config.MODEL.PRETRAINED:
         source = config.MODEL.PRETRAINED
-        pretrained = load_checkpoint(source)
-        for line in differing_function(pretrained, config, loaders.modality, source):
-            logger.warning("%s", line)
-        load_pretrained(training.bare_model, pretrained, source, config.MODEL.WEIGHTS)
-        if training.ema:
-            training.ema.set(training.bare_model)
-        logger.info("starts from the weights of %s", source)
+        start_from_pretrained(config, training, loaders)
     _log_unused(config, found.path, source, stored_config(checkpoint) if found.path else None)
     distributed.barrier()  # every rank has read its file
     if not found.path and distributed.rank() == 0 and (aside := set_aside(folder, Path(config.MODEL.RESUME))):

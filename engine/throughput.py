@@ -12,6 +12,7 @@ from engine.training import place
 from logger import get_logger
 from models import build_model
 from models.classifier import TrainableModel
+from utils.devices import synchronise
 from utils.precision import autocast, autocast_dtype
 
 
@@ -47,8 +48,7 @@ def throughput(
         start = time.perf_counter()
         with autocast(device, amp_dtype):
             model(samples)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronise(device)
         return time.perf_counter() - start
 
     begin = time.perf_counter()

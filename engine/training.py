@@ -22,6 +22,7 @@ from lr_scheduler import build_scheduler
 from models.classifier import TrainableModel
 from optimizer import build_optimizer
 from utils import distributed
+from utils.devices import widest
 from utils.faults.preemption import Decision
 from utils.precision import autocast_dtype
 
@@ -52,6 +53,8 @@ class Training:
     skipped: int = 0
     beat: Callable[[int, str], None] = lambda step, phase: None  # nobody watches
     profiler: torch.profiler.profile | None = None
+    pause: float = 0.0  # seconds between the last epoch's steps and the next one's: validation, saving
+    verdict: str = ""  # what bounded the last epoch
 
     def running_statistics(self) -> list[Tensor]:
         """What BatchNorm layers gather over batches, each rank over its own: mean, variance and count of each."""
@@ -75,7 +78,7 @@ class Interval:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.loss_sum = torch.zeros((), dtype=widest(device), device=device)
         self.losses = torch.zeros((), dtype=torch.int64, device=device)  # finite ones, of forward passes
         self.timed_steps = 0
         self.data_time = 0.0
@@ -84,7 +87,7 @@ class Interval:
     def add_loss(self, loss: Tensor) -> None:
         """Count a loss if it is finite."""
         finite = loss.isfinite()
-        self.loss_sum += torch.where(finite, loss, 0.0).double()
+        self.loss_sum += torch.where(finite, loss, 0.0).to(self.loss_sum.dtype)
         self.losses += finite
 
     def state(self) -> dict[str, float | int]:
@@ -199,7 +202,7 @@ def wrap(config: CfgNode, training: Training) -> None:
         # The wrapper is for the loop alone: what is saved and evaluated is the bare model, whose names have no prefix.
         training.model = DistributedDataParallel(
             training.bare_model,
-            device_ids=[training.device.index] if training.device.type == "cuda" else None,
+            device_ids=None if training.device.index is None else [training.device.index],
             broadcast_buffers=False,  # derived ones are equal, and running statistics are shared on their own
             gradient_as_bucket_view=True,  # gradients lie in what is sent: no second copy of them, the same bits
             find_unused_parameters=config.TRAIN.FIND_UNUSED_PARAMS,

@@ -25,7 +25,7 @@ from .adaptation import adapt_position_tables, released_names, require_fit
 from .classifier import Classifier, TrainableModel
 from .files import CheckpointError, load_checkpoint, num_classes_of, stored_config, verify_by_sidecar, weights_of
 from .kernels import KERNELS, kernel_of
-from .options import AttentionOptions, value_of
+from .options import DEFAULTS, AttentionOptions, value_of
 
 ATTENTION = "MODEL.LA.ATTENTION"  # names the kernel, of the bodies that leave it open
 IMAGES, TOKENS = "images", "tokens"  # what a body reads, and a data source delivers
@@ -92,7 +92,13 @@ def body_of(config: Mapping[str, Any]) -> Body:
     """The body of a configuration. Raises ValueError for an unknown MODEL.TYPE."""
     name = value_of(config, "MODEL.TYPE")
     if not isinstance(name, str) or name not in BODIES:
-        raise ValueError(f"MODEL.TYPE {repr(name)[:80]} is unknown, expected one of {', '.join(sorted(BODIES))}")
+        names = ", ".join(sorted(BODIES))
+        if name == DEFAULTS["MODEL.TYPE"]:
+            raise ValueError(
+                f"the configuration names no model of this project: MODEL.TYPE is {name!r}, as it is where nothing sets"
+                f" it; expected one of {names}"
+            )
+        raise ValueError(f"MODEL.TYPE {repr(name)[:80]} is unknown, expected one of {names}")
     return BODIES[name]
 
 

@@ -11,13 +11,14 @@ import pytest
 from conftest import ROOT
 
 ROOMS = ("models", "data", "engine", "utils", "tools", "benchmarks", "experiments")
-FILES = ("main", "config", "logger", "lr_scheduler", "optimizer", "hubconf")
+FILES = ("main", "config", "flags", "logger", "lr_scheduler", "optimizer", "hubconf")
 # What may be imported from where, besides a room's own files.
 ALLOWED = {
     "models": set(),
     "utils": {"logger"},
     "logger": set(),
-    "config": {"utils"},
+    "config": {"flags", "utils"},
+    "flags": set(),
     "data": {"config", "logger", "utils"},
     "optimizer": {"models", "logger", "utils"},
     "lr_scheduler": {"config", "logger", "utils"},

@@ -19,6 +19,7 @@ import torch
 from conftest import (
     PATIENCE,
     PYTHON,
+    RELEASED,
     ROOT,
     TINY,
     config_file,
@@ -27,8 +28,10 @@ from conftest import (
     run_main,
 )
 
-from config import load_config
+from config import ConfigError, load_config
 from data.loaders import DataError
+from logger import read_metrics
+from main import stored_configuration
 from models.files import load_checkpoint
 from utils import distributed
 from utils.faults.folder_lock import RunFolderError
@@ -133,8 +136,8 @@ def test_tasks_of_srun_without_torchrun_are_refused(monkeypatch):
 
 
 def test_more_processes_than_gpus_is_explained(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     for name, value in {"RANK": 7, "WORLD_SIZE": 8, "LOCAL_RANK": 7, "LOCAL_WORLD_SIZE": 8}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(distributed.LaunchError, match="8 processes need 8 GPUs, and this node has 4: lower --nproc"):
@@ -166,6 +169,48 @@ def test_denormals_are_flushed_in_every_thread(tmp_path):
     plain = "import torch; torch.set_num_threads(2); print((torch.full((4,), 2e-38) * 1e-2).count_nonzero().item())"
     without = subprocess.run([sys.executable, "-c", plain], capture_output=True, text=True, check=True)
     assert without.stdout.strip() == "4"  # what the test would see if nothing flushed them
+
+
+def test_a_dry_run_says_what_the_run_will_take_and_leaves_nothing(tiny, log):
+    """Seconds are this machine's; steps, rates and sizes are those of the run that follows."""
+    options = "TRAIN.EPOCHS 3 EMA.ENABLE True EMA.WARMUP True CHECKPOINT.KEEP 2"
+    run(tiny, f"{options} DRY_RUN_MODE True")
+    assert not (tiny.parent / "out").exists()
+    said = log.text
+    assert re.search(r"2 steps on synthetic input: [\d.]+ s, then [\d.]+ s \(\d+ images/s\); memory \d{3,} MiB", said)
+    assert re.search(r"the run: 3 epochs of 11 steps, [\d.]+ (s|min) without validation and waiting for data", said)
+    rates = dict(re.findall(r"([\d.e+-]+) at (step \d+)", said.partition("learning rates: ")[2]))
+    size, files, total = re.search(r"a checkpoint has ([\d.]+) GB; up to (\d) of them, .*: ([\d.]+) GB", said).groups()
+    run(tiny, options)
+    steps = {f"step {r['step']}": r["lr"] for r in read_metrics(folder_of(tiny) / "metrics.jsonl") if "lr" in r}
+    seen = {step: float(rate) for rate, step in rates.items() if step in steps}
+    assert seen and all(rate == pytest.approx(steps[step], rel=1e-3) for step, rate in seen.items())
+    written = (folder_of(tiny) / "ckpt_epoch_3.pth").stat().st_size
+    assert float(size) == pytest.approx(written / 1e9, abs=1e-3) and files == "4"
+    assert float(total) == pytest.approx(4 * written / 1e9, abs=1e-2)
+
+
+def test_evaluation_without_a_configuration_takes_the_checkpoints_own(tiny):
+    run(tiny, "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 DEVICE cpu")
+    tiny.unlink()
+    best = folder_of(tiny) / "max_acc.pth"
+    assert stored_configuration(str(best)).DEVICE == "auto"  # that of the machine that evaluates
+    result = run_main("--eval", "--resume", best, "--opts", "DATA.BATCH_SIZE=50")
+    assert f"evaluated {best}" in result.stdout
+    top1 = max(r["top1"] for r in read_metrics(folder_of(tiny) / "metrics.jsonl") if r["kind"] == "val")
+    assert f"{top1:.3f} %" in result.stdout and (folder_of(tiny) / "eval_val.json").is_file()
+
+
+def test_the_configuration_in_a_released_file_is_taken_without_the_places_of_its_machine(tmp_path):
+    config = stored_configuration(str(RELEASED))
+    assert config.MODEL.TYPE.startswith("pola") and (config.OUTPUT, config.TAG) == ("", "default")
+    assert not config.DATA.DATA_PATH and not config.MODEL.RESUME and not config.MODEL.PRETRAINED
+    torch.save({"model": {"head.weight": torch.zeros(2, 2)}}, tmp_path / "bare.pth")
+    with pytest.raises(ConfigError, match=r"bare.pth stores no configuration: --cfg names the YAML file"):
+        stored_configuration(str(tmp_path / "bare.pth"))
+    (tmp_path / "bad.pth").write_bytes(b"garbage")
+    with pytest.raises(ConfigError, match=r"bad.pth is damaged"):
+        stored_configuration(str(tmp_path / "bad.pth"))
 
 
 def test_tiny_configuration_of_the_tests_is_valid(tmp_path):

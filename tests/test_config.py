@@ -4,6 +4,7 @@ pytest tests/test_config.py
 """
 
 import re
+import shlex
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import torch
 from conftest import OFFICIAL, ROOT, config_file, cpu_seconds, read_json
 
 import config
+import flags
 from config import (
     ConfigError,
     default_config,
@@ -156,7 +158,7 @@ def test_models_read_the_keys_of_their_table_and_have_the_defaults_of_config(mon
     with torch.device("meta"):
         for name in BODIES:
             build_model({"MODEL": {"TYPE": name}})
-    with pytest.raises(ValueError, match="MODEL.TYPE 'swin' is unknown"):
+    with pytest.raises(ValueError, match="names no model of this project: MODEL.TYPE is 'swin'"):
         build_model({})
     assert read == set(options.DEFAULTS)
     assert {key: config.KEYS[key].default for key in read} == dict(options.DEFAULTS)
@@ -164,6 +166,23 @@ def test_models_read_the_keys_of_their_table_and_have_the_defaults_of_config(mon
 
 def test_reference_page_is_up_to_date():
     assert (ROOT / "docs" / "configuration.md").read_text() == render(), "run `make reference`"
+
+
+def test_the_reference_begins_with_ten_keys_and_has_every_key_in_one_section():
+    first, *sections = re.split(r"^## ", render(), flags=re.MULTILINE)[1:]
+    assert (
+        first.startswith("The ten keys that people change\n") and len(re.findall(r"^\| `", first, re.MULTILINE)) == 10
+    )
+    found = [(s.partition("\n")[0], key) for s in sections for key in re.findall(r"^\| `([\w.]+)` \|", s, re.MULTILINE)]
+    assert sorted(key for _, key in found) == sorted(config.KEYS)
+    titles = dict.fromkeys(title for title, _ in found)
+    assert len(titles) == len(sections) >= 12  # none is empty
+    by_key = {key: title for title, key in found}
+    assert (
+        by_key["TRAIN.OPTIMIZER.NAME"] == "Optimizer"
+        and by_key["SEED"] == "Run"
+        and by_key["AUG.HFLIP"] == "Augmentation"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +236,12 @@ MISTAKES = {
     "TRAIN.START_EPOCH 300": "TRAIN.START_EPOCH 300 is not below the run's 300 epochs",
     "DATA 3": "DATA is a section and needs keys below it",
     "EVAL_MODE True": "--eval needs --resume FILE",
-    "TRAIN.EPOCHS": "--opts takes KEY VALUE pairs, received 1 words",
+    "TRAIN.EPOCHS": "--opts takes KEY VALUE pairs, and TRAIN.EPOCHS has no value",
+    "SEED=1 TRAIN.EPOCHS": "--opts takes KEY VALUE pairs, and TRAIN.EPOCHS has no value: SEED=1 TRAIN.EPOCHS",
+    "TRAIN.EPOCHS=many": "TRAIN.EPOCHS is 'many' (str), expected an integer",
+    "train.epochs 3": "unknown key train.epochs; the nearest valid key is TRAIN.EPOCHS",
+    "TRAIN.FOO 3": "unknown key TRAIN.FOO; docs/configuration.md lists all",
+    "MODEL.TYPE swin": "the configuration names no model of this project: MODEL.TYPE is 'swin'",
 }
 
 
@@ -239,7 +263,9 @@ FILES = {
     "BASE: [1.5, [2]]\n": "own.yaml: BASE is [1.5, [2]], expected a list of one or more",
     "BASE: [own.yaml]\n": "BASE files include each other",
     "BASE: [absent.yaml]\n": "absent.yaml does not exist",
-    "MODEL: {NAME: mine}\n": "MODEL.TYPE 'swin' is unknown, expected one of lra, nalaformer, pola_pp, pola_pvt_large",
+    "MODEL: {NAME: mine}\n": "the configuration names no model of this project: MODEL.TYPE is 'swin', as it is where"
+    " nothing sets it; expected one of lra, nalaformer, pola_pp, pola_pvt_large",
+    "XYZ: {A: 1}\n": "own.yaml: section XYZ is unknown",
 }
 
 
@@ -253,7 +279,14 @@ def test_mistake_in_a_file(text, message, tmp_path):
 
 
 ARGUMENTS = {
-    "--cfg configs/absent.yaml": "config file configs/absent.yaml does not exist; did you mean configs/",
+    "--cfg configs/absent.yaml": "config file configs/absent.yaml does not exist; configs/ holds many",
+    "--cfg configs/pola_swn_t.yaml": "pola_swn_t.yaml does not exist; did you mean configs/pola_swin_t.yaml?",
+    "--cfg configs/pola_swin_t.yaml --lr 1e-3 --epochs=9 --disable_amp": "--lr is the key TRAIN.BASE_LR here (peak",
+    "--xyz": "unknown argument --xyz; main.py --help lists the flags",
+    "--cfg configs/pola_swin_t.yaml PHOTOS": "unexpected word PHOTOS: settings are flags, or keys after --opts",
+    "--resume x.pth": "--cfg FILE is required, for example --cfg configs/pola_swin_t.yaml (--eval --resume FILE does",
+    "--eval --resume absent.pth": "--resume absent.pth: no such file",
+    "--cfg configs/pola_swin_t.yaml --dry-run --throughput": "--throughput and --dry-run exclude each other",
     "--cfg configs/pola_swin_t.yaml --batchsize 3": "unknown argument --batchsize; the nearest valid one is"
     " --batch-size",
     "--cfg configs/pola_swin_t.yaml --batch-size three": "command line: DATA.BATCH_SIZE is 'three'",
@@ -329,6 +362,63 @@ def test_accumulation_replaces_the_global_batch_of_a_file_and_the_batch_size_kee
     assert make_plan(load_config(str(path)), 1).global_batch == 384
     with pytest.raises(ConfigError, match="TRAIN.GLOBAL_BATCH decides the accumulation"):
         load_config(config_file("pola_swin_t"), "TRAIN.GLOBAL_BATCH 64 TRAIN.ACCUMULATION_STEPS 2".split())
+
+
+def flags_of_others() -> list[str]:
+    """Every flag of the tables, with and without a value."""
+    return [*flags.KEYS, *flags.SETTINGS, *flags.FLAGS, *flags.REASONS]
+
+
+def test_every_flag_of_related_scripts_is_told_once_what_to_write_here():
+    own = {name for action in config._parser()._actions for name in action.option_strings}
+    assert len(set(flags_of_others())) == len(flags_of_others()) > 200 and not own & set(flags_of_others())
+    assert all(re.fullmatch(r"-\w|-vb|--\w+(-\w+)*", flag) for flag in flags_of_others())
+    assert set(flags.OF_KEYS) <= set(config.KEYS) and set(flags.OF_FLAGS) <= own
+    for setting in flags.OF_SETTINGS:
+        load_config(config_file("pola_swin_t"), setting.split())  # can be written as it stands
+    asked = "--lr --epochs --workers --seed --optim --disable_amp --amp-opt-level --log-wandb".split()
+    assert {flag.replace("_", "-") for flag in (*asked, "--fused_window_process")} <= set(flags_of_others())
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        ("--lr 0.001 --epochs 9", "--opts TRAIN.BASE_LR 0.001 TRAIN.EPOCHS 9"),
+        ("--workers=4 -j 4", "--opts DATA.NUM_WORKERS 4 DATA.NUM_WORKERS 4"),
+        ("--disable_amp", "--opts AMP False"),
+        ("--amp-opt-level O0", "--opts AMP False"),
+        ("--amp-opt-level O1 --fused_window_process", "--opts AMP True MODEL.LA.BACKEND auto"),
+        (
+            "--input-size 3 256 320 --opt-betas 0.9 0.95",
+            "--opts DATA.IMG_SIZE [256,320] TRAIN.OPTIMIZER.BETAS [0.9,0.95]",
+        ),
+        ("--test-only --output_dir out --seed 3", "--eval --output out --opts SEED 3"),
+        ("--optim sgd TRAIN.EPOCHS=3", "--opts TRAIN.OPTIMIZER.NAME sgd TRAIN.EPOCHS 3"),
+    ],
+)
+def test_what_is_told_to_write_in_place_of_a_flag_of_others_can_be_written(words, written, capsys):
+    command = ["--cfg", config_file("pola_swin_t"), "--resume", config_file("pola_swin_t")]
+    with pytest.raises(SystemExit) as ended:
+        parse_command_line([*command, *words.split()])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and len(said.splitlines()) == 1
+    assert shlex.split(said.partition(". Write ")[2]) == written.split()
+    parse_command_line([*command, *written.split()])
+
+
+def test_a_flag_that_nothing_stands_for_is_told_why(capsys):
+    with pytest.raises(SystemExit):
+        parse_command_line(["--cfg", config_file("pola_swin_t"), "--dist-url", "env://"])
+    assert "--dist-url: not needed, torchrun says how many processes there are, and where\n" in capsys.readouterr().err
+
+
+def test_opts_take_pairs_with_and_without_an_equals_sign():
+    merged = load_config(config_file("pola_swin_t"), ["TRAIN.EPOCHS=3", "TAG", "a=b", "OUTPUT=c=d", "SEED", "4"])
+    assert (merged.TRAIN.EPOCHS, merged.TAG, merged.OUTPUT, merged.SEED) == (3, "a=b", "c=d", 4)
+    accumulated = load_config(config_file("pola_swin_t"), ["TRAIN.ACCUMULATION_STEPS=2"])
+    assert accumulated.TRAIN.GLOBAL_BATCH is None
+    flag = parse_command_line(["--cfg", config_file("pola_swin_t"), "--accumulation-steps", "2"])
+    assert make_plan(flag).accumulation == 2 and flag.TRAIN.GLOBAL_BATCH is None
 
 
 def test_help_answers_in_under_a_second():

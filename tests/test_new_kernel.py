@@ -26,7 +26,7 @@ def block(language: str, after: str) -> str:
 
 def follow(root: Path) -> dict[str, subprocess.CompletedProcess]:
     """Make a copy in `root`, the page's files in it, and run its commands; returns what each command printed."""
-    for name in ("main.py", "config.py", "logger.py", "lr_scheduler.py", "optimizer.py", "CITATION.cff"):
+    for name in ("main.py", "config.py", "flags.py", "logger.py", "lr_scheduler.py", "optimizer.py", "CITATION.cff"):
         shutil.copy(ROOT / name, root)
     for name in ("models", "data", "engine", "utils", "tools", "experiments", "configs"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))

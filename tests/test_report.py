@@ -4,6 +4,7 @@ pytest tests/test_report.py
 """
 
 import json
+import os
 import re
 import time
 import zipfile
@@ -26,7 +27,7 @@ from tools import report
 from tools.run_report.charts import chart
 from tools.run_report.classes import by_class
 from tools.run_report.examples import hardest
-from tools.run_report.page import render
+from tools.run_report.page import _profile, render
 from tools.run_report.runs import find_runs, names_of, read_run
 from utils.curves import METRICS, Line, Panel, series, training_panels
 from utils.predictions import Predictions, read_predictions
@@ -241,6 +242,54 @@ def test_an_evaluation_stands_in_for_predictions_that_are_missing(tmp_path):
     (folder / "predictions.npz").rename(folder / "eval_val_predictions.npz")
     page = render([run_of(folder)], images=2)
     assert page == whole and page.count("<img") == 4 and "Hardest images" in page
+
+
+def test_the_predictions_of_a_later_evaluation_take_the_place_of_earlier_ones(tmp_path):
+    folder = digits_run(tmp_path / "run")
+    stored = dict(np.load(folder / "predictions.npz"))
+    for age, name in enumerate(("predictions.npz", "eval_val_predictions.npz", "eval_val_ema_predictions.npz")):
+        store_arrays(folder / name, {**stored, "checkpoint": np.array(f"from {name}")})
+        os.utime(folder / name, (age + 1, age + 1))
+        assert run_of(folder).predictions.checkpoint == f"from {name}"
+    os.utime(folder / "predictions.npz", (9, 9))  # training went on, to a new best
+    assert "from from predictions.npz: " in render([run_of(folder)], images=0)
+
+
+def test_the_page_names_the_folder_of_the_data_and_the_number_of_classes(tmp_path):
+    folder = digits_run(tmp_path / "run", f"DATA.DATASET imagenet DATA.DATA_PATH {tmp_path}/PHOTOS")
+    assert f"pola_swin · imagenet in {tmp_path}/PHOTOS, 10 classes · 4 of 2 epochs" in render(
+        [run_of(folder)], images=0
+    )
+    (folder / "predictions.npz").unlink()
+    assert f"imagenet in {tmp_path}/PHOTOS · 4 of" in render([run_of(folder)], images=0)
+    assert "pola_swin · digits, 10 classes · " in render([run_of(digits_run(tmp_path / "bundled" / "run"))], images=0)
+
+
+def ticks(drawing: str) -> list[float]:
+    """The numbers on the horizontal axis of a chart, which come first in it."""
+    horizontal = drawing.split("epoch<" if "epoch<" in drawing else "classes, worst first<")[0]
+    return [float(each) for each in re.findall(r">([\d.]+)</text>", horizontal)]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 7, 300])
+def test_axes_of_runs_of_any_length_count_whole_epochs_from_0(tmp_path, epochs):
+    write_metrics(tmp_path, epochs=epochs, steps=8, print_freq=2)
+    for panel in training_panels([("run", run_of(tmp_path).records)], ("loss", "top1", "lr")):
+        seen = ticks(chart(panel))
+        assert seen[0] == 0 and seen == [int(each) for each in seen] and len(seen) <= 8
+        assert seen[-1] == epochs or epochs > 3  # up to three, each has its tick
+        assert len(seen) == epochs + 1 or epochs > 3
+
+
+@pytest.mark.parametrize("classes", [2, 10, 30, 31, 1000])
+def test_the_chart_of_classes_fits_few_and_many(tmp_path, classes):
+    write_metrics(tmp_path, epochs=2, steps=8)
+    write_predictions(tmp_path, images=4 * classes, classes=classes)
+    drawing = chart(_profile([run_of(tmp_path)]))
+    seen = ticks(drawing)
+    assert seen == [int(each) for each in seen] and 1 < len(seen) <= 8 and max(seen) <= classes
+    assert drawing.count("<use ") - len(seen) >= classes or classes > 30  # a mark for each of a few classes
+    assert all(f">{percent}<" in drawing for percent in (0, 25, 50, 75, 100))
 
 
 @pytest.mark.parametrize("text", [TINY_PPP, TINY_NALA], ids=["PolaFormer++", "NaLaFormer"])

@@ -6,6 +6,7 @@ pytest tests/test_resume.py
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,18 +227,34 @@ def test_a_finished_run_says_so_evaluates_and_exits_0(tiny):
     assert epoch_file(folder_of(tiny), 1).read_bytes() == weights
 
 
-def test_the_closing_lines_name_folder_accuracy_curves_and_a_command_that_works(tiny):
-    first = run_main("--cfg", tiny)
-    assert f"run folder: {folder_of(tiny)}" in first.stdout
-    best = re.search(r"best top-1: ([\d.]+) %", first.stdout)[1]
-    with Image.open(re.search(r"curves: (\S+)", first.stdout)[1]) as image:
-        assert image.width > 1000 and len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
-    interpreter, *command = shlex.split(re.search(r"evaluate it with: (.*)", first.stdout)[1])
-    assert (ROOT / interpreter).samefile(sys.executable)
+def test_the_closing_lines_name_folder_accuracy_curves_and_commands_that_work(tiny, tmp_path):
+    """Run in a folder of its own, the paths are short; every command is run there as it stands."""
+    text = tiny.read_text().replace(f"OUTPUT: {tiny.parent / 'out'}", "OUTPUT: out\nEMA: {ENABLE: True, WARMUP: True}")
+    tiny.write_text(text)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([PYTHON, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert f"top-1 {best} %" in result.stdout
-    assert "355 images" in result.stdout and "sha256" in result.stdout and "float32" in result.stdout
+
+    def started(*words: str) -> str:
+        result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{words}\n{result.stdout}{result.stderr}"
+        return result.stdout
+
+    first = started(PYTHON, str(ROOT / "main.py"), "--cfg", "tiny.yaml")
+    assert re.findall("best so far: .*", first)[0].endswith(" after 1 epochs)")
+    assert "memory" in first and re.search(r"epoch 1 \[11/11\] .* left\n", first) and "drawing the curves\n" in first
+    assert "run folder: out/tiny/default\n" in first and "curves: out/tiny/default/curves.png\n" in first
+    best = re.search(r"best top-1: ([\d.]+) %", first)[1]
+    assert re.findall("best so far: ([\\d.]+) %", first)[-1] == best
+    with Image.open(tmp_path / "out/tiny/default/curves.png") as image:
+        assert image.width > 1000 and len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
+    said = {}
+    for what in ("evaluate it with", "report", "predict", "attention maps"):
+        interpreter, script, *words = shlex.split(re.search(rf"{what}: (.*)", first)[1])
+        assert Path(tmp_path, shutil.which(interpreter) or interpreter).samefile(sys.executable)
+        assert not [word for word in words if word.startswith(str(tmp_path))]  # all are below this folder
+        said[what] = started(PYTHON, script, *words)
+    assert f"top-1 {best} %" in said["evaluate it with"] and "355 images" in said["evaluate it with"]
+    assert (tmp_path / "out/tiny/default/report.html").is_file() and "polaformer.png" in said["predict"]
+    assert (tmp_path / "attention/index.html").is_file()
 
 
 def test_an_unreadable_newest_checkpoint_is_skipped(tiny, log):

@@ -256,6 +256,7 @@ def test_no_console_ends_a_run_or_its_exit_code(tiny, how, python):
 def test_a_disk_that_is_full_for_a_while_costs_a_run_few_lines_and_no_record(tiny, monkeypatch, log):
     """With TensorBoard, from the fifth step to the fifteenth of twenty-two."""
     run(tiny, f"{SHORT} TENSORBOARD True TAG whole")
+    undisturbed = len(log.text.splitlines())
     log.clear()
     disk = FaultyDisk(folder_of(tiny), FULL)
     at_step(monkeypatch, {5: disk.__enter__, 15: disk.__exit__})
@@ -267,7 +268,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_run_few_lines_and_no_record(tin
         assert [event.value for event in found[0]] == [event.value for event in found[1]]
     steps = [[record["step"] for record in read_metrics(each / "metrics.jsonl")] for each in (folder, whole)]
     assert steps[0] == steps[1]
-    assert len(log.text.splitlines()) < 30 and log.text.count("could not be written") <= 5
+    assert len(log.text.splitlines()) <= undisturbed + 5 and log.text.count("could not be written") <= 5
     assert "best top-1" in log.text and load_checkpoint(folder / "max_acc.pth")["epoch"] == 2
     lines = (folder / "log.txt").read_text().splitlines()
     assert len(lines) == len(log.text.splitlines())
@@ -308,9 +309,8 @@ def test_a_run_folder_that_goes_under_the_run_comes_back_whole(tiny, monkeypatch
     assert log.text.count("was deleted or renamed under the run: it is made anew, and the run goes on in it") == 1
     steps = [record["step"] for record in read_metrics(folder / "metrics.jsonl")]
     assert steps == [2, 4, 6, 8, 10, 11, 11, 13, 15, 17, 19, 21, 22, 22]
-    evaluated = re.findall("evaluate it with: .*--cfg (\\S+) --eval --resume (\\S+)", log.text)[-1]
-    assert all(Path(path).is_file() for path in evaluated)
-    assert load_config(evaluated[0]).TRAIN.EPOCHS == 2 and load_checkpoint(evaluated[1])["epoch"] == 2
+    evaluated = re.findall("evaluate it with: .* --eval --resume (\\S+)", log.text)[-1]
+    assert load_config(str(folder / "config.yaml")).TRAIN.EPOCHS == 2 and load_checkpoint(evaluated)["epoch"] == 2
     assert len(json.loads((folder / "environment.json").read_text())) == 1
     shown = EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("train/loss")
     assert [event.step for event in shown] == list(dict.fromkeys(steps))

@@ -20,7 +20,6 @@ import argparse
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -39,6 +38,8 @@ from models.classifier import Classifier
 from models.loading import load_resized
 from tools.checkpoints import LoadedModel, add_checkpoint_arguments, find_images, open_checkpoint
 from tools.command_line import answer, file_path, program, say, whole
+from utils.devices import device_type
+from utils.environment import cores
 from utils.files import file_digest
 from utils.precision import autocast, autocast_dtype, exact_float32
 
@@ -191,7 +192,7 @@ def _device(text: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's word for a device that is not there
         raise argparse.ArgumentTypeError(
-            f"{text!r} cannot be used here: expected cpu{', cuda' if torch.cuda.is_available() else ''}"
+            f"{text!r} cannot be used here: expected {' or '.join(dict.fromkeys(('cpu', device_type())))}"
         ) from error
     return device
 
@@ -206,11 +207,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", metavar="FILE", type=file_path, help="write there instead of standard output")
     add("--batch-size", metavar="N", type=whole(), default=32, help="default 32")
     what = "processes that decode images where there is more than a batch of them; default 4, or the number of cores"
-    add("--workers", metavar="N", type=whole(), default=min(4, os.cpu_count() or 1), help=what)
+    add("--workers", metavar="N", type=whole(), default=min(4, cores()), help=what)
     what = "turn images as their EXIF data say, or not; default: as the checkpoint was trained (DATA.EXIF)"
     add("--exif", action=argparse.BooleanOptionalAction, help=what)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=_device, default=device, help="cpu, cuda or cuda:N; default: cuda where there is one")
+    what = "cpu, cuda, cuda:N, mps or xpu; default: the accelerator, where there is one"
+    add("--device", type=_device, default=device_type(), help=what)
     return parser
 
 

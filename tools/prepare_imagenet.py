@@ -42,6 +42,7 @@ from logger import printable
 from tools.command_line import answer, file_path, program, say, whole
 from tools.imagenet_labels import read_ground_truth
 from tools.prepared_folder import STATE, FolderDigest, owned, require_same_settings
+from utils.environment import cores
 from utils.files import file_digest, written
 from utils.parallel import WorkerLost, parallel
 
@@ -467,7 +468,7 @@ def _parser() -> argparse.ArgumentParser:
     what = "images per shard, or per part that an interrupted run keeps (default 1000)"
     add("--shard-images", metavar="N", type=whole(1), default=1000, help=what)
     add("--seed", metavar="N", type=whole(0), default=0, help="of the order of training shards")
-    add("--workers", metavar="N", type=whole(1), default=os.cpu_count() or 1, help="processes")
+    add("--workers", metavar="N", type=whole(1), default=cores(), help="processes")
     add("--skip-unreadable", action="store_true", help="leave unreadable images out and exit with 0")
     what = "classes of a flat val/: LOC_val_solution.csv, `name id` lines, or ILSVRC2012_validation_ground_truth.txt"
     add("--val-ground-truth", metavar="FILE", type=file_path, help=what)

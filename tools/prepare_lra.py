@@ -15,7 +15,6 @@ Exit codes: 0 finished; 2 a mistake, damaged or absent data, or a full disk; 130
 """
 
 import argparse
-import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ from tools.lra.generate import generate_listops, generate_pathfinder
 from tools.lra.pictures import read_cifar, read_fashion_mnist, read_pathfinder
 from tools.lra.texts import LISTOPS_SIZES, read_listops, read_retrieval, read_text
 from tools.prepared_folder import SETTINGS, STATE, owned, require_same_settings
+from utils.environment import cores
 from utils.parallel import WorkerLost
 
 FORMER = {"borders": pathfinder.BORDERS[0]}  # of folders from before there was the option
@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         if seed:
             task.add_argument("--seed", metavar="N", type=whole(0), help=f"{seed} (default 0)")
         if name in ("listops", "pathfinder"):
-            count = os.cpu_count() or 1
+            count = cores()
             task.add_argument(
                 "--workers", metavar="N", type=whole(1), default=count, help=f"processes (default {count})"
             )

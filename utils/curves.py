@@ -47,11 +47,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b85f95", "#a97a00", "#4a9fd4", "#5b4a9e", "#6d6d6d")
 MUTED, GRID = "#62666d", "#dfdfda"
 FONT_SIZE = 11
+FEW = 30  # points of stairs that are marked one by one
 STEPS = (1, 2, 2.5, 5, 10)  # between ticks
 LINES: dict[str, dict[str, Any]] = {
     "solid": {"linewidth": 1.6},
     "faint": {"linewidth": 1.1, "alpha": 0.6, "zorder": 1.9},  # below those that it accompanies
-    "dashed": {"linewidth": 1.6, "linestyle": (0, (3, 2.4))},
+    "dashed": {"linewidth": 1.6, "linestyle": (0, (3, 2.4)), "markerfacecolor": "none"},
+    "stairs": {"linewidth": 1.6, "drawstyle": "steps-mid", "markeredgecolor": "none"},
 }
 
 
@@ -73,6 +75,7 @@ class Panel(NamedTuple):
     lines: Sequence[Line]
     x_label: str = "epoch"
     logarithmic: bool = False
+    y_range: tuple[float, float] | None = None
 
     @property
     def gaps(self) -> str:
@@ -167,8 +170,10 @@ def draw_panels(figure: "Figure", panels: Sequence[Panel], *, captions: bool = T
     for axes, panel in zip(row, panels, strict=True):
         for line in panel.lines:
             gap = np.pad(~np.isfinite(line.y), 1, constant_values=True)
-            alone = gap[:-2] & ~gap[1:-1] & gap[2:]  # no line leads there: a dot
-            dots = {"marker": "o", "markersize": 4, "markevery": alone} if alone.any() else {}
+            dotted = gap[:-2] & ~gap[1:-1] & gap[2:]  # no line leads there: a dot
+            if line.style == "stairs" and len(line.x) <= FEW:
+                dotted[:] = True
+            dots = {"marker": "o", "markersize": 4, "markevery": dotted} if dotted.any() else {}
             axes.plot(line.x, line.y, label=line.label, color=PALETTE[line.colour], **LINES[line.style], **dots)
         if panel.logarithmic:
             axes.set_yscale("log")
@@ -177,10 +182,14 @@ def draw_panels(figure: "Figure", panels: Sequence[Panel], *, captions: bool = T
             axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=STEPS, integer=True))  # epochs and classes are whole
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: number(value))
         axes.margins(x=0.01)
+        if panel.x_label == "epoch":
+            axes.set_xlim(0, 1.01 * max([1.0, *(line.x.max() for line in panel.lines if len(line.x))]))
+        if panel.y_range:
+            axes.set_ylim(*panel.y_range)
         axes.grid(axis="y", color=GRID)
         axes.tick_params(axis="y", length=0)
         plain_axes(axes, panel.x_label, panel.unit if captions else "")
@@ -227,13 +236,16 @@ class CurvesInBackground:
         self.folder, self.pause = folder, pause
         self.started = time.monotonic()
         self.drawing: subprocess.Popen | None = None
-        self.failed = False
+        self.failed = self.told = False
 
     def epoch_ended(self) -> None:
         """Start a drawing if one is due."""
         if not self._idle() or time.monotonic() - self.started < self.pause:
             return
         self.started = time.monotonic()
+        if not self.told:
+            self.told = True
+            get_logger().info("curves so far, from now on beside the run: %s", self.folder / "curves.png")
         try:
             self.drawing = subprocess.Popen(
                 [sys.executable, "-m", "utils.curves", str(self.folder.resolve())],
@@ -284,5 +296,6 @@ class CurvesInBackground:
 
 
 if __name__ == "__main__":
-    os.nice(19)
+    if hasattr(os, "nice"):  # not on Windows
+        os.nice(19)
     draw_curves(Path(sys.argv[1]))

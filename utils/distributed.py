@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from logger import get_logger
+from utils.devices import device_type
 
 T = TypeVar("T")
 
@@ -55,10 +56,11 @@ def local_world_size() -> int:
     return _environment("LOCAL_WORLD_SIZE", 1)
 
 
-def init(single_process_gpu: int = 0, timeout: float = 1800.0) -> torch.device:
+def init(single_process_gpu: int = 0, timeout: float = 1800.0, device_name: str = "auto") -> torch.device:
     """Join the process group that the environment describes and return this process's device.
 
-    Without WORLD_SIZE in the environment this is one process on GPU `single_process_gpu`, or on the CPU.
+    Without WORLD_SIZE in the environment this is one process on GPU `single_process_gpu`, or on the CPU. `device_name`
+    is for utils.devices.device_type.
     Raises LaunchError when the node has fewer GPUs than processes, when srun started several tasks without torchrun,
     and when a process does not come within `timeout` seconds; from WAITING_NOTICE on, a log line says which are
     missing.
@@ -72,21 +74,21 @@ def init(single_process_gpu: int = 0, timeout: float = 1800.0) -> torch.device:
             " single process with srun --ntasks 1"
         )
     index = local_rank() if launched else single_process_gpu
-    if torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
+    device = torch.device(device_type(device_name))
+    if device.type != "cpu":
+        gpus = torch.accelerator.device_count()
         processes = local_world_size() if launched else index + 1
         if processes > gpus:
             raise LaunchError(
                 f"{processes} processes need {processes} GPUs, and this node has {gpus}: lower --nproc_per_node (NPROC)"
             )
-        torch.cuda.set_device(index)
-        device, backend = torch.device("cuda", index), "nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
+        torch.accelerator.set_device_index(index)
+        device = torch.device(device.type, index)
     if launched and not dist.is_initialized():
         store, rank, world_size = _join_store(timeout)
         _await_processes(store, rank, world_size, timeout)
         limit = timedelta(seconds=timeout + 30)  # later than the watchdog, which has a name to give
+        backend = dist.get_default_backend_for_device(device)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     return device
 
@@ -130,11 +132,11 @@ def cleanup() -> None:
         dist.destroy_process_group()
 
 
-def leave(status: int) -> NoReturn:
-    """End a process that failed. Torch's threads are not taken apart: while other processes of the run are gone, that
-    can abort with a report of its own."""
+def leave(status: int, *, at_once: bool = False) -> NoReturn:
+    """End the program; `at_once`, without what libraries do at its end. Nor are torch's threads taken apart where the
+    process failed: while other processes of the run are gone, that can abort with a report of its own."""
     logging.shutdown()
-    if dist.is_initialized():
+    if at_once or dist.is_initialized():
         os._exit(status)
     sys.exit(status)
 

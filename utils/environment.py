@@ -22,10 +22,28 @@ KEPT = 50  # starts
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def short_path(path: Path | str) -> str:
+    """A path as it is written from here, where it lies below."""
+    there = os.path.abspath(path)
+    return os.path.relpath(there) if there.startswith(os.getcwd() + os.sep) else str(path)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_of_cores() -> int:
+    """Cores for each of the run's processes on this node."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def describe(device: "torch.device", processes: int) -> dict[str, Any]:
     """Versions, hardware, commit and command of this process, as plain values."""
     import timm  # slow to import, which readers of the file need not wait for
     import torch
+
+    from utils.devices import described
 
     cuda = device.type == "cuda"
     return {
@@ -33,12 +51,10 @@ def describe(device: "torch.device", processes: int) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
         "processes": processes,
-        "device": torch.cuda.get_device_name(device)
-        if cuda
-        else f"CPU, threads per process: {torch.get_num_threads()}",
+        "device": described(device),
         "device_memory_gib": round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1) if cuda else None,
         "cpu": cpu_field("model name") or platform.processor() or platform.machine(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": cores(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

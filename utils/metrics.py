@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from utils import distributed
+from utils.devices import widest
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class AccuracyCounter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # images, correct at 1, correct at 5, non-finite, sum of losses: float64 holds the counts exactly below 2^53
-        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
+        # images, correct at 1, correct at 5, non-finite, sum of losses: float64 holds the counts exactly below 2^53,
+        # float32, of devices without it, below 2^24
+        self.sums = torch.zeros(5, dtype=widest(device), device=device)
         self.classes = 0
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
@@ -56,9 +58,9 @@ class AccuracyCounter:
         before = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
         rank = ((logits > own) | ((logits == own) & before)).sum(dim=1)
         finite = logits.isfinite().all(dim=1)
-        losses = F.cross_entropy(logits, labels, reduction="none").double()
+        losses = F.cross_entropy(logits, labels, reduction="none").to(self.sums.dtype)
         counts = (finite.new_ones(len(labels)), finite & (rank < 1), finite & (rank < 5), ~finite)
-        self.sums += torch.stack([*(count.sum().double() for count in counts), losses.sum()])
+        self.sums += torch.stack([*(count.sum().to(self.sums.dtype) for count in counts), losses.sum()])
 
     def result(self, expected_images: int) -> Accuracy:
         """Reduce over all processes. Raises RuntimeError unless exactly `expected_images` were counted."""

@@ -5,14 +5,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from utils.devices import has_bfloat16
+
 
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
     """The type called bfloat16 or float16; auto is bfloat16 where the device computes in it, else float16."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+    return torch.bfloat16 if has_bfloat16(device) else torch.float16
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.devices import device_type
+
 
 def seed_everything(seed: int, *more: int) -> None:
     """Seed Python, NumPy and torch (CPU and GPU) from `seed` and further integers, such as rank and epoch."""
@@ -31,8 +33,8 @@ def generator_states() -> dict[str, Any]:
         "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+    if torch.accelerator.is_available():
+        states[device_type()] = torch.get_device_module().get_rng_state()
     return states
 
 
@@ -43,5 +45,5 @@ def restore_generators(states: dict[str, Any]) -> None:
     name, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    if torch.accelerator.is_available() and device_type() in states:
+        torch.get_device_module().set_rng_state(states[device_type()])

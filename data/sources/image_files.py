@@ -4,6 +4,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
+from config import make_plan
 from data.examination import examine_layouts
 from data.findings import Layout, Report
 from data.sources.base import DataError, DatasetBuilder, Decoder, Source, decode, decoder_for, require_folder
@@ -99,7 +100,7 @@ class ImageFiles(DatasetBuilder):
                 layout = (check_folder if kind == "folder" else check_zip)(root, split, report)
             if layout:
                 layouts[split] = layout
-        counts = examine_layouts(layouts, config.DATA.NUM_WORKERS, report)
+        counts = examine_layouts(layouts, make_plan(config).workers, report)
         if index is not None:
             for split, seen in counts.items():
                 if strange := sorted(label for label in seen if label >= len(index.classes)):

@@ -27,6 +27,7 @@ HARMLESS = (
     "MODEL.RESUME",
     "EVAL_MODE",
     "LOCAL_RANK",
+    "TRACKER",
     "PRINT_FREQ",
     "SAVE_FREQ",
     "CHECKPOINT.KEEP",

@@ -79,7 +79,10 @@ def _state(run: RunRecord) -> str:
     """The model, the data, and how far the run has come."""
     config, subject = run.config, ""
     if config:
-        subject = f"{config.MODEL.TYPE} · {config.DATA.LRA.TASK if run.sequences else config.DATA.DATASET} · "
+        data = [config.DATA.LRA.TASK if run.sequences else config.DATA.DATASET]
+        data += [f"in {config.DATA.DATA_PATH}"] if config.DATA.DATA_PATH else []
+        classes = f", {len(run.by_class.names):,} classes" if run.by_class else ""
+        subject = f"{config.MODEL.TYPE} · {' '.join(data)}{classes} · "
     planned = make_plan(config).last_epoch if config else None
     if planned and (steps := run.eval_steps):
         done = f"{run.epochs * steps:,} of {planned * steps:,} steps, {steps:,} an epoch"
@@ -156,8 +159,8 @@ def _profile(evaluated: Sequence[RunRecord]) -> Panel:
     for run in evaluated:
         assert run.by_class is not None
         accuracy = run.by_class.accuracy[run.by_class.worst_first]
-        lines.append(Line(run.name, np.arange(1, len(accuracy) + 1, dtype=float), accuracy, run.number))
-    return Panel("Top-1 of every class", "%", lines, "classes, worst first")
+        lines.append(Line(run.name, np.arange(1, len(accuracy) + 1, dtype=float), accuracy, run.number, "stairs"))
+    return Panel("Top-1 of every class", "%", lines, "classes, worst first", y_range=(0, 102))
 
 
 def _differences(results: Sequence[ByClass]) -> list[tuple[str, list[float], float]] | None:

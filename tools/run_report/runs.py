@@ -147,8 +147,10 @@ def read_run(folder: Path, name: str) -> RunRecord:
     lost = f"No results by class and {run.noun}"
     how = "A validation that sets a new best writes it, and so does main.py --eval."
     with _noting(run, lost, f"{lost}: there is no {PREDICTIONS}. {how}"):
-        places = [folder / PREDICTIONS, *(folder / f"eval_{split}_{PREDICTIONS}" for split in ("val", "test"))]
-        run.predictions = read_predictions(next((path for path in places if path.is_file()), places[0]))
+        evaluations = (f"eval_{split}_{PREDICTIONS}" for split in ("val", "val_ema", "test", "test_ema"))
+        places = [path for name in (PREDICTIONS, *evaluations) if (path := folder / name).is_file()]
+        newest = max(places, key=lambda path: path.stat().st_mtime_ns, default=folder / PREDICTIONS)
+        run.predictions = read_predictions(newest)
     for marker in MARKERS:
         if (folder / marker).is_file():
             run.ending = (folder / marker).read_text(encoding="utf-8", errors="replace").strip()

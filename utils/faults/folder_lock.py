@@ -6,7 +6,6 @@ it is free only when the last of them is gone: they inherit the lock of an open 
 """
 
 import errno
-import fcntl
 import os
 import socket
 import time
@@ -21,6 +20,11 @@ from utils import distributed
 from utils.checkpoints.finding import remove_temporary_files
 from utils.faults.preemption import remove_marker
 from utils.files import write_note
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE, LOG_FILE = ".lock", "log.txt"
 PATIENCE = 20.0  # seconds that a run waits for an earlier one that may just be saving
@@ -69,14 +73,15 @@ def hold_for_workers(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        for _ in range(100):
+        for _ in range(100 if fcntl else 0):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 time.sleep(0.1)
         else:
-            raise PreparationBusyError(f"another run holds {folder}; wait for its end")
+            if fcntl:
+                raise PreparationBusyError(f"another run holds {folder}; wait for its end")
         yield
 
 
@@ -264,6 +269,9 @@ def _note_refusal(why: str) -> None:
 
 
 def _taken(file: IO[bytes]) -> bool:
+    if fcntl is None:
+        get_logger().warning("this system has no locks: nothing keeps a second run out of the folder")
+        return True
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from utils.files import write_note
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# those of them that the system has
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 AGREEMENT_TIMEOUT = 10.0  # seconds a rank that was told to stop waits for the others' answer
 MARKER = "PREEMPTED"
 
