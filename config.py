@@ -30,6 +30,7 @@ from utils.schema import (
     file_path,
     folder_name,
     integer,
+    keywords,
     optional,
     real,
     sequence,
@@ -231,6 +232,14 @@ KEYS: dict[str, Key] = {
     ),
     "MODEL.PPP.STAGE_TYPES": Key(
         "LLSS", text(), "a letter per stage: L polarity linear attention, S softmax attention (PolaFormer++)"
+    ),
+    "MODEL.TIMM.NAME": Key(
+        "", text(), "the model of timm that MODEL.TYPE timm trains, such as swin_tiny_patch4_window7_224"
+    ),
+    "MODEL.TIMM.KWARGS": Key(
+        {},
+        keywords(),
+        "further arguments of its constructor, {name: value}; sizes, classes and drop rates come from the other keys",
     ),
     "MODEL.LRA.LENGTH": Key(2048, integer(1), "tokens of a document, padding included (MODEL.TYPE lra)"),
     "MODEL.LRA.VOCABULARY": Key(32, integer(2), "rows of the token table; ids from 1, 0 is padding"),
@@ -461,6 +470,7 @@ DEAD_KEYS = frozenset(
     + [f"MODEL.SWIN.{name}" for name in ("SHARE_DWC_KERNEL", "SHARE_QKV", "LR_FACTOR", "DEPTHS_LR", "FUSION_TYPE")]
     + ["MODEL.SWIN.STAGE_CFG", "MODEL.LA.CSWIN_LA_SPLIT_SIZE", "MODEL.SWIN_HR", "MODEL.SWIN_LRVIT", "MODEL.PVD"]
 )
+_MAPPINGS = {key for key, declared in KEYS.items() if isinstance(declared.default, dict)}
 _SECTIONS = {key.rsplit(".", 1)[0] for key in KEYS if "." in key} | {"TRAIN", "MODEL"}
 
 
@@ -483,7 +493,7 @@ def default_config() -> CfgNode:
         for section in sections:
             node = node.setdefault(section, CfgNode())
         value = declared.kind.parse(declared.default)
-        node[leaf] = list(value) if isinstance(value, list) else value
+        node[leaf] = list(value) if isinstance(value, list) else CfgNode(value) if isinstance(value, dict) else value
     return config
 
 
@@ -515,14 +525,14 @@ def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     *sections, leaf = key.split(".")
     for section in sections:
         node = node[section]
-    node[leaf] = parsed
+    node[leaf] = CfgNode(parsed) if isinstance(parsed, dict) else parsed
 
 
 def _flatten(tree: dict[str, Any], source: str, prefix: str = "") -> list[tuple[str, Any]]:
     items: list[tuple[str, Any]] = []
     for part, value in tree.items():
         key = f"{prefix}{part}"
-        if isinstance(value, dict) and not is_dead_key(key):
+        if isinstance(value, dict) and not is_dead_key(key) and key not in _MAPPINGS:
             if key not in _SECTIONS:
                 known = "is a value, not a section" if key in KEYS else "is unknown"
                 raise ConfigError(

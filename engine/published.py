@@ -133,7 +133,7 @@ def run_evaluation(config: CfgNode, plan: Plan, device: torch.device) -> Accurac
     _log_other_transform(checkpoint, config, path)
     sized = evaluation_config(config)
     benchmark = build_evaluation_set(sized, make_plan(sized, plan.world_size), checkpoint, path)
-    model = build_model(sized, num_classes_of(checkpoint, path))
+    model = build_model(sized, num_classes_of(checkpoint, path, config))
     amp_dtype = autocast_dtype(config.AMP_DTYPE, device) if config.TEST.AMP else None
     precision = str(amp_dtype or torch.float32).removeprefix("torch.")
     log_reference(benchmark)
@@ -193,11 +193,12 @@ def build_evaluation_set(config: CfgNode, plan: Plan, checkpoint: dict[str, Any]
     """What TEST.BENCHMARK names, for the classes of a checkpoint. Raises CheckpointError or DataError."""
     names = checkpoint.get("classes")
     if config.TEST.BENCHMARK in ("val", "real"):
-        nameless = imagenet_ids() if num_classes_of(checkpoint, source) == len(imagenet_ids()) else ()
+        outputs = num_classes_of(checkpoint, source, config)
+        nameless = imagenet_ids() if outputs == len(imagenet_ids()) else ()
         loaders = build_loaders(config, plan, train=False, trained_on=stored_classes(checkpoint) or nameless)
-        check_classes(checkpoint, loaders, source)
+        check_classes(checkpoint, config, loaders, source)
         return own_images(config, loaders, names, source)
-    return open_test_set(config, plan, output_ids(names, num_classes_of(checkpoint, source), source), source)
+    return open_test_set(config, plan, output_ids(names, num_classes_of(checkpoint, source, config), source), source)
 
 
 def evaluate_set(

@@ -107,7 +107,7 @@ def restore(
     if differing := differing_function(checkpoint, config, loaders.modality, source):
         raise CheckpointError("; ".join(differing))
     try:
-        check_classes(checkpoint, loaders, source)
+        check_classes(checkpoint, config, loaders, source)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}. Another --tag begins a run of its own, for which --pretrained {source} may give the weights"
@@ -245,9 +245,9 @@ def stored_classes(checkpoint: dict[str, Any]) -> tuple[str, ...]:
     return tuple(map(printable, checkpoint.get("classes") or ()))
 
 
-def check_classes(checkpoint: dict[str, Any], loaders: Loaders, source: str) -> None:
+def check_classes(checkpoint: dict[str, Any], config: CfgNode, loaders: Loaders, source: str) -> None:
     """Raise CheckpointError unless the checkpoint's classes are the data set's: by name, else by number."""
-    stored, head = stored_classes(checkpoint), num_classes_of(checkpoint, source)
+    stored, head = stored_classes(checkpoint), num_classes_of(checkpoint, source, config)
     if stored and loaders.classes:
         own = loaders.classes
         if stored == own:

@@ -154,8 +154,10 @@ def test_models_read_the_keys_of_their_table_and_have_the_defaults_of_config(mon
 
     monkeypatch.setattr(options, "DEFAULTS", Noting(options.DEFAULTS))
     with torch.device("meta"):
-        for name in BODIES:
+        for name in BODIES.keys() - {"timm"}:
             build_model({"MODEL": {"TYPE": name}})
+    with pytest.raises(ValueError, match="MODEL.TIMM.NAME '' is no model of timm"):
+        build_model({"MODEL": {"TYPE": "timm"}})
     with pytest.raises(ValueError, match="MODEL.TYPE 'swin' is unknown"):
         build_model({})
     assert read == set(options.DEFAULTS)

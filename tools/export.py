@@ -37,7 +37,7 @@ from yacs.config import CfgNode
 
 from config import image_size
 from models import build_model
-from models.classifier import Classifier
+from models.classifier import TrainableModel
 from models.files import CHECKPOINT_VERSION
 from tools.checkpoints import add_checkpoint_arguments, given_config, load_model
 from tools.command_line import answer, file_path, number, program
@@ -69,7 +69,7 @@ class Exportable:
     """The checkpoint to export, rebuilt."""
 
     path: Path
-    model: Classifier
+    model: TrainableModel
     config: CfgNode
     classes: list[str] | None
     ema: bool

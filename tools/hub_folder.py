@@ -27,8 +27,12 @@ def architecture_of(config: CfgNode) -> tuple[str, dict[str, Any]]:
     """timm's name of a configuration's model, and the arguments by which it differs from what that name builds.
 
     A model that is none of the official ones is the variant called like its MODEL.TYPE, or the first of its body, with
-    every argument.
+    every argument. A baseline of timm has its own name.
     """
+    if config.MODEL.TYPE == "timm":
+        described = timm.get_pretrained_cfg(config.MODEL.TIMM.NAME)
+        size = {"img_size": list(image_size(config))} if described and described.fixed_input_size else {}
+        return config.MODEL.TIMM.NAME, {**size, **config.MODEL.TIMM.KWARGS}
     own = _arguments(config)
     for name, variant in VARIANTS.items():
         file = CONFIGS / f"{variant.config}.yaml"

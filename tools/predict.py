@@ -35,7 +35,6 @@ from data.sources.base import TURNED, DataError, UnreadableImage, decode, read_f
 from data.transforms import Normalise, evaluation_transform
 from logger import printable
 from models import build_model
-from models.classifier import Classifier
 from models.loading import load_resized
 from tools.checkpoints import LoadedModel, add_checkpoint_arguments, find_images, open_checkpoint
 from tools.command_line import answer, file_path, program, say, whole
@@ -100,7 +99,6 @@ def at_evaluation_size(loaded: LoadedModel, source: str) -> LoadedModel:
     if image_size(sized) == image_size(loaded.config):
         return loaded
     model = build_model(sized, loaded.model.num_classes)
-    assert isinstance(model, Classifier)
     load_resized(model, loaded.model.state_dict(), loaded.config, source)
     return LoadedModel(model.eval(), sized, loaded.classes)
 
