@@ -42,7 +42,6 @@ from utils.yaml_files import YamlError, read_yaml
 TOKEN_DATASETS = ("lra",)  # of sequences; the others are of images
 DATASETS = ("imagenet", "digits", "fashion_mnist", *TOKEN_DATASETS)
 LRA_TASKS = ("listops", "text", "retrieval", "pathfinder", "image")
-OPTIMIZERS = ("adamw", "sgd")
 SCHEDULERS = ("cosine", "linear", "step", "onecycle")
 DECODERS = ("pillow", "simplejpeg")
 AUGMENTERS = ("pillow", "opencv")
@@ -58,6 +57,12 @@ AUGMENT_POLICY = re.compile(
 
 class ConfigError(ValueError):
     """A configuration the user has to mend: the message says what was received, what is accepted, and where."""
+
+
+class Keywords(CfgNode):
+    """A value that is a mapping, written on one line."""
+
+    __repr__ = __str__ = dict.__repr__
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,8 @@ KEYS: dict[str, Key] = {
         "of training images: pillow, exact; simplejpeg (pip install simplejpeg), faster, the same pixels from JPEGs and"
         " resized to within 0.004 grey levels on average; evaluation always uses pillow",
     ),
+    "DATA.MEAN": Key([0.485, 0.456, 0.406], sequence(real(0, 1), 3), "subtracted from red, green and blue, of 0 to 1"),
+    "DATA.STD": Key([0.229, 0.224, 0.225], sequence(real(1e-3), 3), "what is left is divided by"),
     "DATA.EXIF": Key(
         False,
         boolean(),
@@ -291,6 +298,23 @@ KEYS: dict[str, Key] = {
     "TRAIN.CLIP_VALUE": Key(
         None, optional(real(0)), "largest magnitude of a gradient's element, after CLIP_GRAD; null: no limit"
     ),
+    "TRAIN.LOSS": Key(
+        "ce",
+        choice("ce", "bce"),
+        "ce: cross-entropy; bce: binary cross-entropy of each class by itself, mean over both",
+    ),
+    "TRAIN.CLASS_WEIGHTS": Key(
+        "none",
+        either(choice("none", "balanced"), sequence(real(0))),
+        "factor of each class in the training loss: none; balanced, images / (classes × images of the class), not with"
+        " shards; or a number a class, in the order of the class names",
+    ),
+    "TRAIN.FREEZE": Key(
+        None,
+        optional(sequence(text())),
+        "regular expressions: parameters whose name begins with one are not trained, and their BatchNorm layers gather"
+        " no statistics; ['(?!head)'] trains the head alone. null: none",
+    ),
     "TRAIN.AUTO_RESUME": Key(True, boolean(), "continue from the newest readable checkpoint of the run folder"),
     "TRAIN.USE_CHECKPOINT": Key(
         False, boolean(), "recompute block activations in backward to save memory (--use-checkpoint)"
@@ -335,12 +359,18 @@ KEYS: dict[str, Key] = {
     ),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, integer(1), "epochs between the drops of the step schedule"),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, real(0, 1), "factor of each drop of the step schedule"),
-    "TRAIN.OPTIMIZER.NAME": Key("adamw", choice(*OPTIMIZERS), "optimizer; sgd uses Nesterov momentum"),
+    "TRAIN.OPTIMIZER.NAME": Key(
+        "adamw",
+        text(),
+        "adamw; sgd, with Nesterov momentum; or another of timm.optim.list_optimizers(), with timm's defaults and a"
+        " wait for the device at each step",
+    ),
+    "TRAIN.OPTIMIZER.KWARGS": Key({}, keywords(), "further arguments of timm's optimizers, {name: value}"),
     "TRAIN.OPTIMIZER.EPS": Key(1e-8, real(0), "AdamW's epsilon"),
     "TRAIN.OPTIMIZER.BETAS": Key(
         (0.9, 0.999), sequence(real(0, 1, open_high=True), 2, make=tuple), "AdamW's moment decay rates"
     ),
-    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, real(0, 1, open_high=True), "SGD's momentum"),
+    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, real(0, 1, open_high=True), "momentum of sgd, and of timm's that have one"),
     "EMA.ENABLE": Key(False, boolean(), "keep an exponential moving average of the weights and evaluate it too"),
     "EMA.DECAY": Key(0.9999, real(0, 1, open_high=True), "share of the old average kept at each step"),
     "EMA.DECAY_PER_512": Key(
@@ -363,6 +393,12 @@ KEYS: dict[str, Key] = {
         "repeated augmentation: how often an image is drawn in a row, each time augmented anew and on another process;"
         " an epoch keeps its length, and sees that part of the images",
     ),
+    "AUG.SCALE": Key(
+        [0.08, 1.0],
+        sequence(real(1e-3, 1), 2),
+        "area of the random crop over that of the image, from and to; a higher lower end keeps small things in view",
+    ),
+    "AUG.RATIO": Key([3 / 4, 4 / 3], sequence(real(1e-3), 2), "width over height of the random crop, from and to"),
     "AUG.COLOR_JITTER": Key(0.4, real(0), "strength of colour jitter; without effect beside AUTO_AUGMENT, as in timm"),
     "AUG.AUTO_AUGMENT": Key(
         "rand-m9-mstd0.5-inc1",
@@ -377,6 +413,7 @@ KEYS: dict[str, Key] = {
         " augmix and 3a",
     ),
     "AUG.HFLIP": Key(0.5, real(0, 1), "probability of a horizontal flip"),
+    "AUG.VFLIP": Key(0.0, real(0, 1), "probability of a vertical flip"),
     "AUG.REPROB": Key(0.25, real(0, 1), "probability of random erasing"),
     "AUG.REMODE": Key("pixel", choice("const", "rand", "pixel"), "fill of erased boxes: zero, one colour, noise"),
     "AUG.RECOUNT": Key(1, integer(1), "boxes per erased image"),
@@ -493,7 +530,7 @@ def default_config() -> CfgNode:
         for section in sections:
             node = node.setdefault(section, CfgNode())
         value = declared.kind.parse(declared.default)
-        node[leaf] = list(value) if isinstance(value, list) else CfgNode(value) if isinstance(value, dict) else value
+        node[leaf] = list(value) if isinstance(value, list) else Keywords(value) if isinstance(value, dict) else value
     return config
 
 
@@ -525,7 +562,7 @@ def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     *sections, leaf = key.split(".")
     for section in sections:
         node = node[section]
-    node[leaf] = CfgNode(parsed) if isinstance(parsed, dict) else parsed
+    node[leaf] = Keywords(parsed) if isinstance(parsed, dict) else parsed
 
 
 def _flatten(tree: dict[str, Any], source: str, prefix: str = "") -> list[tuple[str, Any]]:
@@ -771,6 +808,9 @@ def validate(config: CfgNode) -> None:
     minmax = config.AUG.CUTMIX_MINMAX
     if minmax is not None and not minmax[0] < minmax[1]:
         raise ConfigError(f"AUG.CUTMIX_MINMAX {minmax}: expected the smaller fraction first")
+    for name in ("SCALE", "RATIO"):
+        if (span := config.AUG[name])[0] > span[1]:
+            raise ConfigError(f"AUG.{name} {span}: expected the smaller number first")
     if config.DATA.ZIP_MODE and config.DATA.FORMAT not in ("auto", "zip"):
         raise ConfigError(
             f"DATA.FORMAT {config.DATA.FORMAT} contradicts DATA.ZIP_MODE True (--zip); leave one of them out"

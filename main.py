@@ -49,7 +49,7 @@ from engine.published import best_predictions, log_reference, run_evaluation
 from engine.saving import Checkpointer
 from engine.state import Progress, resume
 from engine.throughput import run_throughput
-from engine.training import Interval, Training, build_training, place, wrap
+from engine.training import Interval, Training, build_training, check_training, place, wrap
 from logger import MetricsWriter, get_logger, setup_logger
 from models import build_model
 from models.files import CheckpointError
@@ -86,7 +86,9 @@ def check(config: CfgNode) -> None:
         if not config.THROUGHPUT_MODE:  # which is measured on synthetic input
             modality.require(config)
         with torch.device("meta"):
-            build_model(config)
+            model = build_model(config)
+            if not (config.EVAL_MODE or config.THROUGHPUT_MODE):
+                check_training(config, model)
             if config.TEST.IMG_SIZE is not None:
                 where = f"TEST.IMG_SIZE {config.TEST.IMG_SIZE}: "
                 build_model(evaluation_config(config))

@@ -4,7 +4,8 @@ import itertools
 import os
 import signal
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from data.datasets import EvalDataset, Sample, TrainDataset, too_many_unreadable
 from data.samplers import EvalSampler, TrainSampler
 from data.sources.base import DataError, FractionSource, Modality, Source
 from data.sources.shards import ShardDataset, ShardEvalDataset, ShardSplit, ShardTrainDataset
-from data.transforms import Images
+from data.transforms import Images, Normalise
 from logger import get_logger
 from utils import distributed
 
@@ -41,16 +42,21 @@ class Batch(NamedTuple):
 class Batches:
     """Iterates (images uint8 (B, 3, H, W), labels (B,)); names and counts this process's unreadable training images.
 
-    With token sequences ids int16 (B, N), or (B, 2, N), take the place of images. `modality` says what turns a batch,
-    on a device, into a model's input. `relabel` gives the label to deliver for each label of the source. Raises
+    With token sequences ids int16 (B, N), or (B, 2, N), take the place of images. `inputs` makes what turns a batch, on
+    a device, into a model's input. `relabel` gives the label to deliver for each label of the source. Raises
     DataError when more than the allowed number of files were unreadable in one epoch.
     """
 
     def __init__(
-        self, loader: DataLoader, max_unreadable: int = 0, relabel: Tensor | None = None, modality: Modality = Images()
+        self,
+        loader: DataLoader,
+        max_unreadable: int = 0,
+        relabel: Tensor | None = None,
+        modality: Modality = Images(),
+        inputs: Callable[[torch.device, torch.dtype], Callable[[Tensor], Tensor]] = Normalise,
     ) -> None:
         self.loader = loader
-        self.modality = modality
+        self.modality, self.inputs = modality, inputs
         self.max_unreadable = max_unreadable
         self.relabel = relabel
         self.unreadable: set[str] = set()  # in this epoch
@@ -64,6 +70,12 @@ class Batches:
         """Images of the whole data set, over all processes."""
         dataset = self.loader.dataset
         return dataset.split.num_images if isinstance(dataset, ShardDataset) else len(dataset)  # type: ignore[arg-type]
+
+    @property
+    def class_counts(self) -> Tensor | None:
+        """Images by label of a training set; None for streams, which do not know them."""
+        dataset = self.loader.dataset
+        return torch.bincount(torch.as_tensor(dataset.source.labels)) if isinstance(dataset, TrainDataset) else None
 
     @property
     def is_stream(self) -> bool:
@@ -208,7 +220,7 @@ def evaluation_batches(
         dataset = EvalDataset(source, transform)
         sampler = EvalSampler(len(source.labels), rank=rank, world_size=world_size)
     loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, **_loader_options(config, persistent=repeated))
-    return Batches(loader, relabel=relabel, modality=modality)
+    return Batches(loader, relabel=relabel, modality=modality, inputs=partial(modality.inputs, config))
 
 
 def _build_train(config: CfgNode, modality: Modality, source: Source | ShardSplit, plan: Plan) -> Batches:

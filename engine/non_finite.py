@@ -5,6 +5,7 @@ the step computed once more for a report.
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,11 +80,16 @@ class FiniteGuard:
             suppressed = self.first_bad_step >= 0
             self.alive = torch.where(suppressed, torch.nan, self.alive)
         if scaler is None:
-            # read by fused optimizers only, which is what build_optimizer builds
+            # read by fused optimizers, of others by `allows_update`
             self.training.optimizer.found_inf = suppressed.float()  # type: ignore[attr-defined]
         for now, before in zip(self.statistics, self.before, strict=True):
             now.copy_(torch.where(suppressed, before, now))
         self._this_loss_bad = torch.zeros_like(self._this_loss_bad)
+
+    def allows_update(self) -> bool:
+        """Whether to call the optimizer: a fused one leaves out a bad step by itself; for another the host looks."""
+        optimizer: Any = self.training.optimizer
+        return getattr(optimizer, "_step_supports_amp_scaling", False) or not bool(optimizer.found_inf)
 
     def look(self, bad_ranks: bool) -> None:
         """Raise NonFiniteError on every rank when the run has to end; count what was skipped otherwise.

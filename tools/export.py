@@ -30,7 +30,6 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from yacs.config import CfgNode
@@ -138,7 +137,7 @@ def write_onnx(source: Exportable, path: Path, opset: int) -> None:
     """One file, input `images` (batch, channels, height, width) and output `logits` (batch, classes)."""
     import onnx
 
-    about = {**source.metadata, "mean": json.dumps(IMAGENET_DEFAULT_MEAN), "std": json.dumps(IMAGENET_DEFAULT_STD)}
+    about = {**source.metadata, "mean": json.dumps(source.config.DATA.MEAN), "std": json.dumps(source.config.DATA.STD)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         program = torch.onnx.export(

@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Arguments that do not change what a trained model computes.
 TRAINING_ARGUMENTS = ("proj_drop_rate", "drop_path_rate", "backend", "gate_bias")
 # What a description shares with timm's own of the architecture.
-SHARED = ("fixed_input_size", "mean", "std", "first_conv", "classifier")
+SHARED = ("fixed_input_size", "first_conv", "classifier")
 
 
 def _arguments(config: CfgNode) -> dict[str, Any]:
@@ -64,6 +64,8 @@ def hub_config(config: CfgNode, num_features: int, classes: list[str] | None) ->
     content["pretrained_cfg"] = {
         **{key: getattr(official, key) for key in SHARED},
         "input_size": [config.MODEL.SWIN.IN_CHANS, *image_size(config)],
+        "mean": config.DATA.MEAN,
+        "std": config.DATA.STD,
         "interpolation": config.DATA.INTERPOLATION,
         "crop_pct": config.TEST.CROP_RATIO if config.TEST.CROP else 1.0,
         "crop_mode": "center" if config.TEST.CROP and config.TEST.RESIZE == "shorter" else "squash",

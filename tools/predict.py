@@ -119,7 +119,7 @@ def predict(
     `exif`: in place of the configuration's DATA.EXIF.
     """
     model = loaded.model.to(device)
-    normalise = Normalise(device)
+    normalise = Normalise.of(loaded.config, device)
     amp_dtype = autocast_dtype(loaded.config.AMP_DTYPE, device) if loaded.config.TEST.AMP else None
     loader = DataLoader(
         _Images(paths, loaded.config, loaded.config.DATA.EXIF if exif is None else exif),

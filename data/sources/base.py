@@ -92,7 +92,9 @@ class Modality(Protocol):
         """From a training batch and its labels to the model's input and target, on the device."""
         ...
 
-    def inputs(self, device: torch.device, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    def inputs(
+        self, config: CfgNode, device: torch.device, dtype: torch.dtype
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """From an evaluation batch to the model's input, on the device."""
         ...
 
