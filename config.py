@@ -110,6 +110,12 @@ KEYS: dict[str, Key] = {
     "DATA.TRAIN_FRACTION": Key(
         1.0, real(1e-6, 1), "share of each class's training images that is used, the first ones; not with shards"
     ),
+    "DATA.VAL_FRACTION": Key(
+        0.0,
+        real(0, 1, open_high=True),
+        "for images without val/: the share of each class's images, in train/ or in class folders of DATA_PATH itself,"
+        " that is for validation and not trained on; their names decide which, in every run alike. 0: val/ is there",
+    ),
     "DATA.IMG_SIZE": Key(
         224,
         either(integer(1), sequence(integer(1), 2)),
@@ -808,6 +814,8 @@ def validate(config: CfgNode) -> None:
     minmax = config.AUG.CUTMIX_MINMAX
     if minmax is not None and not minmax[0] < minmax[1]:
         raise ConfigError(f"AUG.CUTMIX_MINMAX {minmax}: expected the smaller fraction first")
+    if config.DATA.VAL_FRACTION and config.DATA.DATASET != "imagenet":
+        raise ConfigError(f"DATA.DATASET {config.DATA.DATASET} has validation data: set DATA.VAL_FRACTION to 0")
     for name in ("SCALE", "RATIO"):
         if (span := config.AUG[name])[0] > span[1]:
             raise ConfigError(f"AUG.{name} {span}: expected the smaller number first")

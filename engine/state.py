@@ -23,7 +23,7 @@ from utils.checkpoints.naming import BESTS, Position
 from utils.checkpoints.writing import save_checkpoint
 from utils.randomness import generator_states, restore_generators, seed_everything
 
-LASTING = ("TRAIN.OPTIMIZER.NAME", "TRAIN.FREEZE")  # what a run cannot change on its way
+LASTING = ("TRAIN.OPTIMIZER.NAME", "TRAIN.FREEZE", "DATA.VAL_FRACTION")  # what a run cannot change on its way
 STARTING_POINTS = ("MODEL.RESUME", "MODEL.PRETRAINED")  # what a run begins with, and does not need any more later
 # What putting a damaged state back raises.
 NO_STATE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)

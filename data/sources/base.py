@@ -3,6 +3,7 @@
 A source knows its samples' names and labels and decodes one image at a time.
 """
 
+import hashlib
 import io
 import math
 import os
@@ -242,19 +243,49 @@ def decoder_for(config: CfgNode, split: str) -> Decoder:
     return partial(decode_fast if fast else decode, exif=config.DATA.EXIF)
 
 
-class FractionSource:
-    """The first images of every class of `source`, in its order: their share of the class, rounded up."""
+class SubsetSource:
+    """Some images of `source`, in its order."""
 
-    def __init__(self, source: Source, fraction: float) -> None:
-        self._source = source
+    def __init__(self, source: Source, chosen: np.ndarray) -> None:
+        self._source, self._chosen = source, chosen
         self.classes, self.num_classes = source.classes, source.num_classes
-        labels = np.asarray(source.labels)
-        members = (np.flatnonzero(labels == label) for label in range(source.num_classes))
-        self._chosen = np.sort(np.concatenate([m[: math.ceil(fraction * len(m))] for m in members]))
-        self.labels = labels[self._chosen]
+        self.labels = np.asarray(source.labels)[chosen]
 
     def name(self, index: int) -> str:
         return self._source.name(int(self._chosen[index]))
 
     def load(self, index: int) -> Picture:
         return self._source.load(int(self._chosen[index]))
+
+
+def _by_class(source: Source) -> list[np.ndarray]:
+    labels = np.asarray(source.labels)
+    return [np.flatnonzero(labels == label) for label in range(source.num_classes)]
+
+
+class FractionSource(SubsetSource):
+    """The first images of every class of `source`, in its order: their share of the class, rounded up."""
+
+    def __init__(self, source: Source, fraction: float) -> None:
+        chosen = [members[: math.ceil(fraction * len(members))] for members in _by_class(source)]
+        super().__init__(source, np.sort(np.concatenate(chosen)))
+
+
+class SplitSource(SubsetSource):
+    """The training or the validation images of a `source` that has no such split.
+
+    Of each class `fraction` is for validation, rounded, and of two or more images at least one for either side. Which
+    ones, their file names decide: an image added to the class or to another moves few others across.
+    """
+
+    def __init__(self, source: Source, fraction: float, *, validation: bool) -> None:
+        def digest(index: int) -> bytes:
+            return hashlib.blake2b(os.path.basename(source.name(index)).encode(), digest_size=8).digest()
+
+        held = np.zeros(len(source.labels), dtype=bool)
+        for members in _by_class(source):
+            count = min(max(1, round(fraction * len(members))), len(members) - 1)
+            held[sorted(members.tolist(), key=digest)[: max(0, count)]] = True
+        if not held.any():
+            raise DataError("DATA.VAL_FRACTION: every class has one image, and none is left to validate on")
+        super().__init__(source, np.flatnonzero(held == validation))

@@ -81,9 +81,8 @@ def class_folders(listing: Listing) -> dict[str, str]:
 PLACE_VAL = "`python -m tools.prepare_imagenet DATA_PATH --val-ground-truth FILE` moves them into class folders"
 
 
-def check_folder(root: Path, split: str, report: Report) -> Layout | None:
+def check_folder(folder: Path, split: str, report: Report) -> Layout | None:
     """Class folders of one split; loose images, empty folders and other files are findings."""
-    folder = root / split
     if not folder.is_dir():
         report.error(f"{folder} {'is no folder' if folder.exists() else 'does not exist'}")
         return None
