@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
-from config import ConfigError, Plan
+from config import REFERENCE_BATCH, ConfigError, Plan
 from data.loaders import Loaders
 from data.transforms import mixup_enabled
 from logger import get_logger
@@ -25,6 +25,8 @@ from optimizer import build_optimizer, freeze, layer_groups, require_optimizer
 from utils import distributed
 from utils.faults.preemption import Decision
 from utils.precision import autocast_dtype
+
+FAR_BELOW = 1 / 16  # a scale of the learning rates below which they are hardly those that the user meant
 
 
 @dataclass
@@ -153,6 +155,16 @@ def build_training(
             f"{scaled} {ratio:.4g} times the recipe's"
             if plan.scales_lr
             else "its learning rates stay those of the configuration (TRAIN.SCALE_LR False)",
+        )
+    elif plan.lr_scale < FAR_BELOW:
+        get_logger().warning(
+            "TRAIN.BASE_LR %g is for %d images a step: with %d of them the learning rate is %.3e, 1/%.0f of what is"
+            " written; TRAIN.SCALE_LR False takes the rates as they are",
+            config.TRAIN.BASE_LR,
+            REFERENCE_BATCH,
+            plan.global_batch,
+            config.TRAIN.BASE_LR * plan.lr_scale,
+            1 / plan.lr_scale,
         )
     return Training(
         model=model,

@@ -91,6 +91,19 @@ def test_a_frozen_run_continues_to_the_same_bits_and_not_with_other_patterns(tmp
         run(tmp_path / "tiny.yaml", "TRAIN.LAYER_DECAY 0.8")
 
 
+# -- learning rate
+
+
+def test_a_rate_far_below_the_written_one_is_said_before_training(tmp_path, log):
+    started(tmp_path, "DATA.BATCH_SIZE 16 TRAIN.BASE_LR 5.0e-4")
+    expected = "TRAIN.BASE_LR 0.0005 is for 512 images a step: with 16 of them the learning rate is 1.563e-05, 1/32 of"
+    assert expected in log.text and "TRAIN.SCALE_LR False takes the rates as they are" in log.text
+    log.clear()
+    for options in ("DATA.BATCH_SIZE 32", "DATA.BATCH_SIZE 16 TRAIN.SCALE_LR False"):
+        started(tmp_path, options)
+    assert "is for 512 images a step" not in log.text
+
+
 # -- loss
 
 

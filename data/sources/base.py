@@ -127,7 +127,10 @@ def require_folder(path: Path) -> None:
     """Raise DataError unless `path` is a folder."""
     if not path.is_dir():
         problem = "is no folder" if path.exists() else "does not exist"
-        raise DataError(f"data set folder {path} {problem}; --data-path names the folder that holds train/ and val/")
+        raise DataError(
+            f"data set folder {path} {problem}; --data-path names the folder that holds train/ and val/ (without val/,"
+            " DATA.VAL_FRACTION 0.2 divides the images)"
+        )
 
 
 def label_of(text: str | bytes) -> int | None:
