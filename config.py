@@ -125,9 +125,13 @@ KEYS: dict[str, Key] = {
     "DATA.INTERPOLATION": Key("bicubic", choice(*INTERPOLATIONS), "resampling filter of every resize"),
     "DATA.FORMAT": Key(
         "auto",
-        choice("auto", "folder", "zip", "shards"),
+        choice("auto", "folder", "zip", "shards", "parquet"),
         "how DATA_PATH holds the images: folder, train/ and val/ with a folder per class; zip, as ZIP_MODE; shards, tar"
-        " files listed in shards.json; auto: shards where that file is, zip with ZIP_MODE, else folder",
+        " files listed in shards.json; parquet, train*.parquet and val*.parquet, in it or in its data/ (pip install"
+        " datasets); auto: shards where shards.json is, zip with ZIP_MODE, parquet where such files are, else folder",
+    ),
+    "DATA.LABEL_COLUMN": Key(
+        "", text(), "column of parquet files that has the labels, where several may; empty: the one with class names"
     ),
     "DATA.SHUFFLE_BUFFER": Key(
         2000, integer(1), "encoded images that each loader process draws from when it streams shards; 1: no shuffling"

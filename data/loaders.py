@@ -323,7 +323,9 @@ def _require_same_classes(train: Source | ShardSplit, val: Source | ShardSplit) 
     names = enumerate(zip(train.classes or (), val.classes or (), strict=False))
     if differing := [f"{label} is {ours} and {theirs}" for label, (ours, theirs) in names if theirs not in ("", ours)]:
         folders = ", ".join(differing[:5])
-        raise DataError(f"the labels of train_map.txt and val_map.txt disagree: class folders {folders}")
+        raise DataError(
+            f"the labels of training and validation (of zips, train_map.txt and val_map.txt) disagree: {folders}"
+        )
     if val.num_classes > train.num_classes:
         raise DataError(
             f"the validation set has labels up to {val.num_classes - 1}, the training set only"

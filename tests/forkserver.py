@@ -92,7 +92,7 @@ def _serve(listener: socket.socket, alive: int) -> None:
     )
     for reference in logging._handlerList:  # type: ignore[attr-defined]
         handler = reference()
-        if isinstance(handler, logging.StreamHandler) and handler is not logging.lastResort:
+        if isinstance(handler, logging.StreamHandler) and type(handler) is not type(logging.lastResort):
             handler.stream = sys.stderr  # the number of the file it had may soon be another file's
     faulthandler.disable()
     warnings.resetwarnings()

@@ -31,10 +31,11 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 MOST_CLASSES = 1_000_000  # a label beyond is damage, and would size what is kept for each class
 LARGEST_FILE = 1 << 28  # bytes of an encoded image: the pixels of the largest that Pillow takes without a warning
 WIDE, TURNED = "wide", "turned"  # what `decode` notes
-# By the value of a key that needs it: the key, its other value being pillow, the module, and what pip calls it.
+# By the value of a key that needs it: the key, another value of it, the module, and what pip calls it.
 OPTIONAL = {
-    "simplejpeg": ("DATA.DECODER", "simplejpeg", "simplejpeg"),
-    "opencv": ("AUG.BACKEND", "cv2", "opencv-python-headless"),
+    "simplejpeg": ("DATA.DECODER", "pillow", "simplejpeg", "simplejpeg"),
+    "opencv": ("AUG.BACKEND", "pillow", "cv2", "opencv-python-headless"),
+    "parquet": ("DATA.FORMAT", "folder", "datasets", "datasets"),
 }
 
 
@@ -226,7 +227,7 @@ def decode_fast(data: bytes, name: str, *, exif: bool = False) -> torch.Tensor:
 
 def require_package(value: str) -> None:
     """Raise DataError where the optional package behind this value of a key is not installed, or damaged."""
-    key, module, package = OPTIONAL[value]
+    key, other, module, package = OPTIONAL[value]
     if find_spec(module) is None:
         problem = "is not installed"
     else:
@@ -235,7 +236,7 @@ def require_package(value: str) -> None:
             return
         except ImportError as error:  # of a system's library that it needs
             problem = f"cannot be imported ({printable(error)})"
-    raise DataError(f"{key} is {value}, which {problem}; `pip install {package}` or set {key} pillow")
+    raise DataError(f"{key} is {value}, which {problem}; `pip install {package}` or set {key} {other}")
 
 
 def decoder_for(config: CfgNode, split: str) -> Decoder:

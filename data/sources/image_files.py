@@ -1,4 +1,4 @@
-"""Images on the disk with any classes, as ImageNet has them: an image folder, zip with map files, or tar shards."""
+"""Images on the disk with any classes, as ImageNet has them: a folder, zip with map files, tar shards or parquet."""
 
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from data.sources.base import (
     require_folder,
 )
 from data.sources.folder import FolderSource, check_folder
+from data.sources.parquet import ParquetSource, check_parquet, parquet_files
 from data.sources.shards import INDEX_FILE, ShardSplit, check_shards, read_index
 from data.sources.zip import ZipSource, check_zip, warm_page_cache
 from data.transforms import Images
@@ -24,7 +25,7 @@ from utils import distributed
 
 
 def data_format(config: CfgNode, root: Path) -> str:
-    """folder, zip or shards: what DATA.FORMAT says, or for auto what DATA.ZIP_MODE and the data set's folder say.
+    """folder, zip, shards or parquet: what DATA.FORMAT says, or for auto what DATA.ZIP_MODE and the folder say.
 
     Raises DataError where they contradict each other.
     """
@@ -35,7 +36,9 @@ def data_format(config: CfgNode, root: Path) -> str:
                 f"{root} holds {INDEX_FILE}, and DATA.ZIP_MODE (--zip) asks for zip files; DATA.FORMAT zip or shards"
                 " decides"
             )
-        return "shards" if indexed else "zip" if config.DATA.ZIP_MODE else "folder"
+        if indexed or config.DATA.ZIP_MODE:
+            return "shards" if indexed else "zip"
+        return "parquet" if not (root / "train").is_dir() and parquet_files(root, "train") else "folder"
     return config.DATA.FORMAT
 
 
@@ -48,12 +51,14 @@ def open_source(
     decoder: Decoder = decode,
 ) -> Source | ShardSplit:
     """The images of a split in the format that `data_format` finds in `root`: class folders in `folder`, or zip and
-    map file or shards of the split in `root`. Raises DataError."""
+    map file, shards or parquet files of the split in `root`. Raises DataError."""
     format = data_format(config, root)
     if format == "shards":
         return ShardSplit(root, split, decoder)
     if format == "folder":
         return FolderSource(folder, classes, decoder)
+    if format == "parquet":
+        return ParquetSource(root, split, config.DATA.LABEL_COLUMN, decoder)
     source = ZipSource(root / f"{split}.zip", root / f"{split}_map.txt", decoder)
     if split == "train":
         source.require_every_label()
@@ -85,7 +90,8 @@ def _split_folder(root: Path) -> Path:
 
 def _split(config: CfgNode, root: Path, split: str) -> SplitSource:
     """One side of what DATA.VAL_FRACTION divides. Raises DataError where there is nothing to divide."""
-    if own := next((path for path in (root / "val", root / "val.zip") if path.exists()), None):
+    files = [path for path in (root / "val", root / "val.zip") if path.exists()]
+    if own := next(iter(files or parquet_files(root, "val")), None):
         raise DataError(
             f"{own} holds validation images, and DATA.VAL_FRACTION asks to take some from training: set it to 0"
         )
@@ -129,6 +135,8 @@ class ImageFiles(DatasetBuilder):
                 layout = check_shards(root, split, index, report)
             elif kind == "folder":
                 layout = check_folder(_split_folder(root) if divided else root / split, split, report)
+            elif kind == "parquet":
+                layout = check_parquet(root, split, config.DATA.LABEL_COLUMN, report)
             else:
                 layout = check_zip(root, split, report)
             if layout:
