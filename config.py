@@ -406,7 +406,8 @@ KEYS: dict[str, Key] = {
     "AUG.SCALE": Key(
         [0.08, 1.0],
         sequence(real(1e-3, 1), 2),
-        "area of the random crop over that of the image, from and to; a higher lower end keeps small things in view",
+        "area of the random crop over that of the image, from and to; a higher lower end keeps small things in view;"
+        " images of IMG_SIZE up to 32 pixels are padded and cropped instead",
     ),
     "AUG.RATIO": Key([3 / 4, 4 / 3], sequence(real(1e-3), 2), "width over height of the random crop, from and to"),
     "AUG.COLOR_JITTER": Key(0.4, real(0), "strength of colour jitter; without effect beside AUTO_AUGMENT, as in timm"),

@@ -71,11 +71,12 @@ class Batches:
         dataset = self.loader.dataset
         return dataset.split.num_images if isinstance(dataset, ShardDataset) else len(dataset)  # type: ignore[arg-type]
 
-    @property
-    def class_counts(self) -> Tensor | None:
-        """Images by label of a training set; None for streams, which do not know them."""
+    def class_counts(self, classes: int) -> Tensor | None:
+        """Images of each class of a training set; None for streams, which do not know them."""
         dataset = self.loader.dataset
-        return torch.bincount(torch.as_tensor(dataset.source.labels)) if isinstance(dataset, TrainDataset) else None
+        if not isinstance(dataset, TrainDataset):
+            return None
+        return torch.from_numpy(np.bincount(np.asarray(dataset.source.labels), minlength=classes))
 
     @property
     def is_stream(self) -> bool:

@@ -156,7 +156,7 @@ def build_training(
             if plan.scales_lr
             else "its learning rates stay those of the configuration (TRAIN.SCALE_LR False)",
         )
-    elif plan.lr_scale < FAR_BELOW:
+    if plan.lr_scale < FAR_BELOW:
         get_logger().warning(
             "TRAIN.BASE_LR %g is for %d images a step: with %d of them the learning rate is %.3e, 1/%.0f of what is"
             " written; TRAIN.SCALE_LR False takes the rates as they are",
@@ -198,7 +198,7 @@ def _build_criterion(config: CfgNode, loaders: Loaders) -> nn.Module:
     smoothing = 0.0 if mixup_enabled(config) else config.MODEL.LABEL_SMOOTHING  # mixup's targets are smoothed already
     given, classes, weights = config.TRAIN.CLASS_WEIGHTS, loaders.num_classes, None
     if given == "balanced":
-        counts = loaders.train.class_counts if loaders.train else None
+        counts = loaders.train.class_counts(classes) if loaders.train else None
         if counts is None:
             raise ValueError(
                 "TRAIN.CLASS_WEIGHTS balanced needs a data set that knows its labels; give a number a class"

@@ -33,7 +33,7 @@ LEAVES_OUT = {"drop_path_rate": "MODEL.DROP_PATH_RATE 0", "drop_rate": "MODEL.DR
 def listed_models(name: str) -> str:
     """A few of timm's models that `name` may mean."""
     names = [each for each in timm.list_models() if each not in VARIANTS]
-    return ", ".join([each for each in names if name in each][:5] or difflib.get_close_matches(name, names, 5, 0.0))
+    return ", ".join(difflib.get_close_matches(name, [each for each in names if name in each] or names, 5, 0.0))
 
 
 def _joined(theirs: type[nn.Module]) -> type[nn.Module]:

@@ -14,6 +14,7 @@ from PIL import Image
 from run_files import epoch_file
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.functional import pil_to_tensor
 
 from config import ConfigError, load_config, make_plan
@@ -69,6 +70,32 @@ def test_a_linear_probe_trains_the_head_alone_without_a_gradient_elsewhere(tmp_p
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"head.weight", "head.bias"}  # BatchNorm's statistics are as they were too
     assert all(parameter.grad is None for name, parameter in model.named_parameters() if not name.startswith("head"))
+
+
+def test_gradients_of_frozen_parts_are_not_sent(tmp_path):
+    _, training, _ = started(tmp_path, HEAD)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sent = DistributedDataParallel(training.bare_model)._get_ddp_logging_data()
+    finally:
+        torch.distributed.destroy_process_group()
+    head = training.bare_model.head
+    assert sent["num_parameter_tensors"] == 2
+    assert sent["total_parameter_size_bytes"] == 4 * (head.weight.numel() + head.bias.numel())
+
+
+@pytest.mark.parametrize("pattern", ["'.*power'", "'.*scale','.*qkvg.weight'", "'layers.1','.*positional_encoding'"])
+def test_what_is_not_frozen_gets_the_gradients_that_it_had(tmp_path, pattern):
+    found = []
+    for options in ("", f"TRAIN.FREEZE [{pattern}]"):
+        _, training, _ = started(tmp_path, f"MODEL.DROP_PATH_RATE 0 {options}")
+        model = fill_with_recipe(training.bare_model)
+        model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    frozen = {name for name, gradient in found[1].items() if gradient is None}
+    assert 0 < len(frozen) < len(found[1])
+    for name in found[1].keys() - frozen:
+        assert torch.equal(found[1][name], found[0][name]), name
 
 
 def test_batch_norm_that_is_trained_gathers_statistics_beside_one_that_is_frozen(tmp_path):
