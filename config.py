@@ -31,6 +31,7 @@ from utils.schema import (
     folder_name,
     integer,
     keywords,
+    lower,
     optional,
     real,
     sequence,
@@ -127,8 +128,9 @@ KEYS: dict[str, Key] = {
         "auto",
         choice("auto", "folder", "zip", "shards", "parquet"),
         "how DATA_PATH holds the images: folder, train/ and val/ with a folder per class; zip, as ZIP_MODE; shards, tar"
-        " files listed in shards.json; parquet, train*.parquet and val*.parquet, in it or in its data/ (pip install"
-        " datasets); auto: shards where shards.json is, zip with ZIP_MODE, parquet where such files are, else folder",
+        " files listed in shards.json; parquet, train*.parquet and val*.parquet, in it or the folder below it (pip"
+        " install datasets); auto: shards where shards.json is, zip with ZIP_MODE, parquet where such files are, else"
+        " folder",
     ),
     "DATA.LABEL_COLUMN": Key(
         "", text(), "column of parquet files that has the labels, where several may; empty: the one with class names"
@@ -371,7 +373,7 @@ KEYS: dict[str, Key] = {
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, real(0, 1), "factor of each drop of the step schedule"),
     "TRAIN.OPTIMIZER.NAME": Key(
         "adamw",
-        text(),
+        lower(text()),
         "adamw; sgd, with Nesterov momentum; or another of timm.optim.list_optimizers(), with timm's defaults and a"
         " wait for the device at each step",
     ),

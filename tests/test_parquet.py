@@ -130,6 +130,17 @@ def test_plain_parquet_without_the_hub_s_notes_is_read_too(tmp_path):
     assert sorted(source.labels.tolist()) == [0, 1, 2] and source.load(0).size == (48, 40)
 
 
+def test_files_lie_in_the_folder_or_in_the_one_below_it(hub):
+    (hub / "data").rename(hub / "plain_text")
+    assert len(opened(hub).labels) == 24
+    (hub / "other").mkdir()
+    shutil.copy(next((hub / "plain_text").glob("val*")), hub / "other" / "train.parquet")
+    with pytest.raises(DataError, match=r"holds no train\*.parquet, nor does the folder below it"):
+        opened(hub, "DATA.FORMAT", "parquet")
+    (hub / "plain_text").rename(hub / "data")
+    assert len(opened(hub).labels) == 24
+
+
 def test_the_label_column_may_be_named(tmp_path):
     features = datasets.Features({**FEATURES, "coarse": datasets.ClassLabel(names=["x", "y"])})
     features["fine"] = features.pop("label")
@@ -177,7 +188,10 @@ def test_the_check_reads_every_image(hub, tmp_path):
             lambda data: (data / "train-00001-of-00002.parquet").write_bytes(b"PAR1"),
             "train-00001-of-00002.parquet is no",
         ),
-        (lambda data: [file.unlink() for file in data.glob("val*")], r"holds no val\*.parquet, nor does its data/"),
+        (
+            lambda data: [file.unlink() for file in data.glob("val*")],
+            r"holds no val\*.parquet, nor does the folder below it",
+        ),
         (
             lambda data: write(data / "validation-00000-of-00001.parquet", {"image": images(1), "label": [-1]}),
             "column label of val lacks labels, or has some below 0",

@@ -204,6 +204,11 @@ def test_the_state_of_timm_s_optimizers_returns_whole(tmp_path, name):
         assert torch.equal(a, b), name
 
 
+def test_the_case_of_an_optimizer_s_name_does_not_matter(tmp_path):
+    config = load_config(str(write_tiny(tmp_path)), ["TRAIN.OPTIMIZER.NAME", "AdamW"])
+    assert type(build_optimizer(config, build_model(config, 10))) is torch.optim.AdamW
+
+
 def test_one_cycle_needs_an_optimizer_with_two_decay_rates(tmp_path):
     with pytest.raises(ConfigError, match="TRAIN.LR_SCHEDULER.NAME onecycle .* TRAIN.OPTIMIZER.NAME sgd"):
         started(tmp_path, "TRAIN.LR_SCHEDULER.NAME onecycle TRAIN.OPTIMIZER.NAME sgd")

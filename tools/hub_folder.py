@@ -32,7 +32,7 @@ def architecture_of(config: CfgNode) -> tuple[str, dict[str, Any]]:
     if config.MODEL.TYPE == "timm":
         described = timm.get_pretrained_cfg(config.MODEL.TIMM.NAME)
         size = {"img_size": list(image_size(config))} if described and described.fixed_input_size else {}
-        return config.MODEL.TIMM.NAME, {**size, **config.MODEL.TIMM.KWARGS}
+        return config.MODEL.TIMM.NAME.partition(".")[0], {**size, **config.MODEL.TIMM.KWARGS}
     own = _arguments(config)
     for name, variant in VARIANTS.items():
         file = CONFIGS / f"{variant.config}.yaml"

@@ -153,6 +153,11 @@ def keywords() -> Kind:
     return Kind("names with values, {name: value, …}", parse)
 
 
+def lower(kind: Kind) -> Kind:
+    """A text whose case does not matter."""
+    return Kind(kind.accepts, lambda value: kind.parse(value).lower())
+
+
 def optional(kind: Kind) -> Kind:
     return Kind(f"{kind.accepts}, or null", lambda value: None if value is None else kind.parse(value))
 

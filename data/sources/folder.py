@@ -84,7 +84,8 @@ PLACE_VAL = "`python -m tools.prepare_imagenet DATA_PATH --val-ground-truth FILE
 def check_folder(folder: Path, split: str, report: Report) -> Layout | None:
     """Class folders of one split; loose images, empty folders and other files are findings."""
     if not folder.is_dir():
-        report.error(f"{folder} {'is no folder' if folder.exists() else 'does not exist'}")
+        problem = "is no folder" if folder.exists() else "does not exist"
+        report.error(f"{folder} {problem}; of images without val/ DATA.VAL_FRACTION 0.2 divides those there are")
         return None
     samples: list[tuple[str, int]] = []
     empty: list[str] = []

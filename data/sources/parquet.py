@@ -20,9 +20,11 @@ LABEL_NAMES = ("label", "labels")
 
 
 def parquet_files(root: Path, split: str) -> list[Path]:
-    """Those of a split in a folder, or in its data/, where the Hub has them; for train all, where none has a split's
-    name."""
-    found = sorted(root.glob("*.parquet")) or sorted(root.glob("data/*.parquet"))
+    """Those of a split in a folder, or in the one below it that has some, as the Hub's have; for train all, where none
+    has a split's name."""
+    below = {path.parent for path in root.glob("*/*.parquet")}
+    folders = [root, root / "data", *(below if len(below) == 1 else ())]
+    found = next((files for folder in folders if (files := sorted(folder.glob("*.parquet")))), [])
     named = [path for path in found if path.name.startswith(split)]
     unnamed = not any(path.name.startswith(("train", "val", "test")) for path in found)
     return found if split == "train" and unnamed else named
@@ -107,8 +109,8 @@ class ParquetSource:
         files = parquet_files(root, split)
         if not files:
             raise DataError(
-                f"{root} holds no {split}*.parquet, nor does its data/; without validation images DATA.VAL_FRACTION 0.2"
-                " divides those of training"
+                f"{root} holds no {split}*.parquet, nor does the folder below it; of a set without validation images"
+                " DATA.VAL_FRACTION 0.2 divides those there are"
             )
         _require_readable(files)
         if distributed.local_rank():
