@@ -146,7 +146,8 @@ def freeze(model: TrainableModel, patterns: Sequence[str]) -> None:
             parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
             raise ValueError(f"TRAIN.FREEZE {pattern!r} matches no parameter; their names begin with {parts[:200]}")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(re.match(pattern, name) for pattern in patterns))
+        if any(re.match(pattern, name) for pattern in patterns):
+            parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"TRAIN.FREEZE {list(patterns)} leaves nothing to train; ['(?!head)'] leaves the head")
 

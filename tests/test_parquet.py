@@ -194,7 +194,7 @@ def test_the_check_reads_every_image(hub, tmp_path):
         ),
         (
             lambda data: write(data / "validation-00000-of-00001.parquet", {"image": images(1), "label": [-1]}),
-            "column label of val lacks labels, or has some below 0",
+            "column label of val lacks labels, or has some outside of 0 to 2",
         ),
         (
             lambda data: pq.write_table(pa.table({"text": ["a"], "label": [1]}), data / "train-00001-of-00002.parquet"),

@@ -21,7 +21,7 @@ from config import ConfigError, load_config, make_plan
 from data.loaders import build_loaders
 from data.transforms import Normalise, training_transform
 from engine.epoch import train_one_epoch
-from engine.training import build_training, place
+from engine.training import build_training, check_training, place
 from logger import MetricsWriter
 from models import build_model
 from models.files import CheckpointError, load_checkpoint
@@ -70,6 +70,15 @@ def test_a_linear_probe_trains_the_head_alone_without_a_gradient_elsewhere(tmp_p
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"head.weight", "head.bias"}  # BatchNorm's statistics are as they were too
     assert all(parameter.grad is None for name, parameter in model.named_parameters() if not name.startswith("head"))
+
+
+def test_what_a_model_itself_holds_fixed_is_not_trained(tmp_path):
+    config = load_config(str(write_tiny(tmp_path)))
+    model = build_model(config, 10)
+    model.patch_embed.proj.weight.requires_grad_(False)  # as some models of timm do with their positions
+    check_training(config, model)
+    optimised = [parameter for group in build_optimizer(config, model).param_groups for parameter in group["params"]]
+    assert not model.patch_embed.proj.weight.requires_grad and len(optimised) == len(list(model.parameters())) - 1
 
 
 def test_gradients_of_frozen_parts_are_not_sent(tmp_path):

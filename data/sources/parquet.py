@@ -82,7 +82,7 @@ class ParquetImages:
 
     def name(self, index: int) -> str:
         cell = self._dataset.data.column(self._column)[index]
-        fields = [field.name for field in cell.type.fields] if hasattr(cell.type, "fields") else []
+        fields = [cell.type.field(i).name for i in range(cell.type.num_fields)]
         path = cell["path"].as_py() if cell.is_valid and "path" in fields else None
         return printable(f"{self._split}/{index}" + (f"/{path}" if path else ""))
 
@@ -140,11 +140,14 @@ class ParquetSource:
             ) from error
         image, column = columns_of(dataset.features, label, files)
         labels = dataset.data.column(column)
-        self.labels = np.zeros(0, dtype=np.int64) if labels.null_count else labels.to_numpy()
-        if not len(self.labels) or self.labels.min() < 0 or self.labels.max() >= MOST_CLASSES:
-            raise DataError(f"{files[0].parent}: column {column} of {split} lacks labels, or has some below 0")
         names = getattr(dataset.features[column], "names", None)
         self.classes = None if names is None else tuple(map(printable, names))
+        self.labels = np.zeros(0, dtype=np.int64) if labels.null_count else labels.to_numpy()
+        last = (MOST_CLASSES if self.classes is None else len(self.classes)) - 1
+        if not len(self.labels) or self.labels.min() < 0 or self.labels.max() > last:
+            raise DataError(
+                f"{files[0].parent}: column {column} of {split} lacks labels, or has some outside of 0 to {last}"
+            )
         self.num_classes = int(self.labels.max()) + 1 if self.classes is None else len(self.classes)
         self.images, self._decoder = ParquetImages(dataset, image, split), decoder
 
