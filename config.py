@@ -32,6 +32,8 @@ from utils.schema import (
     file_path,
     folder_name,
     integer,
+    keywords,
+    lower,
     optional,
     real,
     sequence,
@@ -43,7 +45,6 @@ from utils.yaml_files import YamlError, read_yaml
 TOKEN_DATASETS = ("lra",)  # of sequences; the others are of images
 DATASETS = ("imagenet", "digits", "fashion_mnist", *TOKEN_DATASETS)
 LRA_TASKS = ("listops", "text", "retrieval", "pathfinder", "image")
-OPTIMIZERS = ("adamw", "sgd")
 SCHEDULERS = ("cosine", "linear", "step", "onecycle")
 DECODERS = ("pillow", "simplejpeg")
 AUGMENTERS = ("pillow", "opencv")
@@ -60,6 +61,12 @@ AUGMENT_POLICY = re.compile(
 
 class ConfigError(ValueError):
     """A configuration the user has to mend: the message says what was received, what is accepted, and where."""
+
+
+class Keywords(CfgNode):
+    """A value that is a mapping, written on one line."""
+
+    __repr__ = __str__ = dict.__repr__
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,12 @@ KEYS: dict[str, Key] = {
     "DATA.TRAIN_FRACTION": Key(
         1.0, real(1e-6, 1), "share of each class's training images that is used, the first ones; not with shards"
     ),
+    "DATA.VAL_FRACTION": Key(
+        0.0,
+        real(0, 1, open_high=True),
+        "for images without val/: the share of each class's images, in train/ or in class folders of DATA_PATH itself,"
+        " that is for validation and not trained on; their names decide which, in every run alike. 0: val/ is there",
+    ),
     "DATA.IMG_SIZE": Key(
         224,
         either(integer(1), sequence(integer(1), 2)),
@@ -116,9 +129,14 @@ KEYS: dict[str, Key] = {
     "DATA.INTERPOLATION": Key("bicubic", choice(*INTERPOLATIONS), "resampling filter of every resize"),
     "DATA.FORMAT": Key(
         "auto",
-        choice("auto", "folder", "zip", "shards"),
+        choice("auto", "folder", "zip", "shards", "parquet"),
         "how DATA_PATH holds the images: folder, train/ and val/ with a folder per class; zip, as ZIP_MODE; shards, tar"
-        " files listed in shards.json; auto: shards where that file is, zip with ZIP_MODE, else folder",
+        " files listed in shards.json; parquet, train*.parquet and val*.parquet, in it or the folder below it (pip"
+        " install datasets); auto: shards where shards.json is, zip with ZIP_MODE, parquet where such files are, else"
+        " folder",
+    ),
+    "DATA.LABEL_COLUMN": Key(
+        "", text(), "column of parquet files that has the labels, where several may; empty: the one with class names"
     ),
     "DATA.SHUFFLE_BUFFER": Key(
         2000, integer(1), "encoded images that each loader process draws from when it streams shards; 1: no shuffling"
@@ -145,6 +163,8 @@ KEYS: dict[str, Key] = {
         "of training images: pillow, exact; simplejpeg (pip install simplejpeg), faster, the same pixels from JPEGs and"
         " resized to within 0.004 grey levels on average; evaluation always uses pillow",
     ),
+    "DATA.MEAN": Key([0.485, 0.456, 0.406], sequence(real(0, 1), 3), "subtracted from red, green and blue, of 0 to 1"),
+    "DATA.STD": Key([0.229, 0.224, 0.225], sequence(real(1e-3), 3), "what is left is divided by"),
     "DATA.EXIF": Key(
         False,
         boolean(),
@@ -240,6 +260,14 @@ KEYS: dict[str, Key] = {
     "MODEL.PPP.STAGE_TYPES": Key(
         "LLSS", text(), "a letter per stage: L polarity linear attention, S softmax attention (PolaFormer++)"
     ),
+    "MODEL.TIMM.NAME": Key(
+        "", text(), "the model of timm that MODEL.TYPE timm trains, such as swin_tiny_patch4_window7_224"
+    ),
+    "MODEL.TIMM.KWARGS": Key(
+        {},
+        keywords(),
+        "further arguments of its constructor, {name: value}; sizes, classes and drop rates come from the other keys",
+    ),
     "MODEL.LRA.LENGTH": Key(2048, integer(1), "tokens of a document, padding included (MODEL.TYPE lra)"),
     "MODEL.LRA.VOCABULARY": Key(32, integer(2), "rows of the token table; ids from 1, 0 is padding"),
     "MODEL.LRA.DOCUMENTS": Key(1, integer(1), "documents of a sample: 1, or 2 that are compared"),
@@ -290,6 +318,23 @@ KEYS: dict[str, Key] = {
     "TRAIN.CLIP_VALUE": Key(
         None, optional(real(0)), "largest magnitude of a gradient's element, after CLIP_GRAD; null: no limit"
     ),
+    "TRAIN.LOSS": Key(
+        "ce",
+        choice("ce", "bce"),
+        "ce: cross-entropy; bce: binary cross-entropy of each class by itself, mean over both",
+    ),
+    "TRAIN.CLASS_WEIGHTS": Key(
+        "none",
+        either(choice("none", "balanced"), sequence(real(0))),
+        "factor of each class in the training loss: none; balanced, images / (classes × images of the class), not with"
+        " shards; or a number a class, in the order of the class names",
+    ),
+    "TRAIN.FREEZE": Key(
+        None,
+        optional(sequence(text())),
+        "regular expressions: parameters whose name begins with one are not trained, and their BatchNorm layers gather"
+        " no statistics; ['(?!head)'] trains the head alone. null: none",
+    ),
     "TRAIN.AUTO_RESUME": Key(True, boolean(), "continue from the newest readable checkpoint of the run folder"),
     "TRAIN.USE_CHECKPOINT": Key(
         False, boolean(), "recompute block activations in backward to save memory (--use-checkpoint)"
@@ -334,12 +379,18 @@ KEYS: dict[str, Key] = {
     ),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": Key(30, integer(1), "epochs between the drops of the step schedule"),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": Key(0.1, real(0, 1), "factor of each drop of the step schedule"),
-    "TRAIN.OPTIMIZER.NAME": Key("adamw", choice(*OPTIMIZERS), "optimizer; sgd uses Nesterov momentum"),
+    "TRAIN.OPTIMIZER.NAME": Key(
+        "adamw",
+        lower(text()),
+        "adamw; sgd, with Nesterov momentum; or another of timm.optim.list_optimizers(), with timm's defaults and a"
+        " wait for the device at each step",
+    ),
+    "TRAIN.OPTIMIZER.KWARGS": Key({}, keywords(), "further arguments of timm's optimizers, {name: value}"),
     "TRAIN.OPTIMIZER.EPS": Key(1e-8, real(0), "AdamW's epsilon"),
     "TRAIN.OPTIMIZER.BETAS": Key(
         (0.9, 0.999), sequence(real(0, 1, open_high=True), 2, make=tuple), "AdamW's moment decay rates"
     ),
-    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, real(0, 1, open_high=True), "SGD's momentum"),
+    "TRAIN.OPTIMIZER.MOMENTUM": Key(0.9, real(0, 1, open_high=True), "momentum of sgd, and of timm's that have one"),
     "EMA.ENABLE": Key(False, boolean(), "keep an exponential moving average of the weights and evaluate it too"),
     "EMA.DECAY": Key(0.9999, real(0, 1, open_high=True), "share of the old average kept at each step"),
     "EMA.DECAY_PER_512": Key(
@@ -362,6 +413,13 @@ KEYS: dict[str, Key] = {
         "repeated augmentation: how often an image is drawn in a row, each time augmented anew and on another process;"
         " an epoch keeps its length, and sees that part of the images",
     ),
+    "AUG.SCALE": Key(
+        [0.08, 1.0],
+        sequence(real(1e-3, 1), 2),
+        "area of the random crop over that of the image, from and to; a higher lower end keeps small things in view;"
+        " images of IMG_SIZE up to 32 pixels are padded and cropped instead",
+    ),
+    "AUG.RATIO": Key([3 / 4, 4 / 3], sequence(real(1e-3), 2), "width over height of the random crop, from and to"),
     "AUG.COLOR_JITTER": Key(0.4, real(0), "strength of colour jitter; without effect beside AUTO_AUGMENT, as in timm"),
     "AUG.AUTO_AUGMENT": Key(
         "rand-m9-mstd0.5-inc1",
@@ -376,6 +434,7 @@ KEYS: dict[str, Key] = {
         " augmix and 3a",
     ),
     "AUG.HFLIP": Key(0.5, real(0, 1), "probability of a horizontal flip"),
+    "AUG.VFLIP": Key(0.0, real(0, 1), "probability of a vertical flip"),
     "AUG.REPROB": Key(0.25, real(0, 1), "probability of random erasing"),
     "AUG.REMODE": Key("pixel", choice("const", "rand", "pixel"), "fill of erased boxes: zero, one colour, noise"),
     "AUG.RECOUNT": Key(1, integer(1), "boxes per erased image"),
@@ -487,6 +546,7 @@ DEAD_KEYS = frozenset(
     + [f"MODEL.SWIN.{name}" for name in ("SHARE_DWC_KERNEL", "SHARE_QKV", "LR_FACTOR", "DEPTHS_LR", "FUSION_TYPE")]
     + ["MODEL.SWIN.STAGE_CFG", "MODEL.LA.CSWIN_LA_SPLIT_SIZE", "MODEL.SWIN_HR", "MODEL.SWIN_LRVIT", "MODEL.PVD"]
 )
+_MAPPINGS = {key for key, declared in KEYS.items() if isinstance(declared.default, dict)}
 _SECTIONS = {key.rsplit(".", 1)[0] for key in KEYS if "." in key} | {"TRAIN", "MODEL"}
 
 
@@ -509,7 +569,7 @@ def default_config() -> CfgNode:
         for section in sections:
             node = node.setdefault(section, CfgNode())
         value = declared.kind.parse(declared.default)
-        node[leaf] = list(value) if isinstance(value, list) else value
+        node[leaf] = list(value) if isinstance(value, list) else Keywords(value) if isinstance(value, dict) else value
     return config
 
 
@@ -547,7 +607,7 @@ def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     *sections, leaf = key.split(".")
     for section in sections:
         node = node[section]
-    node[leaf] = parsed
+    node[leaf] = Keywords(parsed) if isinstance(parsed, dict) else parsed
     config.__dict__.setdefault("given", set()).add(key)
 
 
@@ -555,7 +615,7 @@ def _flatten(tree: dict[str, Any], source: str, prefix: str = "") -> list[tuple[
     items: list[tuple[str, Any]] = []
     for part, value in tree.items():
         key = f"{prefix}{part}"
-        if isinstance(value, dict) and not is_dead_key(key):
+        if isinstance(value, dict) and not is_dead_key(key) and key not in _MAPPINGS:
             if key not in _SECTIONS:
                 known = "is a value, not a section" if key in KEYS else "is unknown"
                 nearest = _nearest(key, sorted(_SECTIONS), "; the nearest valid section is {}")
@@ -812,6 +872,11 @@ def validate(config: CfgNode) -> None:
     minmax = config.AUG.CUTMIX_MINMAX
     if minmax is not None and not minmax[0] < minmax[1]:
         raise ConfigError(f"AUG.CUTMIX_MINMAX {minmax}: expected the smaller fraction first")
+    if config.DATA.VAL_FRACTION and config.DATA.DATASET != "imagenet":
+        raise ConfigError(f"DATA.DATASET {config.DATA.DATASET} has validation data: set DATA.VAL_FRACTION to 0")
+    for name in ("SCALE", "RATIO"):
+        if (span := config.AUG[name])[0] > span[1]:
+            raise ConfigError(f"AUG.{name} {span}: expected the smaller number first")
     if config.DATA.ZIP_MODE and config.DATA.FORMAT not in ("auto", "zip"):
         raise ConfigError(
             f"DATA.FORMAT {config.DATA.FORMAT} contradicts DATA.ZIP_MODE True (--zip); leave one of them out"

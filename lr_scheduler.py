@@ -66,6 +66,11 @@ class OneCycleScheduler(Scheduler):
     BETAS = (0.85, 0.95)
 
     def __init__(self, optimizer: Optimizer, *, t_total: int, warmup_t: int) -> None:
+        if len(optimizer.defaults.get("betas", ())) != 2:
+            raise ValueError(
+                "TRAIN.LR_SCHEDULER.NAME onecycle cycles the first of two decay rates, which TRAIN.OPTIMIZER.NAME"
+                f" {type(optimizer).__name__.lower()} does not have; adamw has"
+            )
         super().__init__(optimizer, "lr", t_in_epochs=False)
         self.t_total, self.warmup_t = t_total, warmup_t
         self._set(0)

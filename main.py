@@ -58,7 +58,7 @@ from engine.state import Progress, resume
 from engine.throughput import run_throughput
 from engine.tracking import hangs as tracker_hangs
 from engine.tracking import tracker_class
-from engine.training import Interval, Training, build_training, place, wrap
+from engine.training import Interval, Training, build_training, check_training, place, wrap
 from logger import MetricsWriter, get_logger, setup_logger
 from models import build_model
 from models.files import CheckpointError
@@ -96,7 +96,9 @@ def check(config: CfgNode) -> None:
         if not config.THROUGHPUT_MODE:  # which is measured on synthetic input
             modality.require(config)
         with torch.device("meta"):
-            build_model(config)
+            model = build_model(config)
+            if not (config.EVAL_MODE or config.THROUGHPUT_MODE):
+                check_training(config, model)
             if config.TEST.IMG_SIZE is not None:
                 where = f"TEST.IMG_SIZE {config.TEST.IMG_SIZE}: "
                 build_model(evaluation_config(config))

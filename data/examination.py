@@ -65,6 +65,11 @@ def examine(task: Task) -> Examined:
     if task.archive is not None and task.archive.suffix == ".tar":
         return _examine_shard(task.archive, task.images)
     found = []
+    if task.source is not None:
+        for place, label in enumerate(task.labels, start=task.start):
+            encoded = functools.partial(task.source.encoded, place)
+            found.append(_examine_image(task.source.name(place), label, encoded))
+        return Examined(found, [])
     for name, label in zip(task.names, task.labels, strict=True):
         if task.archive:
             index, file = _open_zip(task.archive, os.getpid())

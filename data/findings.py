@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from logger import printable
 
@@ -55,14 +55,25 @@ class Report:
         return "".join(f"{printable(line)}\n" for line in lines)
 
 
+class EncodedImages(Protocol):
+    """Image files that are no files of their own, by position; small enough to be sent to each process."""
+
+    def name(self, index: int) -> str: ...
+
+    def encoded(self, index: int) -> bytes: ...
+
+
 class Task(NamedTuple):
-    """Images that one process examines in one go: paths, members of a zip, or (none named) all of a shard."""
+    """Images that one process examines in one go: paths, members of a zip, (none named) all of a shard, or those of
+    `source` from `start` on."""
 
     split: str
-    archive: Path | None  # the zip or shard
+    archive: Path | None  # the zip or shard, or the folder of parquet files
     names: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
     images: int = 0
+    source: EncodedImages | None = None
+    start: int = 0
 
 
 class Layout(NamedTuple):

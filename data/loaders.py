@@ -5,9 +5,9 @@ import os
 import signal
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from data.datasets import EvalDataset, Sample, TrainDataset, too_many_unreadable
 from data.samplers import EvalSampler, TrainSampler
 from data.sources.base import DataError, FractionSource, Modality, Source, UnreadableImage
 from data.sources.shards import ShardDataset, ShardEvalDataset, ShardSplit, ShardTrainDataset
-from data.transforms import Images
+from data.transforms import Images, Normalise
 from logger import get_logger
 from utils import distributed
 from utils.devices import PINNING, device_type
@@ -48,16 +48,21 @@ class Batch(NamedTuple):
 class Batches:
     """Iterates (images uint8 (B, 3, H, W), labels (B,)); names and counts this process's unreadable training images.
 
-    With token sequences ids int16 (B, N), or (B, 2, N), take the place of images. `modality` says what turns a batch,
-    on a device, into a model's input. `relabel` gives the label to deliver for each label of the source. Raises
+    With token sequences ids int16 (B, N), or (B, 2, N), take the place of images. `inputs` makes what turns a batch, on
+    a device, into a model's input. `relabel` gives the label to deliver for each label of the source. Raises
     DataError when more than the allowed number of files were unreadable in one epoch.
     """
 
     def __init__(
-        self, loader: DataLoader, max_unreadable: int = 0, relabel: Tensor | None = None, modality: Modality = Images()
+        self,
+        loader: DataLoader,
+        max_unreadable: int = 0,
+        relabel: Tensor | None = None,
+        modality: Modality = Images(),
+        inputs: Callable[[torch.device, torch.dtype], Callable[[Tensor], Tensor]] = Normalise,
     ) -> None:
         self.loader = loader
-        self.modality = modality
+        self.modality, self.inputs = modality, inputs
         self.max_unreadable = max_unreadable
         self.relabel = relabel
         self.unreadable: set[str] = set()  # in this epoch
@@ -71,6 +76,13 @@ class Batches:
         """Images of the whole data set, over all processes."""
         dataset = self.loader.dataset
         return dataset.split.num_images if isinstance(dataset, ShardDataset) else len(dataset)  # type: ignore[arg-type]
+
+    def class_counts(self, classes: int) -> Tensor | None:
+        """Images of each class of a training set; None for streams, which do not know them."""
+        dataset = self.loader.dataset
+        if not isinstance(dataset, TrainDataset):
+            return None
+        return torch.from_numpy(np.bincount(np.asarray(dataset.source.labels), minlength=classes))
 
     @property
     def is_stream(self) -> bool:
@@ -239,7 +251,7 @@ def evaluation_batches(
     loader = DataLoader(
         dataset, batch_size=batch_size, sampler=sampler, **_loader_options(config, plan, persistent=repeated)
     )
-    return Batches(loader, relabel=relabel, modality=modality)
+    return Batches(loader, relabel=relabel, modality=modality, inputs=partial(modality.inputs, config))
 
 
 def _build_train(config: CfgNode, modality: Modality, source: Source | ShardSplit, plan: Plan) -> Batches:
@@ -362,7 +374,9 @@ def _require_same_classes(train: Source | ShardSplit, val: Source | ShardSplit) 
     names = enumerate(zip(train.classes or (), val.classes or (), strict=False))
     if differing := [f"{label} is {ours} and {theirs}" for label, (ours, theirs) in names if theirs not in ("", ours)]:
         folders = ", ".join(differing[:5])
-        raise DataError(f"the labels of train_map.txt and val_map.txt disagree: class folders {folders}")
+        raise DataError(
+            f"the labels of training and validation (of zips, train_map.txt and val_map.txt) disagree: {folders}"
+        )
     if val.num_classes > train.num_classes:
         raise DataError(
             f"the validation set has labels up to {val.num_classes - 1}, the training set only"

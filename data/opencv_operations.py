@@ -46,13 +46,13 @@ def to_tensor(image: Array) -> torch.Tensor:
 
 
 class Flip:
-    """torchvision's RandomHorizontalFlip, for arrays."""
+    """torchvision's RandomHorizontalFlip or RandomVerticalFlip, for arrays."""
 
-    def __init__(self, p: float) -> None:
-        self.p = p
+    def __init__(self, p: float, horizontal: bool) -> None:
+        self.p, self.axis = p, int(horizontal)
 
     def __call__(self, image: Array) -> Array:
-        return cv2.flip(image, 1) if torch.rand(1) < self.p else image
+        return cv2.flip(image, self.axis) if torch.rand(1) < self.p else image
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ An image is Pillow's, a tensor (DATA.DECODER simplejpeg) or, while it is augment
 Device: normalise → random erasing → mixup and CutMix (`TrainBatch`), or normalise alone (`Normalise`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from PIL import Image
@@ -26,6 +26,7 @@ from data.sources.base import DataError, Picture, require_package
 # Up to this IMG_SIZE, images that have it already are taken as they are: no resize in evaluation, a padded random crop
 # in training.
 SMALL_IMAGE = 32
+FLIPS = (transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip)
 IMAGES = "images"  # the word of models.registry for what a body reads
 _IMAGE_TO_UINT8 = transforms.PILToTensor()
 
@@ -99,10 +100,14 @@ def training_transform(config: CfgNode, size: tuple[int, int]) -> Callable[[Pict
         input_size=size,
         is_training=True,
         use_prefetcher=True,  # normalisation and erasing run on the device
+        scale=tuple(config.AUG.SCALE),
+        ratio=tuple(config.AUG.RATIO),
         hflip=config.AUG.HFLIP,
+        vflip=config.AUG.VFLIP,
         color_jitter=config.AUG.COLOR_JITTER,
         auto_augment=None if policy == "none" else policy,
         interpolation=config.DATA.INTERPOLATION,
+        mean=tuple(config.DATA.MEAN),  # the colour of what rotations leave empty
     )
     crop, *steps = list(recipe.transforms)[:-1]
     fast = config.DATA.DECODER == "simplejpeg"
@@ -112,9 +117,8 @@ def training_transform(config: CfgNode, size: tuple[int, int]) -> Callable[[Pict
         crop = _BySize(size, transforms.RandomCrop(size, padding=4), crop)
     if config.AUG.BACKEND == "opencv":
         return transforms.Compose([crop, *_on_arrays(steps, policy)])
-    if fast:  # up to here, and for the flip that may follow, tensors will do
-        flips = sum(isinstance(step, transforms.RandomHorizontalFlip) for step in steps)
-        steps.insert(flips, _to_pillow)
+    if fast:  # up to here, and for the flips that may follow, tensors will do
+        steps.insert(sum(isinstance(step, FLIPS) for step in steps), _to_pillow)
     repair_posterize(steps)
     return transforms.Compose([crop, *steps, _IMAGE_TO_UINT8])
 
@@ -151,7 +155,7 @@ def _on_arrays(steps: list[Callable], policy: str) -> list[Callable]:
     require_package("opencv")
     from data.opencv_operations import OPERATIONS, Flip, to_array, to_tensor  # imports the optional package
 
-    flips = [Flip(step.p) for step in steps if isinstance(step, transforms.RandomHorizontalFlip)]
+    flips = [Flip(step.p, FLIPS.index(type(step)) == 0) for step in steps if isinstance(step, FLIPS)]
     others = steps[len(flips) :]
     operations = list(_augment_operations(others))
     lacking = sorted({each.name for each in operations if each.aug_fn.__name__ not in OPERATIONS})
@@ -208,15 +212,25 @@ class _SafePosterize:
 
 
 class Normalise:
-    """uint8 (B, 3, H, W) to floating point with ImageNet's mean and standard deviation."""
+    """uint8 (B, 3, H, W) to floating point with a mean and standard deviation, by default ImageNet's."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    ) -> None:
         self.dtype = dtype
         # on the device once: a new tensor from Python numbers would wait for the GPU at every step
         self.mean, self.std = (
-            torch.tensor(values, dtype=dtype, device=device).view(1, 3, 1, 1)
-            for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+            torch.tensor(values, dtype=dtype, device=device).view(1, 3, 1, 1) for values in (mean, std)
         )
+
+    @classmethod
+    def of(cls, config: CfgNode, device: torch.device, dtype: torch.dtype = torch.float32) -> "Normalise":
+        """With DATA.MEAN and DATA.STD."""
+        return cls(device, dtype, config.DATA.MEAN, config.DATA.STD)
 
     def __call__(self, images: Tensor) -> Tensor:
         return (images.to(self.dtype) / 255 - self.mean) / self.std
@@ -237,7 +251,7 @@ class TrainBatch:
     def __init__(
         self, config: CfgNode, num_classes: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
-        self.normalise = Normalise(device, dtype)
+        self.normalise = Normalise.of(config, device, dtype)
         self.num_classes = num_classes
         self.smoothing = config.MODEL.LABEL_SMOOTHING
         self.erase = RandomErasing(
@@ -275,7 +289,7 @@ class Images:
     """The modality of images: uint8 (B, 3, H, W) on the way, normalised and augmented on the device."""
 
     reads, noun = IMAGES, "images"
-    function_keys: tuple[str, ...] = ()
+    function_keys: tuple[str, ...] = ("DATA.MEAN", "DATA.STD")
 
     def training_transform(self, config: CfgNode, size: tuple[int, int]) -> Callable[[Picture], Tensor]:
         return training_transform(config, size)
@@ -288,8 +302,8 @@ class Images:
     def train_batch(self, config: CfgNode, num_classes: int, device: torch.device, dtype: torch.dtype) -> TrainBatch:
         return TrainBatch(config, num_classes, device, dtype)
 
-    def inputs(self, device: torch.device, dtype: torch.dtype) -> Normalise:
-        return Normalise(device, dtype)
+    def inputs(self, config: CfgNode, device: torch.device, dtype: torch.dtype) -> Normalise:
+        return Normalise.of(config, device, dtype)
 
     def require(self, config: CfgNode) -> None:
         if config.MODEL.SWIN.IN_CHANS != 3:

@@ -42,7 +42,7 @@ def train_one_epoch(
         NonFiniteError: on all ranks, at the first log line or save after a step that was not finite.
         Preempted: the run was told to stop, and has saved.
     """
-    training.model.train()
+    training.train()
     batches.set_epoch(epoch, start * training.plan.accumulation)
     guard, interval, times = FiniteGuard(training), interval or Interval(training.device), Times()
     stream = iter(batches)

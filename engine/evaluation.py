@@ -60,7 +60,7 @@ def evaluate(
     model.eval()
     in_step = batches.common_batches if after_batch else 0
     counter = AccuracyCounter(device)
-    inputs = batches.modality.inputs(device, next(model.parameters()).dtype)
+    inputs = batches.inputs(device, next(model.parameters()).dtype)
     with exact_float32():
         stream = progress(batches.whole(), len(batches), "evaluation", distributed.rank())
         for i, batch in enumerate(stream):

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from data.loaders import Loaders
-from data.transforms import Normalise
+from data.transforms import TrainBatch
 from engine.memory import memory_problem
 from engine.profiling import step_profiler
 from engine.state import Progress, percent, stored_position
 from engine.tracking import Tracking
 from engine.training import Training
 from logger import MetricsWriter, Sink, get_logger
-from models.classifier import Classifier
 from models.files import CheckpointError, load_checkpoint
 from models.kernels import Kernel
 from utils import distributed
@@ -43,6 +42,7 @@ class InputWatch:
     """
 
     def __init__(self, training: Training, count: int = PICTURES) -> None:
+        assert isinstance(training.prepare, TrainBatch)
         self.prepare, self.count = training.prepare, count
         self.kept: Tensor | None = None
         training.prepare = self
@@ -57,7 +57,7 @@ class InputWatch:
         """What was kept (B, 3, H, W) with the normalisation undone, 0 to 1; waits for the device."""
         if self.kept is None:
             return None
-        normalise = Normalise(self.kept.device, self.kept.dtype)
+        normalise = self.prepare.normalise
         return (self.kept * normalise.std + normalise.mean).clamp(0, 1).float().cpu()
 
 
@@ -83,7 +83,7 @@ class Monitor:
     def __init__(self, training: Training, folder: Path, metrics: MetricsWriter) -> None:
         self.training, self.metrics = training, metrics
         self.curves = CurvesInBackground(folder)
-        shows_images = metrics.tensorboard and isinstance(training.bare_model, Classifier)
+        shows_images = metrics.tensorboard and isinstance(training.prepare, TrainBatch)
         self.inputs = InputWatch(training) if shows_images else None
 
     def epoch_ended(self, epochs: int) -> None:

@@ -46,13 +46,13 @@ from utils.checkpoints.naming import BEST_FILE
 from utils.files import file_digest, write_atomically
 from utils.metrics import Accuracy
 from utils.precision import autocast_dtype
-from utils.predictions import PREDICTIONS, PredictionRecorder, Predictions, write_predictions
+from utils.predictions import PREDICTIONS, PredictionRecorder, Predictions, f1_by_class, write_predictions
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
 class PartResult(NamedTuple):
-    """`per_class` int64 (classes, 3): images, correct at 1, correct at 5."""
+    """`per_class` int64 (classes, 4): images, correct at 1, correct at 5, how often the class was the answer."""
 
     name: str
     accuracy: Accuracy
@@ -108,6 +108,11 @@ class Evaluation:
     real: RealScore | None = None
     corruption: CorruptionScore | None = None
 
+    @property
+    def macro_f1(self) -> float:
+        """Percent: the mean F1 of the classes that have images or were an answer."""
+        return 100 * float(np.nanmean(f1_by_class(*self.per_class.T[[0, 1, 3]])))
+
     def __str__(self) -> str:
         if self.real:
             return (
@@ -118,7 +123,7 @@ class Evaluation:
             mce, mean = self.corruption.mce, self.corruption.mean_error
             scores = "no mCE" if mce is None else f"mCE {mce:.3f} %, mean error {mean:.3f} %"
             return f"{scores}; {self.accuracy}"
-        return str(self.accuracy)
+        return f"{self.accuracy}, macro-F1 {self.macro_f1:.3f} %"
 
 
 def run_evaluation(config: CfgNode, plan: Plan, device: torch.device) -> Accuracy:
@@ -133,7 +138,7 @@ def run_evaluation(config: CfgNode, plan: Plan, device: torch.device) -> Accurac
     _log_other_transform(checkpoint, config, path)
     sized = evaluation_config(config)
     benchmark = build_evaluation_set(sized, make_plan(sized, plan.world_size), checkpoint, path)
-    model = build_model(sized, num_classes_of(checkpoint, path))
+    model = build_model(sized, num_classes_of(checkpoint, path, config))
     amp_dtype = autocast_dtype(config.AMP_DTYPE, device) if config.TEST.AMP else None
     precision = str(amp_dtype or torch.float32).removeprefix("torch.")
     log_reference(benchmark)
@@ -193,11 +198,12 @@ def build_evaluation_set(config: CfgNode, plan: Plan, checkpoint: dict[str, Any]
     """What TEST.BENCHMARK names, for the classes of a checkpoint. Raises CheckpointError or DataError."""
     names = checkpoint.get("classes")
     if config.TEST.BENCHMARK in ("val", "real"):
-        nameless = imagenet_ids() if num_classes_of(checkpoint, source) == len(imagenet_ids()) else ()
+        outputs = num_classes_of(checkpoint, source, config)
+        nameless = imagenet_ids() if outputs == len(imagenet_ids()) else ()
         loaders = build_loaders(config, plan, train=False, trained_on=stored_classes(checkpoint) or nameless)
-        check_classes(checkpoint, loaders, source)
+        check_classes(checkpoint, config, loaders, source)
         return own_images(config, loaders, names, source)
-    return open_test_set(config, plan, output_ids(names, num_classes_of(checkpoint, source), source), source)
+    return open_test_set(config, plan, output_ids(names, num_classes_of(checkpoint, source, config), source), source)
 
 
 def evaluate_set(
@@ -243,9 +249,10 @@ def pooled(accuracies: Sequence[Accuracy]) -> Accuracy:
 
 
 def class_counts(predictions: Predictions, num_classes: int) -> np.ndarray:
-    """int64 (classes, 3): each class's images, and how many of them are right at 1 and at 5."""
+    """int64 (classes, 4): each class's images, how many of them are right at 1 and at 5, and those taken for it."""
     masks = (slice(None), predictions.correct(1), predictions.correct(5))
-    return np.stack([np.bincount(predictions.label[mask], minlength=num_classes) for mask in masks], axis=1)
+    counts = [np.bincount(predictions.label[mask], minlength=num_classes) for mask in masks]
+    return np.stack([*counts, predictions.answers(num_classes)], axis=1)
 
 
 def real_score(benchmark: EvaluationSet, predictions: Predictions) -> RealScore:
@@ -364,7 +371,7 @@ def summary(evaluation: Evaluation, subject: Subject, config: CfgNode) -> dict[s
         "flip": config.TEST.FLIP,
         "as_published": None if benchmark.name == "val" else not evaluation.remarks,
         "remarks": list(evaluation.remarks),
-        "result": _numbers(evaluation.accuracy),
+        "result": _numbers(evaluation.accuracy) | {"macro_f1": evaluation.macro_f1},
     }
     if benchmark.description:
         result |= {"title": benchmark.description, "reference": {k: 100 * v for k, v in benchmark.reference.items()}}
@@ -408,16 +415,18 @@ def _corruption_table(evaluation: Evaluation, score: CorruptionScore) -> dict[st
 
 
 def per_class_table(evaluation: Evaluation) -> str:
-    """CSV: a row per class. With ReaL labels, the original label's class, n its scored images, and top-5 empty."""
+    """CSV: a row per class. With ReaL labels, the original label's class, n its scored images, top-5 and F1 empty."""
     benchmark, words = evaluation.benchmark, class_words()
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["label", "class", "name", "n", "correct_top1", "correct_top5", "accuracy"])
+    rows.writerow(["label", "class", "name", "n", "correct_top1", "correct_top5", "accuracy", "f1"])
     counts = evaluation.real.per_class if evaluation.real else evaluation.per_class
-    for label, (images, correct1, *correct5) in enumerate(counts.tolist()):
+    f1 = None if evaluation.real else f1_by_class(*counts.T[[0, 1, 3]])
+    for label, (images, correct1, *others) in enumerate(counts.tolist()):
         name = benchmark.classes[label] if benchmark.classes else ""
         accuracy = f"{100 * correct1 / images:.3f}" if images else ""
-        rows.writerow([label, name, words.get(name, name), images, correct1, *(correct5 or [""]), accuracy])
+        score = "" if f1 is None or np.isnan(f1[label]) else f"{100 * f1[label]:.3f}"
+        rows.writerow([label, name, words.get(name, name), images, correct1, *(others[:1] or [""]), accuracy, score])
     return text.getvalue()
 
 

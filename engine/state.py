@@ -23,6 +23,7 @@ from utils.checkpoints.naming import BESTS, Position
 from utils.checkpoints.writing import save_checkpoint
 from utils.randomness import generator_states, restore_generators, seed_everything
 
+LASTING = ("TRAIN.OPTIMIZER.NAME", "TRAIN.FREEZE", "DATA.VAL_FRACTION")  # what a run cannot change on its way
 STARTING_POINTS = ("MODEL.RESUME", "MODEL.PRETRAINED")  # what a run begins with, and does not need any more later
 # What putting a damaged state back raises.
 NO_STATE = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -107,7 +108,7 @@ def restore(
     if differing := differing_function(checkpoint, config, loaders.modality, source):
         raise CheckpointError("; ".join(differing))
     try:
-        check_classes(checkpoint, loaders, source)
+        check_classes(checkpoint, config, loaders, source)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}. Another --tag begins a run of its own, for which --pretrained {source} may give the weights"
@@ -221,7 +222,10 @@ def _check_epoch(config: CfgNode, loaders: Loaders, continuation: dict[str, Any]
 
 
 def _log_changed_keys(checkpoint: dict[str, Any], config: CfgNode, source: str) -> None:
-    """Name every training key that changed since a checkpoint of ours was written; the new values apply."""
+    """Name every training key that changed since a checkpoint of ours was written; the new values apply.
+
+    Raises CheckpointError for one of LASTING.
+    """
     if not isinstance(checkpoint.get("config"), str):
         get_logger().info(
             "%s stores no unscaled learning rates: schedule and optimizer follow the configuration", source
@@ -229,6 +233,12 @@ def _log_changed_keys(checkpoint: dict[str, Any], config: CfgNode, source: str) 
         return
     stored = configuration_in(checkpoint, source)
     assert stored is not None
+    for key in LASTING:
+        if (theirs := value_of(stored, key)) != (ours := value_of(config, key)):
+            raise CheckpointError(
+                f"{source} was trained with {key} {theirs}, this configuration has {ours}, which cannot change within a"
+                f" run: restore it, or begin another run (--tag) from its weights with --pretrained {source}"
+            )
     changed = [
         f"{key} {value_of(stored, key)} → {value_of(config, key)}"
         for key in KEYS
@@ -245,9 +255,9 @@ def stored_classes(checkpoint: dict[str, Any]) -> tuple[str, ...]:
     return tuple(map(printable, checkpoint.get("classes") or ()))
 
 
-def check_classes(checkpoint: dict[str, Any], loaders: Loaders, source: str) -> None:
+def check_classes(checkpoint: dict[str, Any], config: CfgNode, loaders: Loaders, source: str) -> None:
     """Raise CheckpointError unless the checkpoint's classes are the data set's: by name, else by number."""
-    stored, head = stored_classes(checkpoint), num_classes_of(checkpoint, source)
+    stored, head = stored_classes(checkpoint), num_classes_of(checkpoint, source, config)
     if stored and loaders.classes:
         own = loaders.classes
         if stored == own:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from timm.loss import BinaryCrossEntropy
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -14,17 +15,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
-from config import Plan
+from config import REFERENCE_BATCH, ConfigError, Plan
 from data.loaders import Loaders
 from data.transforms import mixup_enabled
 from logger import get_logger
 from lr_scheduler import build_scheduler
 from models.classifier import TrainableModel
-from optimizer import build_optimizer
+from optimizer import build_optimizer, freeze, layer_groups, require_optimizer
 from utils import distributed
 from utils.devices import widest
 from utils.faults.preemption import Decision
 from utils.precision import autocast_dtype
+
+FAR_BELOW = 1 / 16  # a scale of the learning rates below which they are hardly those that the user meant
 
 
 @dataclass
@@ -55,6 +58,13 @@ class Training:
     profiler: torch.profiler.profile | None = None
     pause: float = 0.0  # seconds between the last epoch's steps and the next one's: validation, saving
     verdict: str = ""  # what bounded the last epoch
+
+    def train(self) -> None:
+        """Training mode, but for BatchNorm layers that TRAIN.FREEZE holds: they keep their statistics."""
+        self.model.train()
+        for module in self.bare_model.modules():
+            if isinstance(module, _BatchNorm) and module.affine and not module.weight.requires_grad:
+                module.eval()
 
     def running_statistics(self) -> list[Tensor]:
         """What BatchNorm layers gather over batches, each rank over its own: mean, variance and count of each."""
@@ -117,7 +127,13 @@ def build_training(
     """Optimizer, schedule, scaler, average and loss around a bare model that is already on its device."""
     assert loaders.train is not None
     steps_per_epoch = len(loaders.train) // plan.accumulation
-    optimizer = build_optimizer(config, model, plan.lr_scale)
+    try:
+        check_training(config, model)
+        optimizer = build_optimizer(config, model, plan.lr_scale)
+        scheduler = build_scheduler(config, plan, optimizer, steps_per_epoch, plan.lr_scale)
+        criterion = _build_criterion(config, loaders).to(device)
+    except ValueError as problem:
+        raise ConfigError(str(problem)) from None
     amp_dtype = autocast_dtype(config.AMP_DTYPE, device) if config.AMP else None
     get_logger().info(
         "global batch %d = %d processes × %d passes × %d samples, learning rate %.3e (%g × %.3e), %d steps an epoch,"
@@ -143,13 +159,22 @@ def build_training(
             if plan.scales_lr
             else "its learning rates stay those of the configuration (TRAIN.SCALE_LR False)",
         )
-    smoothing = 0.0 if mixup_enabled(config) else config.MODEL.LABEL_SMOOTHING  # mixup's targets are smoothed already
+    if plan.lr_scale < FAR_BELOW:
+        get_logger().warning(
+            "TRAIN.BASE_LR %g is for %d images a step: with %d of them the learning rate is %.3e, 1/%.0f of what is"
+            " written; TRAIN.SCALE_LR False takes the rates as they are",
+            config.TRAIN.BASE_LR,
+            REFERENCE_BATCH,
+            plan.global_batch,
+            config.TRAIN.BASE_LR * plan.lr_scale,
+            1 / plan.lr_scale,
+        )
     return Training(
         model=model,
         bare_model=model,
         optimizer=optimizer,
-        scheduler=build_scheduler(config, plan, optimizer, steps_per_epoch, plan.lr_scale),
-        criterion=nn.CrossEntropyLoss(label_smoothing=smoothing),
+        scheduler=scheduler,
+        criterion=criterion,
         prepare=loaders.modality.train_batch(config, loaders.num_classes, device, next(model.parameters()).dtype),
         device=device,
         steps_per_epoch=steps_per_epoch,
@@ -161,6 +186,34 @@ def build_training(
         ema=_build_average(config, plan, model, steps_per_epoch) if config.EMA.ENABLE else None,
         max_skipped=config.TRAIN.MAX_SKIPPED if config.TRAIN.NON_FINITE == "skip" else None,
     )
+
+
+def check_training(config: CfgNode, model: TrainableModel) -> None:
+    """Freeze what TRAIN.FREEZE names. Raises ValueError where the model cannot be trained as configured."""
+    freeze(model, config.TRAIN.FREEZE or ())
+    require_optimizer(config.TRAIN.OPTIMIZER.NAME, config.TRAIN.OPTIMIZER.KWARGS)
+    if config.TRAIN.LAYER_DECAY < 1:
+        layer_groups(model, config.TRAIN.LAYER_DECAY)
+
+
+def _build_criterion(config: CfgNode, loaders: Loaders) -> nn.Module:
+    """The training loss. Raises ValueError for class weights that the data set does not have."""
+    smoothing = 0.0 if mixup_enabled(config) else config.MODEL.LABEL_SMOOTHING  # mixup's targets are smoothed already
+    given, classes, weights = config.TRAIN.CLASS_WEIGHTS, loaders.num_classes, None
+    if given == "balanced":
+        counts = loaders.train.class_counts(classes) if loaders.train else None
+        if counts is None:
+            raise ValueError(
+                "TRAIN.CLASS_WEIGHTS balanced needs a data set that knows its labels; give a number a class"
+            )
+        weights = counts.sum() / (classes * counts.clamp(min=1))
+    elif given != "none":
+        if len(given) != classes:
+            raise ValueError(f"TRAIN.CLASS_WEIGHTS has {len(given)} numbers, the data set {classes} classes")
+        weights = torch.tensor(given)
+    if config.TRAIN.LOSS == "bce":
+        return BinaryCrossEntropy(smoothing, weight=weights)
+    return nn.CrossEntropyLoss(weights, label_smoothing=smoothing)
 
 
 def _build_average(config: CfgNode, plan: Plan, model: TrainableModel, steps_per_epoch: int) -> ModelEmaV3:

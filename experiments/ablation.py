@@ -78,6 +78,14 @@ BODY += " MODEL.PPP.MLP_RATIOS [1.75,1.75] MODEL.PPP.PROJECTION 64 MODEL.PPP.LAY
 BODIES = {"pola_pp": "PolaFormer++", "nalaformer": "NaLaFormer"}
 for _type, _family in BODIES.items():
     VARIANTS[_type] = Variant(f"{_family}, whole body", ("MODEL.TYPE", _type, *BODY.split()))
+BASELINES = {  # timm's own, of polarity's size, whose windows and maps are as large
+    "swin": ("Swin", "swin_tiny_patch4_window7_224", "'embed_dim':32,'window_size':8,'mlp_ratio':3.0"),
+    "pvt": ("PVT v2", "pvt_v2_b0", "'embed_dims':[32,64],'sr_ratios':[1,1],'mlp_ratios':[2,2]"),
+}
+for _type, (_family, _name, _keywords) in BASELINES.items():
+    _keywords = f"{{'depths':[3,1],'num_heads':[2,4],{_keywords}}}"
+    _keys = ("MODEL.TYPE", "timm", "MODEL.TIMM.NAME", _name, "MODEL.TIMM.KWARGS", _keywords)
+    VARIANTS[_type] = Variant(f"timm's {_family}, whole body", _keys)
 VARIANTS["polarity_fixed_exponent"] = Variant("polarity, exponent fixed at 3", ("MODEL.LA.LEARN_EXPONENT", "False"))
 NAMED = tuple(VARIANTS)  # those of docs/ablation.md; a kernel that is not among them is compared by its own name
 VARIANTS |= {name: Variant(name, ("MODEL.LA.ATTENTION", name)) for name in KERNELS if name not in NAMED}

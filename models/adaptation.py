@@ -64,8 +64,17 @@ def adapt_position_tables(
     """Resize position tables of another grid to the model's, and say so in a line for each.
 
     A table whose grid `source_grids` does not tell is taken for a square one. Raises CheckpointError where it is not.
+    What the model converts by itself comes first.
     """
-    adapted, own, notes = dict(state), model.state_dict(), []
+    try:
+        adapted = dict(model.converted(state))
+    except Exception as problem:  # of another architecture: it fails in any way
+        raise CheckpointError(f"{source} does not fit {type(model).__name__}: {problem}") from problem
+    own, notes = model.state_dict(), []
+    for name, table in adapted.items():
+        if name in state and table.shape != state[name].shape:
+            notes.append(f"{name}: {tuple(state[name].shape)} became {tuple(table.shape)}")
+    state = dict(adapted)
     for name, target in model.position_grids().items():
         if name not in state or state[name].shape[-1] != own[name].shape[-1]:
             continue  # missing, or of another width: strict loading will say so

@@ -305,10 +305,19 @@ class Recording(NamedTuple):
 
 
 def attention_layers(model: nn.Module) -> dict[str, Attention]:
-    """The attention modules by the name of their block (`layers.0.blocks.1`, `block3.0`), in order of computation."""
-    return {
+    """The attention modules by the name of their block (`layers.0.blocks.1`, `block3.0`), in order of computation.
+
+    Raises MapError for a model that has none of ours.
+    """
+    found = {
         name.removesuffix(".attn"): module for name, module in model.named_modules() if isinstance(module, Attention)
     }
+    if not found:
+        raise MapError(
+            f"{type(model).__name__} has no attention of this project, whose maps can be computed: name a checkpoint of"
+            " another MODEL.TYPE than timm"
+        )
+    return found
 
 
 def kernel_in(attention: Attention) -> Kernel:

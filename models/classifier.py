@@ -70,17 +70,30 @@ class TrainableModel(nn.Module, ABC):
     undecayed: tuple[str, ...] = ()
     # Keys that change what the model computes but no shape, beside those of its kernel: compared on loading.
     function_keys: tuple[str, ...] = ()
+    # Names of the last layers, which have an output for each class.
+    classifiers: tuple[str, ...] = ("head",)
 
     family = ""  # what models of this body are called in prose
     released = "fetch them from https://huggingface.co/ZachMeng/PolaFormer"  # how to come by released weights
 
     num_classes: int
+    num_features: int  # channels that the head reads, of models of images
     classes: list[str] | None = None  # names of the outputs, where the file that it was loaded from knows them
     config: dict[str, Any]  # the configuration in that file; without a file absent, as peft expects, and not None
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed although they have several dimensions."""
         return {name for name, _ in self.named_parameters() if self.undecayed and name.endswith(self.undecayed)}
+
+    @classmethod
+    def create(cls, **arguments: Any) -> "TrainableModel":
+        """The model of `config_arguments` and a number of classes."""
+        return cls(**arguments)
+
+    def converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of this architecture, perhaps of another size or writer, in this model's names and shapes, as
+        far as the model itself knows how to."""
+        return state
 
     @classmethod
     @abstractmethod
@@ -128,7 +141,6 @@ class Classifier(TrainableModel):
     img_size: Grid
     dynamic_img_size: bool
     in_chans: int
-    num_features: int
     head_hidden_size: int
     global_pool: str
     feature_info: list[dict[str, Any]]

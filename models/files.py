@@ -25,7 +25,10 @@ from typing import IO, Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
+from timm.models import get_pretrained_cfg
 from torch import Tensor
+
+from .options import value_of
 
 CHECKPOINT_VERSION = 2  # of the files that we write
 LOGGER = logging.getLogger("polaformer")
@@ -432,10 +435,15 @@ def weights_of(checkpoint: dict[str, Any], weights: str, source: str) -> dict[st
     return {weights: held[weights]}
 
 
-def num_classes_of(checkpoint: dict[str, Any], source: str) -> int:
-    """The size of the stored head. Raises CheckpointError where there is none."""
+def num_classes_of(checkpoint: dict[str, Any], source: str, config: Mapping[str, Any] | None = None) -> int:
+    """The size of the stored head. Raises CheckpointError where there is none.
+
+    `config` is that of the model for a file that carries none: a baseline of timm calls its head in its own way.
+    """
     state = next(iter(weights_of(checkpoint, "auto", source).values()))
     bias = state.get("head.bias")
+    if bias is None:
+        bias = state.get(f"{_baseline_head(stored_config(checkpoint) or config or {})}.bias")
     if bias is None:
         raise CheckpointError(
             f"{source} has no head.bias, which tells the number of classes; its last entries are"
@@ -444,3 +452,10 @@ def num_classes_of(checkpoint: dict[str, Any], source: str) -> int:
     if bias.ndim != 1 or not len(bias):
         raise CheckpointError(f"{source}: head.bias has shape {tuple(bias.shape)}, expected one number a class")
     return len(bias)
+
+
+def _baseline_head(config: Mapping[str, Any]) -> str:
+    """What timm calls the last layer of the baseline that a configuration describes; empty where it is none."""
+    described = get_pretrained_cfg(str(value_of(config, "MODEL.TIMM.NAME")).partition(".")[0])
+    named = described.classifier if described else ""
+    return named if isinstance(named, str) else next(iter(named or ()), "")

@@ -59,9 +59,9 @@ def load_pretrained(model: TrainableModel, checkpoint: dict[str, Any], source: s
     state, _ = released_names(model, state)
     state, notes = adapt_position_tables(model, state, _source_grids(checkpoint), source)
     own = model.state_dict()
-    head = [name for name in ("head.weight", "head.bias") if name in own]
+    head = [name for each in model.classifiers for name in (f"{each}.weight", f"{each}.bias") if name in own]
     if any(name not in state or state[name].shape != own[name].shape for name in head):
-        old = len(state["head.bias"]) if "head.bias" in state else 0
+        old = next((len(state[name]) for name in head if name in state), 0)
         notes.append(f"head: {old} classes in the file, {model.num_classes} here; starts anew")
         state.update({name: own[name] for name in head})
     load_weights(model, state, source)

@@ -115,6 +115,8 @@ def attention_options(config: Mapping[str, Any]) -> AttentionOptions:
 
 def announce_attention(config: Mapping[str, Any], device: torch.device) -> str:
     """One phrase: what computes attention. Raises ValueError where it cannot run on the device."""
+    if "attention" not in model_arguments(config):
+        return f"{body_of(config).cls.family}'s own attention"
     options = attention_options(config)
     return kernel_of(options.attention).announce(options, device)
 
@@ -130,8 +132,11 @@ def build_model(config: Mapping[str, Any], num_classes: int | None = None) -> Tr
         ValueError: an unknown MODEL.TYPE, or values that the model does not accept.
     """
     classes = value_of(config, "MODEL.NUM_CLASSES") if num_classes is None else num_classes
-    model = body_of(config).cls(num_classes=classes, **model_arguments(config))
-    model.set_grad_checkpointing(value_of(config, "TRAIN.USE_CHECKPOINT"))
+    model = body_of(config).cls.create(num_classes=classes, **model_arguments(config))
+    try:
+        model.set_grad_checkpointing(value_of(config, "TRAIN.USE_CHECKPOINT"))
+    except AssertionError as problem:  # timm's word for a model that cannot
+        raise ValueError(f"TRAIN.USE_CHECKPOINT: {type(model).__name__} recomputes nothing ({problem})") from None
     return model
 
 

@@ -66,7 +66,7 @@ def test_the_fresh_weights_of_a_seed_are_the_same_for_every_kind(tmp_path):
         torch.manual_seed(5)
         states[run.variant] = build_model(run.config, 10).state_dict()
     reference = states.pop("polarity")
-    for body in ablation.BODIES:
+    for body in (*ablation.BODIES, *ablation.BASELINES):
         del states[body]
     bias = states.pop("polarity_open_gate")["layers.0.blocks.0.attn.qkvg.bias"]
     assert bias.tolist() == [0.0] * 96 + [1.0] * 32 and not reference["layers.0.blocks.0.attn.qkvg.bias"].any()
@@ -103,13 +103,13 @@ def test_every_variant_trains_a_step_in_which_all_parameters_take_part(tmp_path)
 def test_the_whole_bodies_have_polarity_s_size_and_their_own_linear_attention_throughout(tmp_path):
     models = {
         run.variant: build_model(run.config, ablation.CLASSES)
-        for run in plan(["digits"], ["polarity", *ablation.BODIES], 1, tmp_path, ())
+        for run in plan(["digits"], ["polarity", *ablation.BODIES, *ablation.BASELINES], 1, tmp_path, ())
     }
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     for body, kernel in {"pola_pp": "polarity_pp", "nalaformer": "norm_aware"}.items():
         attention = [module for name, module in models[body].named_modules() if name.endswith(".attn")]
         assert [getattr(module, "name", "softmax") for module in attention] == [kernel] * 4
-        assert abs(sizes[body] / sizes["polarity"] - 1) < 0.05
+    assert all(abs(size / sizes["polarity"] - 1) < 0.05 for size in sizes.values())
 
 
 def test_the_page_holds_means_deviations_and_paired_differences_of_the_last_epochs(tmp_path):

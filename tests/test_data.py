@@ -271,7 +271,7 @@ def test_maps_that_disagree_are_explained(zipped):
     text = (zipped / "val_map.txt").read_text()
     swapped = text.replace("\t0", "\tx").replace("\t1", "\t0").replace("\tx", "\t1")
     (zipped / "val_map.txt").write_text(swapped)
-    with pytest.raises(DataError, match=r"disagree: class folders 0 is ant and bee, 1 is bee and ant"):
+    with pytest.raises(DataError, match=r"disagree: 0 is ant and bee, 1 is bee and ant"):
         loaders(zipped, "DATA.ZIP_MODE", "True")
 
 

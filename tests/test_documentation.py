@@ -49,7 +49,7 @@ NOT_RUN = {
     "*pretrain.sh*": "trains for minutes; tests/test_quickstart.py and tests/test_survival.py run it",
     "* sbatch *": "needs Slurm; tests/test_survival.py runs the job with stand-ins",
     "*--data-path OUTPUT*": "needs what the command before it writes",
-    "*pola_swin_t.yaml --data-path PHOTOS --eval*": "needs weights of a large model",
+    "*photos.yaml --eval*": "needs the training before it; tests/test_own_images.py follows the page",
     "*--pretrained FILE.pth*": "trains for hours",
     "*--throughput*": "a large model, for the time that measuring takes",
     "*tools.prepare_imagenet*": "needs ImageNet; tests/test_prepare_imagenet.py",
@@ -134,9 +134,13 @@ def checkout(tmp_path_factory) -> Path:
     for name in ("FILE.pth", "output/quickstart/latest/max_acc.pth"):
         (folder / name).write_bytes(b"")
     (runs / "latest" / "config.yaml").write_text(TINY)
-    for split in ("IMAGENET/val", "IMAGENET_R", "PHOTOS/train", "PHOTOS/val", "photos", "lra/listops"):
+    (folder / "photos.yaml").write_text(next(blocks(ROOT / "docs" / "own_images.md", "yaml")))
+    for name in ("output/photos/default/max_acc.pth", "PHOTOS/cat/a.jpg", "PHOTOS/dog/a.jpg"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(jpeg(len(name) + ord(name[7])) if name.endswith("jpg") else b"")
+    for split in ("IMAGENET/val", "IMAGENET_R", "PHOTOS", "photos", "lra/listops"):
         for label in ("cat", "dog"):
-            (folder / split / label).mkdir(parents=True)
+            (folder / split / label).mkdir(parents=True, exist_ok=True)
             number = len(list(folder.rglob("*.jpg")))
             (folder / split / label / f"{number}.jpg").write_bytes(jpeg(number, (64, 48)))
     for name in ("photo.jpg", "cat.jpg"):
@@ -163,8 +167,8 @@ def trained(checkout) -> Path:
     run_main("--cfg", path, "--output", checkout / "output", "--tag", "20260131-120000")
     assert load_checkpoint(run / "max_acc.pth")["epoch"] == 1
     shutil.copy(run / "max_acc.pth", checkout / "FILE.pth")
-    for name in ("pola_swin_t/a", "pola_swin_t/b", "ablation/digits"):
-        shutil.copytree(run, checkout / "output" / name)
+    for name in ("pola_swin_t/a", "pola_swin_t/b", "ablation/digits", "photos/default"):
+        shutil.copytree(run, checkout / "output" / name, dirs_exist_ok=True)
     return checkout
 
 

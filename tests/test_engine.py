@@ -172,7 +172,7 @@ class Poison(nn.Module):
         return loss * self.value if self.calls - 1 == self.at else loss
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb"])
 @pytest.mark.parametrize(
     ("amp", "value"), [("", math.nan), ("AMP True", math.inf), ("AMP True AMP_DTYPE float16", math.nan)]
 )

@@ -3,6 +3,7 @@
 pytest tests/test_evaluation.py
 """
 
+import csv
 import io
 import json
 import re
@@ -27,6 +28,7 @@ from conftest import (
 )
 from PIL import Image
 from run_files import epoch_file
+from sklearn.metrics import f1_score
 
 import main
 from config import load_config, make_plan
@@ -35,6 +37,7 @@ from logger import read_metrics
 from models import build_model
 from models.files import CheckpointError, load_checkpoint
 from utils.checkpoints.writing import save_checkpoint
+from utils.predictions import f1_by_class
 
 RESULT = re.compile(r"(\d+) images, top-1 ([\d.]+) %, top-5 ([\d.]+) %, loss ([\d.]+)")
 LAUNCHERS = {
@@ -112,6 +115,26 @@ def test_evaluation_ignores_the_run_folder_and_adds_its_results_alone(tiny, log)
     after = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"}
     assert {name: content for name, content in after.items() if name not in results} == before
     assert results <= after.keys()
+
+
+def test_macro_f1_stands_beside_top_1_and_is_scikit_learn_s(tiny, log):
+    run(tiny, "TRAIN.EPOCHS 1")
+    run(tiny, f"EVAL_MODE True MODEL.RESUME {epoch_file(folder_of(tiny), 1)}")
+    with np.load(folder_of(tiny) / "eval_val_predictions.npz") as predictions:
+        label, guess = predictions["label"], predictions["top5"][:, 0]
+    expected = 100 * f1_score(label, guess, average="macro")
+    assert f"macro-F1 {expected:.3f} %" in log.text
+    result = json.loads((folder_of(tiny) / "eval_val.json").read_text())["result"]
+    assert result["macro_f1"] == pytest.approx(expected) and 0 < expected != pytest.approx(result["top1"])
+    with (folder_of(tiny) / "eval_val_per_class.csv").open() as file:
+        rows = [float(row["f1"]) for row in csv.DictReader(file)]
+    assert rows == pytest.approx(100 * f1_score(label, guess, average=None), abs=1e-3)
+
+
+def test_a_class_without_images_counts_where_it_was_an_answer():
+    label, guess = [0, 0, 1, 1], [0, 2, 1, 1]
+    scores = f1_by_class(*(np.bincount(values, minlength=4) for values in (label, [0, 1, 1], guess)))
+    assert np.isnan(scores[3]) and np.nanmean(scores) == pytest.approx(f1_score(label, guess, average="macro"))
 
 
 def test_averaged_weights_get_a_line_of_their_own(tiny, log):

@@ -19,6 +19,7 @@ from models.pola_swin import PolaSwin
 from models.registry import BODIES, IMAGES
 
 SMALL = "MODEL.NUM_CLASSES 7 DATA.IMG_SIZE 64 MODEL.SWIN.EMBED_DIM 12 MODEL.SWIN.NUM_HEADS [1,2,2,4]".split()
+SMALL += ["MODEL.TIMM.NAME", "pvt_v2_b0"]  # of MODEL.TYPE timm
 
 
 def small(type_name: str, *options: str) -> torch.nn.Module:

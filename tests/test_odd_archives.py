@@ -204,7 +204,7 @@ def test_a_validation_map_that_lacks_a_class_is_still_compared(tmp_path):
     write_map(root, "val", {name: 1 for name in IMAGES if name[0] == "b"})
     assert loaders(root).classes == ("a", "b")
     write_map(root, "val", {name: 1 for name in IMAGES if name[0] == "a"})
-    with pytest.raises(DataError, match="disagree: class folders 1 is b and a"):
+    with pytest.raises(DataError, match="disagree: 1 is b and a"):
         loaders(root)
 
 

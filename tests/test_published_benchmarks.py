@@ -94,7 +94,16 @@ def test_the_folders_of_v2_are_numbers_and_not_in_alphabetical_order(evaluate, t
     assert any("9 images instead of the published 10000" in remark for remark in result["remarks"])
     assert any(f"993 of 1000 classes have no image ({IDS[3]}, " in remark for remark in result["remarks"])
     row = csv_rows(tiny, "v2")[10]
-    assert list(row.values()) == ["10", IDS[10], "brambling, Fringilla montifringilla", "3", "1", "2", "33.333"]
+    assert list(row.values()) == [
+        "10",
+        IDS[10],
+        "brambling, Fringilla montifringilla",
+        "3",
+        "1",
+        "2",
+        "33.333",
+        "50.000",
+    ]
 
 
 def test_a_whole_benchmark_has_no_remarks(evaluate, tmp_path, monkeypatch):
@@ -180,7 +189,7 @@ def test_real_labels_are_sets_and_images_without_labels_do_not_count(evaluate, t
     original = result["original_labels"]
     assert (original["images"], original["correct1"]) == (10, 8)
     rows = [list(row.values())[3:] for row in csv_rows(tiny, "real")[:3]]
-    assert rows == [["1", "1", "", "100.000"], ["2", "1", "", "50.000"], ["0", "0", "", ""]]
+    assert rows == [["1", "1", "", "100.000", ""], ["2", "1", "", "50.000", ""], ["0", "0", "", "", ""]]
 
 
 def test_a_label_that_the_model_does_not_know_is_wrong_and_not_uncounted(tmp_path):

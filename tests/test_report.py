@@ -112,6 +112,7 @@ def test_classes_are_counted_with_their_confusions_most_frequent_first():
     assert result.accuracy[:2].tolist() == pytest.approx([100 / 3, 25]) and np.isnan(result.accuracy[2])
     assert result.confusions == [(1, 2, 2), (0, 1, 1), (0, 2, 1)] and result.nothing == 1  # which is in no pair
     assert result.mostly_taken_for() == {1: (2, 2), 0: (1, 1)}
+    assert result.f1.tolist() == pytest.approx([200 / 4, 200 / 6, 0])  # nothing finite is no answer
 
 
 def test_blocks_of_a_large_matrix_hold_every_error():
@@ -428,7 +429,7 @@ def test_the_worst_classes_and_the_most_frequent_confusions_come_first(tmp_path)
     page = render([run], images=0)
     classes = rows_of(page, "classes")
     assert list(classes)[:2] == ["class 3", "class 5"]
-    assert classes["class 3"] == ["25.0", "25.0", "40", "class 7 (30)"] and classes["class 0"][-1] == "–"
+    assert classes["class 3"] == ["25.0", "40.0", "25.0", "40", "class 7 (30)"] and classes["class 0"][-1] == "–"
     assert "Most frequent confusions" in page
     pairs = re.findall(r'<th scope="row">(class \d)</th><td>(class \d)</td><td>(\d+)</td><td>([\d.]+) %', page)
     assert pairs == [("class 3", "class 7", "30", "75.0"), ("class 5", "class 6", "10", "25.0")]

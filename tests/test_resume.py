@@ -345,7 +345,7 @@ def test_another_backend_is_named_and_goes_on(tiny, log):
 
 def test_another_optimizer_or_function_is_refused_on_resume(tiny):
     run(tiny, "TRAIN.EPOCHS 1")
-    with pytest.raises(CheckpointError, match="is not that of SGD"):
+    with pytest.raises(CheckpointError, match="TRAIN.OPTIMIZER.NAME adamw, this configuration has sgd"):
         run(tiny, "TRAIN.OPTIMIZER.NAME sgd")
     with pytest.raises(CheckpointError, match=r"trained with MODEL.LA.ALPHA 4.0, this configuration has 2.0"):
         run(tiny, "MODEL.LA.ALPHA 2")

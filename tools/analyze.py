@@ -217,17 +217,19 @@ def analyze(
     *,
     queries: int = 512,
     tolerance: float = 1e-3,
+    normalise: Normalise | None = None,
 ) -> tuple[list[Measurement], Seen]:
     """Measure the layers on images, uint8 (3, H, W), one at a time.
 
     Args:
         queries: rows that entropy and rank are measured on, evenly spaced over the map (all, where it has no more).
         tolerance: singular values below this share of the largest do not count towards the rank.
+        normalise: what the model was trained with; None: ImageNet's mean and standard deviation.
 
     Returns:
         The measurements, averaged over the images, and what was seen in the last one.
     """
-    normalise = Normalise(torch.device("cpu"))
+    normalise = normalise or Normalise(torch.device("cpu"))
     collected: dict[tuple[Any, ...], list[Measurement]] = {}
     seen = Seen({}, {})
     of_images = [OF_IMAGES[metric] for metric in metrics if metric in OF_IMAGES]
@@ -461,7 +463,13 @@ def run(arguments: argparse.Namespace) -> None:
 
         images = [transform(Image.fromarray(image)) for image in load_sample_images().images]
     measurements, seen = analyze(
-        loaded.model, images, layers, arguments.metrics, queries=arguments.queries, tolerance=arguments.tolerance
+        loaded.model,
+        images,
+        layers,
+        arguments.metrics,
+        queries=arguments.queries,
+        tolerance=arguments.tolerance,
+        normalise=Normalise.of(loaded.config, torch.device("cpu")),
     )
     if not measurements:
         raise MapError(

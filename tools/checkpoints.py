@@ -14,7 +14,8 @@ from data.sources.base import DataError, Picture, UnreadableImage, decode, read_
 from data.sources.listing import Listing
 from logger import printable
 from models import CheckpointError, load
-from models.classifier import Classifier
+from models.classifier import TrainableModel
+from models.registry import IMAGES, body_of
 from tools.command_line import file_path
 
 
@@ -32,7 +33,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, *, opts: bool = Fa
 class LoadedModel(NamedTuple):
     """A model of images in evaluation mode on the CPU, with the file's configuration (frozen) and class names."""
 
-    model: Classifier
+    model: TrainableModel
     config: CfgNode
     classes: list[str] | None
 
@@ -40,9 +41,8 @@ class LoadedModel(NamedTuple):
 def load_model(path: Path, *, ema: bool = False, config: CfgNode | None = None) -> LoadedModel:
     """The image model of a checkpoint, as `models.load` rebuilds it. Raises CheckpointError for one of sequences."""
     model = load(path, "ema" if ema else "model", config=config)
-    if not isinstance(model, Classifier):
+    if body_of(model.config).reads != IMAGES:
         raise CheckpointError(f"{path} holds a model of sequences ({type(model).__name__}), expected one of images")
-    assert model.config is not None
     classes = None if model.classes is None else [printable(name) for name in model.classes]
     return LoadedModel(model, config or config_from_tree(model.config, str(path))[0], classes)
 

@@ -30,14 +30,13 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from yacs.config import CfgNode
 
 from config import image_size
 from models import build_model
-from models.classifier import Classifier
+from models.classifier import TrainableModel
 from models.files import CHECKPOINT_VERSION
 from tools.checkpoints import add_checkpoint_arguments, given_config, load_model
 from tools.command_line import answer, file_path, number, program
@@ -69,7 +68,7 @@ class Exportable:
     """The checkpoint to export, rebuilt."""
 
     path: Path
-    model: Classifier
+    model: TrainableModel
     config: CfgNode
     classes: list[str] | None
     ema: bool
@@ -138,7 +137,7 @@ def write_onnx(source: Exportable, path: Path, opset: int) -> None:
     """One file, input `images` (batch, channels, height, width) and output `logits` (batch, classes)."""
     import onnx
 
-    about = {**source.metadata, "mean": json.dumps(IMAGENET_DEFAULT_MEAN), "std": json.dumps(IMAGENET_DEFAULT_STD)}
+    about = {**source.metadata, "mean": json.dumps(source.config.DATA.MEAN), "std": json.dumps(source.config.DATA.STD)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         program = torch.onnx.export(

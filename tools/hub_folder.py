@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Arguments that do not change what a trained model computes.
 TRAINING_ARGUMENTS = ("proj_drop_rate", "drop_path_rate", "backend", "gate_bias")
 # What a description shares with timm's own of the architecture.
-SHARED = ("fixed_input_size", "mean", "std", "first_conv", "classifier")
+SHARED = ("fixed_input_size", "first_conv", "classifier")
 
 
 def _arguments(config: CfgNode) -> dict[str, Any]:
@@ -27,8 +27,12 @@ def architecture_of(config: CfgNode) -> tuple[str, dict[str, Any]]:
     """timm's name of a configuration's model, and the arguments by which it differs from what that name builds.
 
     A model that is none of the official ones is the variant called like its MODEL.TYPE, or the first of its body, with
-    every argument.
+    every argument. A baseline of timm has its own name.
     """
+    if config.MODEL.TYPE == "timm":
+        described = timm.get_pretrained_cfg(config.MODEL.TIMM.NAME)
+        size = {"img_size": list(image_size(config))} if described and described.fixed_input_size else {}
+        return config.MODEL.TIMM.NAME.partition(".")[0], {**size, **config.MODEL.TIMM.KWARGS}
     own = _arguments(config)
     for name, variant in VARIANTS.items():
         file = CONFIGS / f"{variant.config}.yaml"
@@ -60,6 +64,8 @@ def hub_config(config: CfgNode, num_features: int, classes: list[str] | None) ->
     content["pretrained_cfg"] = {
         **{key: getattr(official, key) for key in SHARED},
         "input_size": [config.MODEL.SWIN.IN_CHANS, *image_size(config)],
+        "mean": config.DATA.MEAN,
+        "std": config.DATA.STD,
         "interpolation": config.DATA.INTERPOLATION,
         "crop_pct": config.TEST.CROP_RATIO if config.TEST.CROP else 1.0,
         "crop_mode": "center" if config.TEST.CROP and config.TEST.RESIZE == "shorter" else "squash",

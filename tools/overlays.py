@@ -76,6 +76,7 @@ def overlay(
     query: tuple[float, float] | None = None,
     *,
     size: tuple[int, int] | None = None,
+    normalise: Normalise | None = None,
 ) -> Image.Image:
     """One attention map over the image it was computed from, averaged over the layer's heads.
 
@@ -88,13 +89,15 @@ def overlay(
         query: pixel (x, y) whose row of the combined map is shown; None: the attention that every place receives,
             averaged over all queries.
         size: (width, height) of the result; None: the image's.
+        normalise: what the model was trained with; None: ImageNet's mean and standard deviation.
 
     Raises:
         MapError: an unknown layer, or a point outside of the image.
     """
     name = layer or last_linear_layer(model)
     device = next(model.parameters()).device
-    seen = record(model, Normalise(device)(pixels[None].to(device)), [name]).layers[name]
+    normalise = normalise or Normalise(device)
+    seen = record(model, normalise(pixels[None].to(device)), [name]).layers[name]
     if query is None:
         weights = seen.received()[0]
     else:

@@ -34,7 +34,6 @@ from data.sources.base import TURNED, DataError, UnreadableImage, decode, read_f
 from data.transforms import Normalise, evaluation_transform
 from logger import printable
 from models import build_model
-from models.classifier import Classifier
 from models.loading import load_resized
 from tools.checkpoints import LoadedModel, add_checkpoint_arguments, find_images, open_checkpoint
 from tools.command_line import answer, file_path, program, say, whole
@@ -101,7 +100,6 @@ def at_evaluation_size(loaded: LoadedModel, source: str) -> LoadedModel:
     if image_size(sized) == image_size(loaded.config):
         return loaded
     model = build_model(sized, loaded.model.num_classes)
-    assert isinstance(model, Classifier)
     load_resized(model, loaded.model.state_dict(), loaded.config, source)
     return LoadedModel(model.eval(), sized, loaded.classes)
 
@@ -122,7 +120,7 @@ def predict(
     `exif`: in place of the configuration's DATA.EXIF.
     """
     model = loaded.model.to(device)
-    normalise = Normalise(device)
+    normalise = Normalise.of(loaded.config, device)
     amp_dtype = autocast_dtype(loaded.config.AMP_DTYPE, device) if loaded.config.TEST.AMP else None
     loader = DataLoader(
         _Images(paths, loaded.config, loaded.config.DATA.EXIF if exif is None else exif),

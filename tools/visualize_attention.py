@@ -141,7 +141,7 @@ def draw_page(
     height, width = pixels.shape[1:]
     cell = (round(size * width / max(height, width)), round(size * height / max(height, width)))
     base = ground(pixels, cell)
-    seen = record(loaded.model, Normalise(torch.device("cpu"))(pixels[None]), layers)
+    seen = record(loaded.model, Normalise.of(loaded.config, torch.device("cpu"))(pixels[None]), layers)
     rows = []
     for layer in layers:
         rows += _layer_rows(seen.layers.pop(layer), pixels, base, heads, points, maps)

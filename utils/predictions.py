@@ -50,6 +50,10 @@ class Predictions:
         """(N,) bool: whether the label is among the k best."""
         return (self.top5[:, :k] == self.label[:, None]).any(axis=1)
 
+    def answers(self, classes: int) -> np.ndarray:
+        """(classes,) int64: how often each class was the best one."""
+        return np.bincount(self.top5[self.top5[:, 0] != NOTHING, 0], minlength=classes)
+
 
 NAMES = [field.name for field in fields(Predictions)]  # of the file's arrays
 
@@ -67,6 +71,15 @@ def _best(logits: "Tensor", k: int) -> "Tensor":
         best.append(rest.max(dim=1, keepdim=True).indices)
         rest.scatter_(1, best[-1], -torch.inf)
     return torch.cat(best, dim=1)
+
+
+def f1_by_class(images: np.ndarray, correct: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """(C,) harmonic mean of precision and recall, from how often each class is the label, right, and the answer.
+
+    NaN for a class that is neither a label nor an answer.
+    """
+    total = images + answers
+    return np.divide(2.0 * correct, total, out=np.full(len(total), np.nan), where=total > 0)
 
 
 class PredictionRecorder:

@@ -138,6 +138,26 @@ def sequence(item: Kind, length: int | None = None, make: type = list) -> Kind:
     return Kind(f"a list of {length or 'one or more'} × {item.accepts}", parse)
 
 
+def keywords() -> Kind:
+    """Names with plain values, or lists of them."""
+    plain = str | int | float | bool | None
+
+    def parse(value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict) or not all(isinstance(name, str) and name.isidentifier() for name in value):
+            raise ValueError
+        for entry in value.values():
+            if not all(isinstance(each, plain) for each in (entry if isinstance(entry, list | tuple) else [entry])):
+                raise ValueError
+        return {name: decoded(entry) if isinstance(entry, str) else entry for name, entry in value.items()}
+
+    return Kind("names with values, {name: value, …}", parse)
+
+
+def lower(kind: Kind) -> Kind:
+    """A text whose case does not matter."""
+    return Kind(kind.accepts, lambda value: kind.parse(value).lower())
+
+
 def optional(kind: Kind) -> Kind:
     return Kind(f"{kind.accepts}, or null", lambda value: None if value is None else kind.parse(value))
 

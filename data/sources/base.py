@@ -3,6 +3,7 @@
 A source knows its samples' names and labels and decodes one image at a time.
 """
 
+import hashlib
 import io
 import math
 import os
@@ -30,10 +31,11 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 MOST_CLASSES = 1_000_000  # a label beyond is damage, and would size what is kept for each class
 LARGEST_FILE = 1 << 28  # bytes of an encoded image: the pixels of the largest that Pillow takes without a warning
 WIDE, TURNED = "wide", "turned"  # what `decode` notes
-# By the value of a key that needs it: the key, its other value being pillow, the module, and what pip calls it.
+# By the value of a key that needs it: the key, another value of it, the module, and what pip calls it.
 OPTIONAL = {
-    "simplejpeg": ("DATA.DECODER", "simplejpeg", "simplejpeg"),
-    "opencv": ("AUG.BACKEND", "cv2", "opencv-python-headless"),
+    "simplejpeg": ("DATA.DECODER", "pillow", "simplejpeg", "simplejpeg"),
+    "opencv": ("AUG.BACKEND", "pillow", "cv2", "opencv-python-headless"),
+    "parquet": ("DATA.FORMAT", "folder", "datasets", "datasets"),
 }
 
 
@@ -92,7 +94,9 @@ class Modality(Protocol):
         """From a training batch and its labels to the model's input and target, on the device."""
         ...
 
-    def inputs(self, device: torch.device, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    def inputs(
+        self, config: CfgNode, device: torch.device, dtype: torch.dtype
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """From an evaluation batch to the model's input, on the device."""
         ...
 
@@ -124,7 +128,10 @@ def require_folder(path: Path) -> None:
     """Raise DataError unless `path` is a folder."""
     if not path.is_dir():
         problem = "is no folder" if path.exists() else "does not exist"
-        raise DataError(f"data set folder {path} {problem}; --data-path names the folder that holds train/ and val/")
+        raise DataError(
+            f"data set folder {path} {problem}; --data-path names the folder that holds train/ and val/ (without val/,"
+            " DATA.VAL_FRACTION 0.2 divides the images)"
+        )
 
 
 def label_of(text: str | bytes) -> int | None:
@@ -220,7 +227,7 @@ def decode_fast(data: bytes, name: str, *, exif: bool = False) -> torch.Tensor:
 
 def require_package(value: str) -> None:
     """Raise DataError where the optional package behind this value of a key is not installed, or damaged."""
-    key, module, package = OPTIONAL[value]
+    key, other, module, package = OPTIONAL[value]
     if find_spec(module) is None:
         problem = "is not installed"
     else:
@@ -229,7 +236,7 @@ def require_package(value: str) -> None:
             return
         except ImportError as error:  # of a system's library that it needs
             problem = f"cannot be imported ({printable(error)})"
-    raise DataError(f"{key} is {value}, which {problem}; `pip install {package}` or set {key} pillow")
+    raise DataError(f"{key} is {value}, which {problem}; `pip install {package}` or set {key} {other}")
 
 
 def decoder_for(config: CfgNode, split: str) -> Decoder:
@@ -240,19 +247,49 @@ def decoder_for(config: CfgNode, split: str) -> Decoder:
     return partial(decode_fast if fast else decode, exif=config.DATA.EXIF)
 
 
-class FractionSource:
-    """The first images of every class of `source`, in its order: their share of the class, rounded up."""
+class SubsetSource:
+    """Some images of `source`, in its order."""
 
-    def __init__(self, source: Source, fraction: float) -> None:
-        self._source = source
+    def __init__(self, source: Source, chosen: np.ndarray) -> None:
+        self._source, self._chosen = source, chosen
         self.classes, self.num_classes = source.classes, source.num_classes
-        labels = np.asarray(source.labels)
-        members = (np.flatnonzero(labels == label) for label in range(source.num_classes))
-        self._chosen = np.sort(np.concatenate([m[: math.ceil(fraction * len(m))] for m in members]))
-        self.labels = labels[self._chosen]
+        self.labels = np.asarray(source.labels)[chosen]
 
     def name(self, index: int) -> str:
         return self._source.name(int(self._chosen[index]))
 
     def load(self, index: int) -> Picture:
         return self._source.load(int(self._chosen[index]))
+
+
+def _by_class(source: Source) -> list[np.ndarray]:
+    labels = np.asarray(source.labels)
+    return [np.flatnonzero(labels == label) for label in range(source.num_classes)]
+
+
+class FractionSource(SubsetSource):
+    """The first images of every class of `source`, in its order: their share of the class, rounded up."""
+
+    def __init__(self, source: Source, fraction: float) -> None:
+        chosen = [members[: math.ceil(fraction * len(members))] for members in _by_class(source)]
+        super().__init__(source, np.sort(np.concatenate(chosen)))
+
+
+class SplitSource(SubsetSource):
+    """The training or the validation images of a `source` that has no such split.
+
+    Of each class `fraction` is for validation, rounded, and of two or more images at least one for either side. Which
+    ones, their file names decide: an image added to the class or to another moves few others across.
+    """
+
+    def __init__(self, source: Source, fraction: float, *, validation: bool) -> None:
+        def digest(index: int) -> bytes:
+            return hashlib.blake2b(os.path.basename(source.name(index)).encode(), digest_size=8).digest()
+
+        held = np.zeros(len(source.labels), dtype=bool)
+        for members in _by_class(source):
+            count = min(max(1, round(fraction * len(members))), len(members) - 1)
+            held[sorted(members.tolist(), key=digest)[: max(0, count)]] = True
+        if not held.any():
+            raise DataError("DATA.VAL_FRACTION: every class has one image, and none is left to validate on")
+        super().__init__(source, np.flatnonzero(held == validation))

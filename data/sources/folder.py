@@ -81,11 +81,11 @@ def class_folders(listing: Listing) -> dict[str, str]:
 PLACE_VAL = "`python -m tools.prepare_imagenet DATA_PATH --val-ground-truth FILE` moves them into class folders"
 
 
-def check_folder(root: Path, split: str, report: Report) -> Layout | None:
+def check_folder(folder: Path, split: str, report: Report) -> Layout | None:
     """Class folders of one split; loose images, empty folders and other files are findings."""
-    folder = root / split
     if not folder.is_dir():
-        report.error(f"{folder} {'is no folder' if folder.exists() else 'does not exist'}")
+        problem = "is no folder" if folder.exists() else "does not exist"
+        report.error(f"{folder} {problem}; of images without val/ DATA.VAL_FRACTION 0.2 divides those there are")
         return None
     samples: list[tuple[str, int]] = []
     empty: list[str] = []

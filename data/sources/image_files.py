@@ -1,4 +1,4 @@
-"""Images on the disk with any classes, as ImageNet has them: an image folder, zip with map files, or tar shards."""
+"""Images on the disk with any classes, as ImageNet has them: a folder, zip with map files, tar shards or parquet."""
 
 from pathlib import Path
 
@@ -7,8 +7,18 @@ from yacs.config import CfgNode
 from config import make_plan
 from data.examination import examine_layouts
 from data.findings import Layout, Report
-from data.sources.base import DataError, DatasetBuilder, Decoder, Source, decode, decoder_for, require_folder
+from data.sources.base import (
+    DataError,
+    DatasetBuilder,
+    Decoder,
+    Source,
+    SplitSource,
+    decode,
+    decoder_for,
+    require_folder,
+)
 from data.sources.folder import FolderSource, check_folder
+from data.sources.parquet import ParquetSource, check_parquet, parquet_files
 from data.sources.shards import INDEX_FILE, ShardSplit, check_shards, read_index
 from data.sources.zip import ZipSource, check_zip, warm_page_cache
 from data.transforms import Images
@@ -16,7 +26,7 @@ from utils import distributed
 
 
 def data_format(config: CfgNode, root: Path) -> str:
-    """folder, zip or shards: what DATA.FORMAT says, or for auto what DATA.ZIP_MODE and the data set's folder say.
+    """folder, zip, shards or parquet: what DATA.FORMAT says, or for auto what DATA.ZIP_MODE and the folder say.
 
     Raises DataError where they contradict each other.
     """
@@ -27,7 +37,9 @@ def data_format(config: CfgNode, root: Path) -> str:
                 f"{root} holds {INDEX_FILE}, and DATA.ZIP_MODE (--zip) asks for zip files; DATA.FORMAT zip or shards"
                 " decides"
             )
-        return "shards" if indexed else "zip" if config.DATA.ZIP_MODE else "folder"
+        if indexed or config.DATA.ZIP_MODE:
+            return "shards" if indexed else "zip"
+        return "parquet" if not (root / "train").is_dir() and parquet_files(root, "train") else "folder"
     return config.DATA.FORMAT
 
 
@@ -40,12 +52,14 @@ def open_source(
     decoder: Decoder = decode,
 ) -> Source | ShardSplit:
     """The images of a split in the format that `data_format` finds in `root`: class folders in `folder`, or zip and
-    map file or shards of the split in `root`. Raises DataError."""
+    map file, shards or parquet files of the split in `root`. Raises DataError."""
     format = data_format(config, root)
     if format == "shards":
         return ShardSplit(root, split, decoder)
     if format == "folder":
         return FolderSource(folder, classes, decoder)
+    if format == "parquet":
+        return ParquetSource(root, split, config.DATA.LABEL_COLUMN, decoder)
     source = ZipSource(root / f"{split}.zip", root / f"{split}_map.txt", decoder)
     if split == "train":
         source.require_every_label()
@@ -63,11 +77,32 @@ def _root(config: CfgNode, split: str) -> Path:
         raise DataError("no data set: --data-path names the folder that holds train/ and val/")
     root = Path(config.DATA.DATA_PATH)
     require_folder(root)
-    if data_format(config, root) == "folder" and not (root / split).is_dir():
+    if data_format(config, root) == "folder" and not (root / split).is_dir() and not config.DATA.VAL_FRACTION:
         places = (root.resolve().parent, *sorted(path for path in root.iterdir() if path.is_dir()))
         if meant := next((place for place in places if (place / "train").is_dir() and (place / "val").is_dir()), None):
             raise DataError(f"{root} holds no {split}/; did you mean --data-path {meant}?")
     return root
+
+
+def _split_folder(root: Path) -> Path:
+    """The class folders that DATA.VAL_FRACTION divides: those in train/, or in DATA_PATH itself."""
+    return root / "train" if (root / "train").is_dir() else root
+
+
+def _split(config: CfgNode, root: Path, split: str) -> SplitSource:
+    """One side of what DATA.VAL_FRACTION divides. Raises DataError where there is nothing to divide."""
+    files = [path for path in (root / "val", root / "val.zip") if path.exists()]
+    if own := next(iter(files or parquet_files(root, "val")), None):
+        raise DataError(
+            f"{own} holds validation images, and DATA.VAL_FRACTION asks to take some from training: set it to 0"
+        )
+    if data_format(config, root) == "shards":
+        raise DataError(
+            "DATA.VAL_FRACTION needs images that can be read in any order; shards are streamed: set it to 0"
+        )
+    source = open_source(config, root, _split_folder(root), "train", decoder=decoder_for(config, split))
+    assert not isinstance(source, ShardSplit)
+    return SplitSource(source, config.DATA.VAL_FRACTION, validation=split != "train")
 
 
 class ImageFiles(DatasetBuilder):
@@ -77,6 +112,8 @@ class ImageFiles(DatasetBuilder):
 
     def open(self, config: CfgNode, split: str, classes: tuple[str, ...] | None = None) -> Source | ShardSplit:
         root = _root(config, split)
+        if config.DATA.VAL_FRACTION:
+            return _split(config, root, split)
         return open_source(config, root, root / split, split, classes, decoder_for(config, split))
 
     def check(self, config: CfgNode, report: Report) -> None:
@@ -93,11 +130,16 @@ class ImageFiles(DatasetBuilder):
             return
         report.facts.append(f"{root}: {'image folder' if kind == 'folder' else kind}")
         layouts: dict[str, Layout] = {}
-        for split in ("train", "val"):
+        divided = config.DATA.VAL_FRACTION > 0
+        for split in ("train",) if divided else ("train", "val"):
             if index is not None:
                 layout = check_shards(root, split, index, report)
+            elif kind == "folder":
+                layout = check_folder(_split_folder(root) if divided else root / split, split, report)
+            elif kind == "parquet":
+                layout = check_parquet(root, split, config.DATA.LABEL_COLUMN, report)
             else:
-                layout = (check_folder if kind == "folder" else check_zip)(root, split, report)
+                layout = check_zip(root, split, report)
             if layout:
                 layouts[split] = layout
         counts = examine_layouts(layouts, make_plan(config).workers, report)

@@ -90,7 +90,7 @@ class Tokens:
     ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         return lambda ids, labels: (ids.int(), labels)
 
-    def inputs(self, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def inputs(self, config: CfgNode, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         return Tensor.int
 
     def require(self, config: CfgNode) -> None:

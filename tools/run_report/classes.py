@@ -10,17 +10,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.imagenet import are_wordnet_ids, class_words
-from utils.predictions import NOTHING, Predictions
+from utils.predictions import NOTHING, Predictions, f1_by_class
 
 
 @dataclass(frozen=True, eq=False)
 class ByClass:
-    """Images by label, right ones and right among the best, each (C,); the confusions as (label, guess, images)."""
+    """Images by label, right ones, right among the best, and those taken for each class, all (C,); the confusions as
+    (label, guess, images)."""
 
     names: list[str]
     images: np.ndarray
     correct: np.ndarray
     among_best: np.ndarray
+    answers: np.ndarray
     confusions: list[tuple[int, int, int]]  # the most frequent first
     nothing: int  # images without a finite output, which are in no confusion
 
@@ -28,6 +30,16 @@ class ByClass:
     def accuracy(self) -> np.ndarray:
         """(C,) in percent, NaN for classes without images."""
         return np.divide(100.0 * self.correct, self.images, out=np.full(len(self.names), np.nan), where=self.images > 0)
+
+    @property
+    def f1(self) -> np.ndarray:
+        """(C,) in percent, NaN for classes that are no label and no answer."""
+        return 100 * f1_by_class(self.images, self.correct, self.answers)
+
+    @property
+    def macro_f1(self) -> float:
+        """Percent."""
+        return float(np.nanmean(self.f1))
 
     @property
     def worst_first(self) -> np.ndarray:
@@ -62,6 +74,7 @@ def by_class(predictions: Predictions) -> ByClass:
         images=np.bincount(label, minlength=C),
         correct=np.bincount(label[label == guess], minlength=C),
         among_best=np.bincount(label[predictions.correct(predictions.top5.shape[1])], minlength=C),
+        answers=predictions.answers(C),
         confusions=[(*pair, n) for pair, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))],
         nothing=int((guess == NOTHING).sum()),
     )

@@ -106,12 +106,15 @@ def _overlays(
 
     The checkpoint is where the predictions say, or of that name in the run folder; ValueError where it is not.
     """
+    import torch
+
+    from data.transforms import Normalise
     from tools.checkpoints import load_model
     from tools.overlays import last_linear_layer, overlay
 
     path = next((path for path in (folder / Path(checkpoint).name, Path(checkpoint)) if path.is_file()), None)
     if path is None:
         raise ValueError(f"there is no checkpoint {checkpoint} in the run folder to compute it from")
-    model = load_model(path).model
-    layer = last_linear_layer(model)
-    return layer, [overlay(model, pixels, layer, size=size) for pixels in images]
+    loaded = load_model(path)
+    layer, normalise = last_linear_layer(loaded.model), Normalise.of(loaded.config, torch.device("cpu"))
+    return layer, [overlay(loaded.model, pixels, layer, size=size, normalise=normalise) for pixels in images]
