@@ -111,7 +111,7 @@ class Monitor:
 def claim(kind: str, top1: float, epochs: int) -> str:
     """An accuracy in percent, and whose it is."""
     weights = "the average of the weights (EMA)" if kind == "ema" else "the model"
-    return f"{top1:.3f} % ({weights} after {epochs} epochs)"
+    return f"{top1:.3f} % ({weights} after {epochs} {'epoch' if epochs == 1 else 'epochs'})"
 
 
 def python_command() -> str:

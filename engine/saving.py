@@ -65,7 +65,8 @@ class Checkpointer:
         if stop:
             folder, reason = self.training.plan.folder, self.request.signal
             why = f"told to stop by {reason.name if reason else 'another rank'}"
-            where = f"after {epoch} epochs and {done} of {self.training.steps_per_epoch} steps"
+            epochs = "1 epoch" if epoch == 1 else f"{epoch} epochs"
+            where = f"after {epochs} and {done} of {self.training.steps_per_epoch} steps"
             if distributed.rank() == 0:
                 leave_marker(folder, f"{why}, saved {where}")
             raise Preempted(f"{why}: saved {where}; the same command continues")

@@ -133,7 +133,7 @@ def test_the_best_average_has_a_file_of_its_own_and_the_better_of_both_is_claime
     assert claimed(folder, "max_ema_acc.pth") == (1, percent(100), percent(172))
     assert claimed(folder, "ckpt_epoch_4.pth") == (4, percent(143), percent(172))
     assert not epoch_file(folder, 1).exists()
-    average, model = f"{percent(172):.3f} % (the average of the weights (EMA) after 1 epochs)", f"{percent(143):.3f} %"
+    average, model = f"{percent(172):.3f} % (the average of the weights (EMA) after 1 epoch)", f"{percent(143):.3f} %"
     assert f"best top-1: {average}; {model} (the model after 3 epochs)" in log.text
     words = shlex.split(evaluation(log))
     assert words[-4:] == [str(folder / "max_ema_acc.pth"), "--opts", "MODEL.WEIGHTS", "ema"]
@@ -144,7 +144,7 @@ def test_the_best_average_has_a_file_of_its_own_and_the_better_of_both_is_claime
 def test_where_the_model_is_better_its_file_is_claimed(tiny, monkeypatch, log):
     scripted(monkeypatch, [150, 90], [140, 149])
     run(tiny, f"EMA.ENABLE True TRAIN.EPOCHS 2 {QUICK}")
-    assert f"best top-1: {percent(150):.3f} % (the model after 1 epochs); {percent(149):.3f} % (the average" in log.text
+    assert f"best top-1: {percent(150):.3f} % (the model after 1 epoch); {percent(149):.3f} % (the average" in log.text
     assert evaluation(log).endswith("max_acc.pth")
 
 

@@ -239,7 +239,7 @@ def test_the_closing_lines_name_folder_accuracy_curves_and_commands_that_work(ti
         return result.stdout
 
     first = started(PYTHON, str(ROOT / "main.py"), "--cfg", "tiny.yaml")
-    assert re.findall("best so far: .*", first)[0].endswith(" after 1 epochs)")
+    assert re.findall("best so far: .*", first)[0].endswith(" after 1 epoch)")
     assert "memory" in first and re.search(r"epoch 1 \[11/11\] .* left\n", first) and "drawing the curves\n" in first
     assert "run folder: out/tiny/default\n" in first and "curves: out/tiny/default/curves.png\n" in first
     best = re.search(r"best top-1: ([\d.]+) %", first)[1]
