@@ -79,7 +79,7 @@ def tracker_class(name: str) -> type[Tracker] | None:
             " main.py or on PYTHONPATH"
         ) from problem
     if missing := [each for each in METHODS if not callable(getattr(found, each, None))]:
-        raise ValueError(f"TRACKER {name} has no method {' and '.join(missing)}, expected {', '.join(METHODS)}")
+        raise ValueError(f"TRACKER {name} lacks {', '.join(missing)} of its methods {', '.join(METHODS)}")
     return found
 
 

@@ -72,7 +72,9 @@ class TimmModel(TrainableModel):
         name, keywords = arguments.pop("name"), arguments.pop("keywords")
         if name in VARIANTS:
             raise ValueError(f"MODEL.TIMM.NAME {name} is of this project: --cfg configs/{VARIANTS[name].config}.yaml")
-        if not name or not timm.is_model(name):
+        if not name:
+            raise ValueError("MODEL.TIMM.NAME is empty, and MODEL.TYPE timm needs a model of timm.list_models()")
+        if not timm.is_model(name):
             raise ValueError(f"MODEL.TIMM.NAME {name!r} is no model of timm; there are {listed_models(name)}, …")
         if given := next((word for word in keywords if word in DECIDED), None):
             raise ValueError(f"MODEL.TIMM.KWARGS names {given}, which is decided by {DECIDED[given]}; leave it out")

@@ -148,7 +148,7 @@ def test_weights_of_timm_start_a_run_of_other_classes(name, tmp_path, caplog):
 
 
 MISTAKES = {
-    ("", ""): "MODEL.TIMM.NAME '' is no model of timm; there are xcit_tiny",
+    ("", ""): "MODEL.TIMM.NAME is empty, and MODEL.TYPE timm needs a model",
     ("swin_tiny", ""): "is no model of timm; there are swin_tiny_patch4_window7_224",
     ("resnet5O", ""): "is no model of timm; there are resnet5",
     ("pola_swin_tiny", ""): "MODEL.TIMM.NAME pola_swin_tiny is of this project: --cfg configs/pola_swin_t.yaml",

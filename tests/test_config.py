@@ -158,7 +158,7 @@ def test_models_read_the_keys_of_their_table_and_have_the_defaults_of_config(mon
     with torch.device("meta"):
         for name in BODIES.keys() - {"timm"}:
             build_model({"MODEL": {"TYPE": name}})
-    with pytest.raises(ValueError, match="MODEL.TIMM.NAME '' is no model of timm"):
+    with pytest.raises(ValueError, match="MODEL.TIMM.NAME is empty, and MODEL.TYPE timm needs"):
         build_model({"MODEL": {"TYPE": "timm"}})
     with pytest.raises(ValueError, match="names no model of this project: MODEL.TYPE is 'swin'"):
         build_model({})

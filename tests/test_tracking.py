@@ -144,7 +144,7 @@ def test_a_tracker_that_hangs_holds_neither_the_run_nor_its_end(tiny, told, monk
 WRONG = {
     "absent_module:Class": "cannot be imported (ModuleNotFoundError: No module named 'absent_module'); its module",
     "json:Tracker": "TRACKER json:Tracker cannot be imported (AttributeError",
-    "json:JSONDecoder": "TRACKER json:JSONDecoder has no method start and log and finish, expected start, log, finish",
+    "json:JSONDecoder": "TRACKER json:JSONDecoder lacks start, log, finish of its methods start, log, finish",
     "wandb": "TRACKER is wandb, which is not installed: `pip install wandb`, or set TRACKER none",
     "mlflow": "TRACKER is 'mlflow' (str), expected none, wandb, or MODULE:CLASS",
 }
