@@ -171,5 +171,5 @@ def explain(words: Sequence[str], helps: Mapping[str, str]) -> str:
 
 def _value(key: str, values: Sequence[str]) -> str:
     """The value of a key as --opts takes it; timm's sizes of images begin with the channels."""
-    values = values[-2:] if key == "DATA.IMG_SIZE" and len(values) == 3 else values[: 2 if key in LISTS else 1]
+    values = values[-2:] if key == "DATA.IMG_SIZE" and len(values) == 3 else values if key in LISTS else values[:1]
     return shlex.quote(values[0] if len(values) == 1 else f"[{','.join(values)}]") if values else "VALUE"

@@ -73,7 +73,7 @@ def tracker_class(name: str) -> type[Tracker] | None:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(import_module(module), attribute)
-    except Exception as problem:  # a module of the user's may raise anything
+    except (Exception, SystemExit) as problem:  # a module of the user's may raise anything, and end as a program does
         raise ValueError(
             f"TRACKER {name} cannot be imported ({type(problem).__name__}: {problem}); its module has to lie beside"
             " main.py or on PYTHONPATH"

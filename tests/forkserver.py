@@ -92,8 +92,7 @@ def _serve(listener: socket.socket, alive: int) -> None:
     )
     for reference in logging._handlerList:  # type: ignore[attr-defined]
         handler = reference()
-        # those of a private class look sys.stderr up themselves: logging's own and, where it is installed, dill's
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging._StderrHandler):
+        if isinstance(handler, logging.StreamHandler) and type(handler) is not type(logging.lastResort):
             handler.stream = sys.stderr  # the number of the file it had may soon be another file's
     faulthandler.disable()
     warnings.resetwarnings()

@@ -18,6 +18,7 @@ import engine.bottleneck
 from config import config_from_tree, load_config, make_plan
 from engine.bottleneck import Times, decoding_advice, verdict
 from logger import read_metrics
+from utils import environment
 from utils.environment import share_of_cores
 
 
@@ -113,6 +114,16 @@ def test_only_the_default_number_of_loader_processes_is_lowered_to_the_cores(
     assert re.search(said, log.text) if said else "loader processes" not in log.text
     stored, _ = config_from_tree(yaml.safe_load(cfg.dump()), "a checkpoint")
     assert make_plan(stored).workers == min(workers, cores)  # what a file says was given elsewhere
+
+
+def test_a_containers_share_of_the_machine_counts_as_its_cores(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.setattr(environment, "QUOTA", tmp_path / "cpu.max")
+    for text, expected in (("250000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", 16), ("6400000 100000", 16)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert environment.cores() == expected
+    (tmp_path / "cpu.max").unlink()
+    assert environment.cores() == 16
 
 
 def test_the_cores_are_shared_by_the_processes_of_a_node(monkeypatch):

@@ -142,6 +142,7 @@ def test_a_tracker_that_hangs_holds_neither_the_run_nor_its_end(tiny, told, monk
 
 
 WRONG = {
+    "ending_tracker:Class": "TRACKER ending_tracker:Class cannot be imported (SystemExit: 3); its module",
     "absent_module:Class": "cannot be imported (ModuleNotFoundError: No module named 'absent_module'); its module",
     "json:Tracker": "TRACKER json:Tracker cannot be imported (AttributeError",
     "json:JSONDecoder": "TRACKER json:JSONDecoder lacks start, log, finish of its methods start, log, finish",
@@ -153,6 +154,8 @@ WRONG = {
 @pytest.mark.parametrize(("name", "message"), WRONG.items(), ids=WRONG)
 def test_a_tracker_that_cannot_be_used_is_noticed_before_anything_starts(tiny, name, message, monkeypatch):
     monkeypatch.setattr(tracking, "find_spec", lambda module: None)
+    (tiny.parent / "ending_tracker.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(tiny.parent)
     with pytest.raises(ConfigError, match=re.escape(message)):
         main.check(load_config(str(tiny), ["TRACKER", name]))
     if name != "mlflow":

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ENVIRONMENT_FILE = "environment.json"
 KEPT = 50  # starts
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's microseconds of computing in so many of time
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -29,8 +30,13 @@ def short_path(path: Path | str) -> str:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use, of its machine or container."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        time, period = QUOTA.read_text(encoding="utf-8").split()
+        return max(1, min(allowed, int(time) // int(period)))
+    except (OSError, ValueError):  # there is no limit, or its word is `max`
+        return allowed
 
 
 def share_of_cores() -> int:
