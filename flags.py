@@ -14,6 +14,8 @@ OF_KEYS = {
     "DATA.DATA_PATH": "--data-dir --data",
     "DATA.DECODER": "--input-img-mode",
     "DATA.IMG_SIZE": "--input-size --img-size --train-crop-size",
+    "DATA.MEAN": "--mean",
+    "DATA.STD": "--std",
     "DATA.INTERPOLATION": "--interpolation --train-interpolation",
     "DATA.NUM_WORKERS": "-j --workers --num-workers",
     "MODEL.TYPE": "--model --arch -a --variant",
@@ -43,6 +45,8 @@ OF_KEYS = {
     "TRAIN.OPTIMIZER.EPS": "--opt-eps",
     "TRAIN.OPTIMIZER.BETAS": "--opt-betas",
     "TRAIN.OPTIMIZER.MOMENTUM": "--momentum",
+    "TRAIN.OPTIMIZER.KWARGS": "--opt-kwargs",
+    "MODEL.TIMM.KWARGS": "--model-kwargs",
     "EMA.DECAY": "--model-ema-decay",
     "CHECKPOINT.KEEP": "--checkpoint-hist",
     "CHECKPOINT.EVERY_STEPS": "--recovery-interval",
@@ -50,6 +54,9 @@ OF_KEYS = {
     "AUG.COLOR_JITTER": "--color-jitter",
     "AUG.AUTO_AUGMENT": "--aa --auto-augment",
     "AUG.HFLIP": "--hflip",
+    "AUG.RATIO": "--ratio",
+    "AUG.SCALE": "--scale",
+    "AUG.VFLIP": "--vflip",
     "AUG.REPROB": "--reprob --random-erase",
     "AUG.REMODE": "--remode",
     "AUG.RECOUNT": "--recount",
@@ -77,6 +84,7 @@ OF_SETTINGS = {
     "COMPILE True": "--torchcompile --compile",
     "DATA.PIN_MEMORY False": "--no-pin-mem",
     "DATA.PIN_MEMORY True": "--pin-mem",
+    "TRAIN.LOSS bce": "--bce-loss",
     "DETERMINISTIC True": "--use-deterministic-algorithms",
     "EMA.ENABLE False": "--no-model-ema",
     "EMA.ENABLE True": "--model-ema",
@@ -129,7 +137,10 @@ WITHOUT = {
         "--kd-model-name --cosub --attn-only --src --train-mode --no-train-mode --use-v2"
     ),
 }
-LISTS = ("TRAIN.OPTIMIZER.BETAS", "AUG.CUTMIX_MINMAX", "DATA.IMG_SIZE", "TEST.IMG_SIZE")  # keys of several values
+LISTS = (  # keys of several values
+    *("TRAIN.OPTIMIZER.BETAS", "AUG.CUTMIX_MINMAX", "AUG.RATIO", "AUG.SCALE"),
+    *("DATA.IMG_SIZE", "DATA.MEAN", "DATA.STD", "TEST.IMG_SIZE"),
+)
 
 
 def _by_flag(table: Mapping[str, str]) -> dict[str, str]:
@@ -170,6 +181,8 @@ def explain(words: Sequence[str], helps: Mapping[str, str]) -> str:
 
 
 def _value(key: str, values: Sequence[str]) -> str:
-    """The value of a key as --opts takes it; timm's sizes of images begin with the channels."""
+    """The value of a key as --opts takes it; timm's sizes of images begin with the channels, its mappings are NAME=VALUE."""
+    if key.endswith(".KWARGS"):
+        return shlex.quote("{" + ",".join("'{}':{}".format(*word.partition("=")[::2]) for word in values) + "}")
     values = values[-2:] if key == "DATA.IMG_SIZE" and len(values) == 3 else values if key in LISTS else values[:1]
     return shlex.quote(values[0] if len(values) == 1 else f"[{','.join(values)}]") if values else "VALUE"

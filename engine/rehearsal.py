@@ -40,7 +40,7 @@ def rehearse(config: CfgNode, loaders: Loaders, training: Training) -> None:
     if samples.is_floating_point():  # images, which travel to the device as bytes
         samples = torch.randint(0, 256, samples.shape, dtype=torch.uint8)
     stream = itertools.repeat((samples, torch.randint(loaders.num_classes, (plan.per_process,))))
-    training.model.train()
+    training.train()
     guard, interval, seconds = FiniteGuard(training), Interval(device), []
     for step in range(STEPS):
         start = time.perf_counter()
