@@ -181,8 +181,9 @@ def explain(words: Sequence[str], helps: Mapping[str, str]) -> str:
 
 
 def _value(key: str, values: Sequence[str]) -> str:
-    """The value of a key as --opts takes it; timm's sizes of images begin with the channels, its mappings are NAME=VALUE."""
+    """The value of a key as --opts takes it; timm writes sizes with the channels first, and mappings as NAME=VALUE."""
     if key.endswith(".KWARGS"):
-        return shlex.quote("{" + ",".join("'{}':{}".format(*word.partition("=")[::2]) for word in values) + "}")
+        named = (word.partition("=")[::2] for word in values)
+        return shlex.quote("{" + ",".join(f'"{name}":{value}' for name, value in named) + "}")
     values = values[-2:] if key == "DATA.IMG_SIZE" and len(values) == 3 else values if key in LISTS else values[:1]
     return shlex.quote(values[0] if len(values) == 1 else f"[{','.join(values)}]") if values else "VALUE"
