@@ -325,7 +325,7 @@ KEYS: dict[str, Key] = {
     ),
     "TRAIN.CLASS_WEIGHTS": Key(
         "none",
-        either(choice("none", "balanced"), sequence(real(0))),
+        either(choice("none", "balanced"), sequence(real(1e-6))),
         "factor of each class in the training loss: none; balanced, images / (classes × images of the class), not with"
         " shards; or a number a class, in the order of the class names",
     ),

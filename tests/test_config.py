@@ -214,6 +214,7 @@ MISTAKES = {
     "TRAIN.FREEZE ['.']": "TRAIN.FREEZE ['.'] leaves nothing to train",
     "AUG.SCALE [0.9,0.5]": "AUG.SCALE [0.9, 0.5]: expected the smaller number first",
     "AUG.RATIO [2,1]": "AUG.RATIO [2.0, 1.0]: expected the smaller number first",
+    "TRAIN.CLASS_WEIGHTS [0,1]": "expected one of none, balanced, or a list of one or more × a number ≥ 1e-06",
     "DATA.STD [0,1,1]": "DATA.STD is '[0,1,1]' (list), expected a list of 3",
     "TRAIN.LR_SCHEDULER.NAME poly": "expected one of cosine, linear, step",
     "DATA.DATASET cifar": "expected one of imagenet, digits",

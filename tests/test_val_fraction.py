@@ -107,7 +107,18 @@ def test_what_cannot_be_divided_is_said_in_a_line(photos, tmp_path):
 def test_the_check_of_the_data_reads_the_one_folder(photos):
     report = Report()
     builder_of(config := configuration(photos)).check(config, report)
-    assert report.is_clean and "train: 16 images, 4 classes, 1 to 10 images a class" in report.render()
+    assert "train: 16 images, 4 classes, 1 to 10 images a class" in report.render()
+    (finding,) = report.findings
+    assert "1 classes have one image, which DATA.VAL_FRACTION leaves in training" in finding.text
+    assert finding.examples == ("dog",) and not finding.is_error
+
+
+def test_the_check_says_what_cannot_be_divided(photos):
+    (photos / "val").mkdir()
+    report = Report()
+    builder_of(config := configuration(photos)).check(config, report)
+    (finding,) = report.findings
+    assert finding.is_error and "val holds validation images, and DATA.VAL_FRACTION asks" in finding.text
 
 
 def test_a_run_keeps_its_division(photos, tmp_path):

@@ -1,5 +1,6 @@
 """Images on the disk with any classes, as ImageNet has them: a folder, zip with map files, tar shards or parquet."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from yacs.config import CfgNode
@@ -19,7 +20,7 @@ from data.sources.base import (
 )
 from data.sources.folder import FolderSource, check_folder
 from data.sources.parquet import ParquetSource, check_parquet, parquet_files
-from data.sources.shards import INDEX_FILE, ShardSplit, check_shards, read_index
+from data.sources.shards import INDEX_FILE, Index, ShardSplit, check_shards, read_index
 from data.sources.zip import ZipSource, check_zip, warm_page_cache
 from data.transforms import Images
 from utils import distributed
@@ -89,8 +90,8 @@ def _split_folder(root: Path) -> Path:
     return root / "train" if (root / "train").is_dir() else root
 
 
-def _split(config: CfgNode, root: Path, split: str) -> SplitSource:
-    """One side of what DATA.VAL_FRACTION divides. Raises DataError where there is nothing to divide."""
+def _require_divisible(config: CfgNode, root: Path) -> None:
+    """Raise DataError where DATA.VAL_FRACTION has nothing to divide, or nothing that it can."""
     files = [path for path in (root / "val", root / "val.zip") if path.exists()]
     if own := next(iter(files or parquet_files(root, "val")), None):
         raise DataError(
@@ -100,9 +101,32 @@ def _split(config: CfgNode, root: Path, split: str) -> SplitSource:
         raise DataError(
             "DATA.VAL_FRACTION needs images that can be read in any order; shards are streamed: set it to 0"
         )
+
+
+def _split(config: CfgNode, root: Path, split: str) -> SplitSource:
+    """One side of what DATA.VAL_FRACTION divides."""
+    _require_divisible(config, root)
     source = open_source(config, root, _split_folder(root), "train", decoder=decoder_for(config, split))
     assert not isinstance(source, ShardSplit)
     return SplitSource(source, config.DATA.VAL_FRACTION, validation=split != "train")
+
+
+def _warn_of_lone_images(classes: tuple[str, ...] | None, images: Mapping[int, int], report: Report) -> None:
+    """Name the classes that DATA.VAL_FRACTION cannot divide."""
+    if alone := [classes[label] if classes else str(label) for label, number in images.items() if number == 1]:
+        report.warn(f"{len(alone)} classes have one image, which DATA.VAL_FRACTION leaves in training", alone)
+
+
+def _check_split(
+    config: CfgNode, root: Path, split: str, kind: str, index: Index | None, report: Report
+) -> Layout | None:
+    if index is not None:
+        return check_shards(root, split, index, report)
+    if kind == "folder":
+        return check_folder(_split_folder(root) if config.DATA.VAL_FRACTION else root / split, split, report)
+    if kind == "parquet":
+        return check_parquet(root, split, config.DATA.LABEL_COLUMN, report)
+    return check_zip(root, split, report)
 
 
 class ImageFiles(DatasetBuilder):
@@ -121,6 +145,8 @@ class ImageFiles(DatasetBuilder):
         try:
             root = _root(config, "train")
             kind = data_format(config, root)
+            if config.DATA.VAL_FRACTION:
+                _require_divisible(config, root)
             if kind == "shards":
                 index = read_index(root)
         except DataError as error:
@@ -132,17 +158,11 @@ class ImageFiles(DatasetBuilder):
         layouts: dict[str, Layout] = {}
         divided = config.DATA.VAL_FRACTION > 0
         for split in ("train",) if divided else ("train", "val"):
-            if index is not None:
-                layout = check_shards(root, split, index, report)
-            elif kind == "folder":
-                layout = check_folder(_split_folder(root) if divided else root / split, split, report)
-            elif kind == "parquet":
-                layout = check_parquet(root, split, config.DATA.LABEL_COLUMN, report)
-            else:
-                layout = check_zip(root, split, report)
-            if layout:
+            if layout := _check_split(config, root, split, kind, index, report):
                 layouts[split] = layout
         counts = examine_layouts(layouts, make_plan(config).workers, report)
+        for layout in layouts.values() if divided else ():
+            _warn_of_lone_images(layout.classes, counts["train"], report)
         if index is not None:
             for split, seen in counts.items():
                 if strange := sorted(label for label in seen if label >= len(index.classes)):
