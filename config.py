@@ -76,9 +76,7 @@ class Key:
     help: str
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Every key
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Every key
 
 KEYS: dict[str, Key] = {
     "BASE": Key(
@@ -555,9 +553,7 @@ def is_dead_key(key: str) -> bool:
     return any(key == dead or key.startswith(dead + ".") for dead in DEAD_KEYS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Merging
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Merging
 
 
 def default_config() -> CfgNode:
@@ -758,9 +754,7 @@ def config_from_tree(tree: dict[str, Any], source: str) -> tuple[CfgNode, list[s
     return config, ignored
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation across keys, and what is derived from several
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Validation across keys, and what is derived from several
 
 
 def image_size(config: CfgNode) -> tuple[int, int]:
@@ -920,9 +914,7 @@ def _validate_modes(config: CfgNode) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Command line
 
 # Flags that set a key to their value, and flags that set a key to True.
 VALUE_FLAGS = {

@@ -74,9 +74,7 @@ from utils.precision import autocast_dtype
 from utils.predictions import PredictionRecorder
 from utils.randomness import deterministic, seed_everything
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Set-up
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Set-up
 
 
 def check(config: CfgNode) -> None:
@@ -141,9 +139,7 @@ def begin_log(config: CfgNode, device: torch.device, folder: Path | None, lock: 
         get_logger().warning("%s", note)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Training
 
 
 def build_run(config: CfgNode, plan: Plan, device: torch.device) -> tuple[Loaders, Training]:
@@ -266,9 +262,7 @@ def validate_epoch(
     return results
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The command
 
 
 EXPECTED = (ConfigError, DataError, CheckpointError, distributed.LaunchError, NonFiniteError, RunFolderError)

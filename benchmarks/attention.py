@@ -168,9 +168,7 @@ def _repeats(text: str) -> int:
     return int(text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measurements
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Measurements
 
 
 def measure_shape(shape: Shape, setting: Setting, compiled: bool, copy_bytes_per_s: float) -> dict[str, Any]:
@@ -251,9 +249,7 @@ def measure_growth(setting: Setting) -> dict[str, Spread]:
     return {name: ratios(totals[name, long], totals[name, short]) for name in setting.backends}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bars
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Bars
 
 
 def shape_bars(
@@ -296,9 +292,7 @@ def growth_bars(growth: Mapping[str, Spread]) -> list[Bar]:
     return [Bar(what.format(name), ratio.median, GROWTH_BAR, "at most") for name, ratio in growth.items()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Output
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Output
 
 
 def print_gate(errors: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> None:

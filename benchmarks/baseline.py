@@ -63,9 +63,7 @@ def literal_polarity_attention(
     return torch.cat(streams, dim=-1).transpose(1, 2).to(v.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PolaFormer++ and NaLaFormer
-# ---------------------------------------------------------------------------------------------------------------------
+# -- PolaFormer++ and NaLaFormer
 
 
 def literal_polarity_pp_attention(q: Tensor, k: Tensor, v: Tensor, s1: Tensor, s2: Tensor, *, grid: Grid) -> Tensor:
@@ -169,9 +167,7 @@ def _depthwise(convolution: Any, x: Tensor) -> Tensor:
     return F.conv2d(x, convolution.weight, convolution.bias, padding=convolution.padding, groups=x.shape[1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In models
-# ---------------------------------------------------------------------------------------------------------------------
+# -- In models
 
 
 def patched_model_attention(op: Callable[..., Tensor]) -> AbstractContextManager[object]:

@@ -49,9 +49,7 @@ class WrongResultError(RuntimeError):
     """What was to be timed computes something else than the baseline."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The course of a program
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The course of a program
 
 
 @dataclass(frozen=True)
@@ -195,9 +193,7 @@ def cpu_flags() -> set[str]:
     return set(cpu_field("flags").split())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Timing
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Timing
 
 
 @dataclass(frozen=True)
@@ -305,9 +301,7 @@ def copy_bandwidth(device: torch.device, repeats: int = 9) -> Spread:
     return Spread.of(2 * size / each for each in samples["copy"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Memory
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
@@ -316,9 +310,7 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return ((value.double() - expected).norm() / expected.norm()).item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables and pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Tables and pictures
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

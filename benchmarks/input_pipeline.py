@@ -140,9 +140,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Images
 
 
 def make_images(folder: Path, count: int) -> dict[str, Any]:
@@ -192,9 +190,7 @@ def _varied(photograph: Image.Image, generator: np.random.Generator) -> Image.Im
     return Image.fromarray(np.rint(noisy).clip(0, 255).astype(np.uint8))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is compared
-# ---------------------------------------------------------------------------------------------------------------------
+# -- What is compared
 
 
 def configuration(folder: Path, loader: str, batch_size: int = 1) -> CfgNode:
@@ -233,9 +229,7 @@ def our_loader(config: CfgNode) -> Batches:
     return loader
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Gate
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Gate
 
 
 def deviation_of(counts: np.ndarray) -> dict[str, float]:
@@ -307,9 +301,7 @@ def _tensor(picture: Any) -> torch.Tensor:
     return torch.as_tensor(picture)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Time
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Time
 
 
 def measure_loaders(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -374,9 +366,7 @@ def measure_steps(folder: Path, options: argparse.Namespace) -> dict[str, Spread
     return {name: Spread.of(each) for name, each in samples.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Memory
 
 
 def measure_zip(count: int) -> dict[str, float]:
@@ -419,9 +409,7 @@ def make_zip(folder: Path, count: int) -> tuple[Path, Path]:
     return zip_path, map_path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bars and output
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Bars and output
 
 
 def speed_bars(loaders: dict[str, Any]) -> list[Bar]:

@@ -77,9 +77,7 @@ DEVICES = {
 ISSUE_SLOTS, ISSUE_INTERVAL, SPECIAL_LANES = 4, 4, 16
 REGISTERS, WARPS, PROGRAMS, RESERVED_SHARED = 65536, 64, 32, 1024
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Compiling
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Compiling
 
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 TENSORS = {  # in the dtype of the call
@@ -222,9 +220,7 @@ def _resident_programs(record: Mapping[str, Any]) -> int:
     return min(REGISTERS // registers, shared, WARPS // record["warps"], PROGRAMS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Estimating
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Estimating
 
 
 def estimate(record: Mapping[str, Any], shape: tuple[int, int, int, int]) -> dict[str, Any]:
@@ -278,9 +274,7 @@ def _cycles(issued: int, programs: int, warps: int) -> float:
     return programs * issued / min(ISSUE_SLOTS, programs * warps / ISSUE_INTERVAL)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The program
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The program
 
 
 def compile_all(options: argparse.Namespace) -> Iterable[dict[str, Any]]:

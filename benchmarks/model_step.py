@@ -126,9 +126,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is compared
-# ---------------------------------------------------------------------------------------------------------------------
+# -- What is compared
 
 
 class Trainer(common.TrainingStep):
@@ -176,9 +174,7 @@ def synthetic_images(setting: Setting) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(setting.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measurements
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Measurements
 
 
 def measure_eager(setting: Setting, precisions: Sequence[str]) -> dict[str, Any]:
@@ -274,9 +270,7 @@ def _measure_against_timm(setting: Setting) -> dict[str, Any]:
     return {**asdict(setting), "precision": "bfloat16", "images_per_s": rates, "ratio": ratio}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bars and output
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Bars and output
 
 
 def step_bars(record: Mapping[str, Any]) -> list[Bar]:

@@ -55,9 +55,7 @@ class Flip:
         return cv2.flip(image, self.axis) if torch.rand(1) < self.p else image
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Geometry
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Geometry
 
 
 def _slide(image: Array, pixels: np.ndarray, *, resample: Image.Resampling, fillcolor: tuple[int, ...]) -> Array:
@@ -115,9 +113,7 @@ def rotate(image: Array, degrees: float, *, resample: Image.Resampling, fillcolo
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Levels
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Levels
 
 
 def _look_up(image: Array, levels: np.ndarray) -> Array:
@@ -177,9 +173,7 @@ def contrast(image: Array, factor: float, **_: Any) -> Array:
     return _blend_levels(image, int(mean + 0.5), factor)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Neighbours and channels
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Neighbours and channels
 
 
 def _blend(other: Array, image: Array, factor: float) -> Array:

@@ -292,9 +292,7 @@ def _interpolation(places: Tensor, size: int, n: int) -> tuple[Tensor, Tensor, T
     return lower, (lower + 1).clamp(max=n - 1), position - lower
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Recording
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Recording
 
 
 class Recording(NamedTuple):

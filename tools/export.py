@@ -128,9 +128,7 @@ def open_exportable(
     return Exportable(path, loaded.model, own, loaded.classes, ema, name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Formats: each writes a file or folder, and reads it back as a function from images to logits
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Formats: each writes a file or folder, and reads it back as a function from images to logits
 
 
 def write_onnx(source: Exportable, path: Path, opset: int) -> None:
@@ -234,9 +232,7 @@ def formats(opset: int = DEFAULT_OPSET) -> dict[str, Format]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing, checking, publishing under the final name
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Writing, checking, publishing under the final name
 
 
 class Deviation(NamedTuple):
@@ -308,9 +304,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Command line
 
 
 def _opset(text: str) -> int:

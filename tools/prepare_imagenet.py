@@ -59,9 +59,7 @@ class Entry(NamedTuple):
     label: int
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Input
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Input
 
 
 def _images(root: Path, pattern: str) -> list[Path]:
@@ -140,9 +138,7 @@ def _entries(root: Path, source: FolderSource) -> list[Entry]:
     return [Entry(p, Path(p).relative_to(root).as_posix(), n) for p, n in zip(paths, source.labels, strict=True)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One image
-# ---------------------------------------------------------------------------------------------------------------------
+# -- One image
 
 
 def prepare_image(path: str, short_side: int | None, quality: int) -> tuple[bytes, bool]:
@@ -170,9 +166,7 @@ def _jpeg_name(member: str) -> str:
     return member if member.lower().endswith((".jpg", ".jpeg")) else f"{member}.jpg"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One unit of work
-# ---------------------------------------------------------------------------------------------------------------------
+# -- One unit of work
 
 
 @dataclass(frozen=True)
@@ -300,9 +294,7 @@ def _prepared(unit: Unit, result: Result) -> Iterator[tuple[int, str, bytes]]:
         yield place, _jpeg_name(entry.member) if resized else entry.member, data
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The whole data set
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The whole data set
 
 
 @dataclass(frozen=True)
@@ -451,9 +443,7 @@ def _remove_parts(output: Path, split: str) -> None:
         path.unlink()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Command line
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -58,9 +58,7 @@ class Job:
     generated: bool = False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One preparation
-# ---------------------------------------------------------------------------------------------------------------------
+# -- One preparation
 
 
 def prepare(out: Path, job: Job) -> Manifest:
@@ -191,9 +189,7 @@ def _refuse_with_source(options: argparse.Namespace, *names: str) -> None:
         raise DataError(f"{flags} is for generated data, and --source names data that is there; leave one of them out")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Command line
 
 
 def _parser() -> argparse.ArgumentParser:

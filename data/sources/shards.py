@@ -230,9 +230,7 @@ class ShardSplit:
         return Encoded(self._first[number] + place, name, members[extension], label)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranges and the shuffle buffer
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Ranges and the shuffle buffer
 
 
 def stream_sizes(images: int, batch_size: int, streams: int) -> list[int]:
@@ -298,9 +296,7 @@ def shuffled(
         yield slot.encoded
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sets
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Data sets
 
 
 class ShardDataset(IterableDataset[Sample]):

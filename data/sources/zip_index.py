@@ -45,9 +45,7 @@ class PackedNames:
         return self._buffer.nbytes + self._ends.nbytes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Zip
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Zip
 
 # The records of the zip format that matter here (PKWARE's APPNOTE.TXT, 4.3.7 to 4.3.16), each after its signature.
 _LOCAL = struct.Struct("<22x2H")  # lengths of name and extra field

@@ -25,9 +25,7 @@ from tools.lra.texts import LISTOPS_FOLDER, LISTOPS_HEADER
 from utils.files import write_atomically
 from utils.parallel import parallel
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ListOps
-# ---------------------------------------------------------------------------------------------------------------------
+# -- ListOps
 
 FRUITLESS = 40  # chunks without a new tree, after which there are held to be no more
 
@@ -121,9 +119,7 @@ def _read_chunk(path: Path) -> list[tuple[bytes, int]]:
     return [(codes[a:b], value) for a, b, value in zip(starts, ends, values.tolist(), strict=True)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pathfinder
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Pathfinder
 
 BATCH = 1000  # images in a folder
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk, which PIL does not look at to its end

@@ -48,9 +48,7 @@ class Parameters:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Values
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Values
 
 
 def apply(operator: int, values: Sequence[int]) -> int:
@@ -109,9 +107,7 @@ def evaluate(symbols: Sequence[int], levels: int | None = None) -> int | None:
     raise ValueError(f"{len(stack) + skipped} operators are not closed")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing trees
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Drawing trees
 
 # A tree is written down as one byte per symbol: a digit, CLOSE, or an operator together with its number of arguments,
 # which its text needs: ARITY + 4 × (arguments − 2) + operator.
@@ -227,9 +223,7 @@ def _apply_all(kind: np.ndarray, arity: np.ndarray, arguments: np.ndarray) -> np
     return np.choose(kind, results)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reference answers
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Reference answers
 
 LEVELS = range(1, 6)
 

@@ -59,9 +59,7 @@ def grown(bits: int) -> int:
     return bits | bits << 1 | bits >> 1 | bits << STRIDE | bits >> STRIDE
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shapes
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Shapes
 
 REACH = 7  # pixels round its head that the patch of a shape covers: the length, the margin and the filter's tails
 PATCH = 2 * REACH + 1
@@ -140,9 +138,7 @@ def ring(row: int, column: int) -> tuple[tuple[int, float, float], ...]:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Snakes
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Snakes
 
 
 def next_paddle(direction: tuple[float, float]) -> Shape:
@@ -211,9 +207,7 @@ class Snake:
         return occupied
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Images
 
 
 @dataclass(frozen=True)
@@ -288,9 +282,7 @@ def _add(canvas: np.ndarray, shape: Shape, place: tuple[int, int], contrast: flo
     np.maximum(patch, shape.brightness * np.float32(contrast), out=patch)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Growing both targets, and distractors
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Growing both targets, and distractors
 
 
 def _direction(generator: random.Random) -> tuple[float, float]:

@@ -26,9 +26,7 @@ from tools.lra.files import find, label_of, new_source, note, record_of
 from tools.prepared_folder import FolderDigest
 from utils.parallel import parallel
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CIFAR-10, and Fashion-MNIST in its place
-# ---------------------------------------------------------------------------------------------------------------------
+# -- CIFAR-10, and Fashion-MNIST in its place
 
 CIFAR_ARCHIVE, CIFAR_FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 CIFAR_BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
@@ -160,9 +158,7 @@ def _add_split(
     content.sizes[split] = len(chosen)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pathfinder
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Pathfinder
 
 PATHFINDER_FOLDER = "pathfinder32"
 PATHFINDER_SIZES = {"train": 160_000, "val": 20_000, "test": 20_000}

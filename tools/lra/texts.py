@@ -29,9 +29,7 @@ def _tables(task: str, source: Path, folder: str, pattern: str, names: Iterable[
     return {name: find(task, found, [file], file) for name in names if (file := pattern.format(name))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ListOps
-# ---------------------------------------------------------------------------------------------------------------------
+# -- ListOps
 
 LISTOPS_FOLDER = "listops-1000"
 LISTOPS_SIZES = {"train": 96_000, "val": 2_000, "test": 2_000}
@@ -108,9 +106,7 @@ def listops_baselines(splits: Mapping[str, Split]) -> dict[str, dict[str, float]
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Retrieval
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Retrieval
 
 RETRIEVAL_FILES = {"train": "train", "val": "eval", "test": "test"}
 RETRIEVAL_SIZES = {"train": 147_086, "val": 18_090, "test": 17_437}
@@ -136,9 +132,7 @@ def read_retrieval(path: Path) -> Content:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Text
 
 IMDB_ARCHIVE, IMDB_FOLDER = "aclImdb_v1.tar.gz", "aclImdb"
 IMDB_SIZES = {"train": 25_000, "test": 25_000}

@@ -148,9 +148,7 @@ def _differing(runs: Sequence[RunRecord]) -> list[tuple[str, list[Any]]]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Classes, confusions
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Classes, confusions
 
 
 def _profile(evaluated: Sequence[RunRecord]) -> Panel:

@@ -349,10 +349,8 @@ class Scratch:
         return self.buffers[name][:size].view(shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# State: rows 0 … d−1 are f(k)ᵀv/n, transposed, one row a value channel; row d is the mean of f(k). Columns: f features.
+# -- State: rows 0 … d−1 are f(k)ᵀv/n, transposed, one row a value channel; row d is the mean of f(k). Columns: f.
 # A readout is what a set of query features multiplies: the rows of its streams' channels, then a mean for each stream.
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _count(k: Tensor, key_mask: Tensor | None, images: slice) -> Tensor | int:
@@ -435,9 +433,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=flat_out).unflatten(0, a.shape[:2])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Blocks
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Blocks
 
 
 def _image_blocks(q: Tensor, k: Tensor) -> Iterator[slice]:

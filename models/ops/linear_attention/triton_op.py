@@ -29,9 +29,7 @@ from .triton import (
 MOMENTS = {"power": 2, "growth": 4, "norm": 0}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Launching
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Launching
 
 # One CUDA device's multiprocessors; the interpreter, which has none, splits sequences as such a device would.
 INTERPRETED_MULTIPROCESSORS = 132
@@ -370,9 +368,7 @@ def backward(
     return grad_q, grad_k, grad_v, total
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What PyTorch asks of an operator: shapes without data, gradients, FLOPs
-# ---------------------------------------------------------------------------------------------------------------------
+# -- What PyTorch asks of an operator: shapes without data, gradients, FLOPs
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
