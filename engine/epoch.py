@@ -50,7 +50,7 @@ def train_one_epoch(
     try:
         for index in progress(steps, training.steps_per_epoch, f"epoch {epoch}", distributed.rank(), done=start):
             step, done = epoch * training.steps_per_epoch + index, index + 1
-            norm = _optimizer_step(training, stream, guard, interval, step)
+            norm = optimizer_step(training, stream, guard, interval, step)
             # Numbers stay on the device between log lines: reading one would make the host wait for the GPU, which then
             # runs out of work. So a loss that is not finite is seen here too, and its update was suppressed meanwhile.
             if done % config.PRINT_FREQ == 0 or done == training.steps_per_epoch:
@@ -83,7 +83,7 @@ def train_one_epoch(
         get_logger().info("epoch %d %s", epoch, training.verdict)
 
 
-def _optimizer_step(
+def optimizer_step(
     training: Training, stream: Iterator[tuple[Tensor, Tensor]], guard: FiniteGuard, interval: Interval, step: int
 ) -> Tensor:
     """Accumulate gradients, clip, update the weights and their average; returns the total gradient norm."""

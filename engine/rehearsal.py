@@ -8,7 +8,7 @@ import torch
 from yacs.config import CfgNode
 
 from data.loaders import Loaders
-from engine.epoch import _optimizer_step
+from engine.epoch import optimizer_step
 from engine.non_finite import FiniteGuard
 from engine.state import Progress, checkpoint_state, start_from_pretrained
 from engine.training import Interval, Training, wrap
@@ -44,7 +44,7 @@ def rehearse(config: CfgNode, loaders: Loaders, training: Training) -> None:
     guard, interval, seconds = FiniteGuard(training), Interval(device), []
     for step in range(STEPS):
         start = time.perf_counter()
-        _optimizer_step(training, stream, guard, interval, step).item()  # waits for the device
+        optimizer_step(training, stream, guard, interval, step).item()  # waits for the device
         seconds.append(time.perf_counter() - start)
     per_epoch, total = training.steps_per_epoch, plan.last_epoch * training.steps_per_epoch
     logger.info(

@@ -353,7 +353,7 @@ def test_the_guard_reads_nothing_back_per_step(start, monkeypatch):
     # what torch itself does to CPU scalars inside the fused optimizer is not ours to see: only the step around it
     monkeypatch.setattr(training.optimizer, "step", lambda: None)
     for step in range(3):
-        engine.epoch._optimizer_step(training, stream, guard, interval, step)
+        engine.epoch.optimizer_step(training, stream, guard, interval, step)
     assert interval.timed_steps == 3
 
 

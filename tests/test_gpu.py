@@ -77,11 +77,11 @@ def test_a_step_never_waits_for_the_device(tmp_path, text, options):
     tiny = write_tiny(tmp_path, text)
     _, training, loaders = _training(tiny, f"{options} EMA.ENABLE True DATA.PIN_MEMORY True")
     stream, guard, interval = iter(loaders.train), FiniteGuard(training), Interval(training.device)
-    engine.epoch._optimizer_step(training, stream, guard, interval, 0)  # lazy initialisation may wait
+    engine.epoch.optimizer_step(training, stream, guard, interval, 0)  # lazy initialisation may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(1, 4):
-            engine.epoch._optimizer_step(training, stream, guard, interval, step)
+            engine.epoch.optimizer_step(training, stream, guard, interval, step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -137,7 +137,7 @@ def test_a_run_stopped_inside_an_epoch_equals_the_unbroken_one(tmp_path, text, m
     tiny = write_tiny(tmp_path, text)
     options = f"{EVERYTHING} AMP True DETERMINISTIC True TRAIN.EPOCHS 2".split()
     main.main(load_config(str(tiny), [*options, "TAG", "whole"]))
-    step, count = engine.epoch._optimizer_step, 0
+    step, count = engine.epoch.optimizer_step, 0
 
     def stopping(*arguments):
         nonlocal count
@@ -146,7 +146,7 @@ def test_a_run_stopped_inside_an_epoch_equals_the_unbroken_one(tmp_path, text, m
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    monkeypatch.setattr(engine.epoch, "_optimizer_step", stopping)
+    monkeypatch.setattr(engine.epoch, "optimizer_step", stopping)
     with pytest.raises(Preempted):
         main.main(load_config(str(tiny), [*options, "TAG", "parts"]))
     main.main(load_config(str(tiny), [*options, "TAG", "parts"]))

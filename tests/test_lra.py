@@ -511,7 +511,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, kind):
         f"DATA.DATA_PATH {root} OUTPUT {tmp_path}/out {SHORT} MODEL.LA.ATTENTION {kind} AMP True TRAIN.BASE_LR 1.0e-3"
     )
     run(lra("listops"), f"{options} TAG whole")
-    step = engine.epoch._optimizer_step
+    step = engine.epoch.optimizer_step
     for moment in (4, 9):
         count = 0
 
@@ -524,7 +524,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, kind):
             return result
 
         with monkeypatch.context() as patched:
-            patched.setattr(engine.epoch, "_optimizer_step", counted)
+            patched.setattr(engine.epoch, "optimizer_step", counted)
             with pytest.raises(Preempted):
                 run(lra("listops"), f"{options} TAG parts")
     run(lra("listops"), f"{options} TAG parts")

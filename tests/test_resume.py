@@ -130,7 +130,7 @@ def test_stopped_anywhere_any_number_of_times_equals_uninterrupted(tmp_path, tex
     tiny = write_tiny(tmp_path, text)
     options += " TRAIN.EPOCHS 2 DATA.TRAIN_FRACTION 0.5"
     run(tiny, f"{options} TAG whole")
-    step, forward, count = engine.epoch._optimizer_step, engine.evaluation.AccuracyCounter.update, 0
+    step, forward, count = engine.epoch.optimizer_step, engine.evaluation.AccuracyCounter.update, 0
 
     def signalled_after(moment, function):
         def counted(*arguments):
@@ -152,7 +152,7 @@ def test_stopped_anywhere_any_number_of_times_equals_uninterrupted(tmp_path, tex
         workers = f"DATA.NUM_WORKERS {(0, 1, 3)[part % 3]}" if text == TINY_NALA else ""
         with monkeypatch.context() as patched:
             if name == "step":
-                patched.setattr(engine.epoch, "_optimizer_step", signalled_after(moment, step))
+                patched.setattr(engine.epoch, "optimizer_step", signalled_after(moment, step))
             else:
                 patched.setattr(engine.evaluation.AccuracyCounter, "update", signalled_after(moment, forward))
             with pytest.raises(Preempted, match="told to stop by SIGTERM: saved"):

@@ -558,7 +558,7 @@ def tiny_shards(folder: Path, tmp_path: Path) -> Path:
 
 def test_training_from_shards_resumes_and_evaluates_as_from_the_folder(tiny_shards, folder, log, monkeypatch):
     run(tiny_shards, "TAG whole")
-    step, count = engine.epoch._optimizer_step, 0
+    step, count = engine.epoch.optimizer_step, 0
 
     def told_to_stop(*arguments):
         nonlocal count
@@ -566,7 +566,7 @@ def test_training_from_shards_resumes_and_evaluates_as_from_the_folder(tiny_shar
         os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    monkeypatch.setattr(engine.epoch, "_optimizer_step", told_to_stop)
+    monkeypatch.setattr(engine.epoch, "optimizer_step", told_to_stop)
     for _ in range(3):  # each run makes one step
         with pytest.raises(Preempted):
             run(tiny_shards, "TAG parts")

@@ -556,7 +556,7 @@ def free_port() -> int:
 
 def at_step(monkeypatch, actions: dict[int, Callable[[], object]]) -> None:
     """Do something after optimizer steps, counted over the run."""
-    step, count = engine.epoch._optimizer_step, 0
+    step, count = engine.epoch.optimizer_step, 0
 
     def counted(*arguments):
         nonlocal count
@@ -565,7 +565,7 @@ def at_step(monkeypatch, actions: dict[int, Callable[[], object]]) -> None:
         actions.get(count, lambda: None)()
         return result
 
-    monkeypatch.setattr(engine.epoch, "_optimizer_step", counted)
+    monkeypatch.setattr(engine.epoch, "optimizer_step", counted)
 
 
 @contextmanager
