@@ -89,12 +89,18 @@ def pieces(monkeypatch):
         ("window", {"gate": False, "kernel_size": 5}),
         ("window", {"learn_exponent": False, "kernel_size": 1}),
         ("window", {"learn_scale": False, "dim": 24}),
-        ("window", {"kernel": "norm_aware"}),
-        ("window", {"kernel": "polarity_pp"}),
         ("reduced 1", {}),
         ("reduced 2", {"kernel_size": 5}),
-        ("reduced 2", {"gate": False}),
-        ("map", {"kernel": "polarity_pp", "kernel_size": 5}),
+        ("map", {"kernel": "polarity_pp"}),
+        *(
+            pytest.param(layout, options, marks=pytest.mark.slow)
+            for layout, options in [
+                ("window", {"kernel": "norm_aware"}),
+                ("window", {"kernel": "polarity_pp"}),
+                ("reduced 2", {"gate": False}),
+                ("map", {"kernel": "polarity_pp", "kernel_size": 5}),
+            ]
+        ),
     ],
     ids=str,
 )
