@@ -123,9 +123,10 @@ class PolaLinearAttention(KernelAttention):
 
     def split(self, x: Tensor, kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v and the gate of what the projections give (`attend`)."""
-        q, *rest = x.chunk((3 if kv is None else 1) + self.options.gate, dim=-1)
-        k, v = rest[:2] if kv is None else kv.chunk(2, dim=-1)
-        return q, k, v, rest[-1] if self.options.gate else None
+        gate = self.options.gate
+        parts = x.chunk((3 if kv is None else 1) + gate, dim=-1)  # torch.fx takes them by their number alone
+        k, v = (parts[1], parts[2]) if kv is None else kv.chunk(2, dim=-1)
+        return parts[0], k, v, parts[-1] if gate else None
 
     def attend(
         self, x: Tensor, kv: Tensor | None, grid: Grid, key_grid: Grid, key_mask: Tensor | None = None

@@ -73,6 +73,12 @@ def check(found: Layer, dtype: torch.dtype = torch.float32) -> None:
             assert error <= bound, f"{name}: relative error {error:.1e} exceeds {bound:.0e}"
 
 
+def sum_in_parts(monkeypatch) -> None:
+    """Also of short sequences; what is remembered of others stays as it is."""
+    monkeypatch.setattr(triton_op, "MIN_TOKENS_OF_A_SUM", 8)
+    monkeypatch.setattr(triton_op, "parts_of_a_sum", triton_op.parts_of_a_sum.__wrapped__)
+
+
 @pytest.fixture
 def pieces(monkeypatch):
     """How often the operation ran."""
@@ -118,7 +124,7 @@ def test_under_autocast(layout, dtype, pieces):
 
 def test_many_tiles_and_parts_are_summed_in_order(monkeypatch):
     """Of sequences that several programs share, and of tiles that one program takes one after the other."""
-    monkeypatch.setattr(triton_op, "MIN_TOKENS_OF_A_SUM", 8)
+    sum_in_parts(monkeypatch)
     monkeypatch.setattr(gated, "PROGRAMS", 0.02)
     monkeypatch.setattr(gated, "TILE_ELEMENTS", 256)
     found = layer("reduced 1")
@@ -207,8 +213,7 @@ class Launches(TorchDispatchMode):
 def test_launches_between_the_projections(layout, kernel, in_parts, forward, backward, monkeypatch):
     """At most 4 forward and 6 backward, with the sums of sequences that several programs share."""
     if in_parts:
-        monkeypatch.setattr(triton_op, "MIN_TOKENS_OF_A_SUM", 8)
-        triton_op.parts_of_a_sum.cache_clear()
+        sum_in_parts(monkeypatch)
     module, call, shape = layer(layout, kernel)
     ours = in_one_piece(module)
     launches = Launches(monkeypatch)

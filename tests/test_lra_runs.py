@@ -174,7 +174,8 @@ def test_the_page_has_the_text_that_it_is_written_from():
         assert paragraph.startswith("<!--") or paragraph.strip() in written, paragraph[:80]
 
 
-@pytest.mark.parametrize("steps", [300, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [300, 600])
 def test_short_listops_are_learned(tmp_path, steps):
     """The smoke test: 600 steps, and 300 on a schedule of their own, reach twice a constant per root operator."""
     before = cpu_seconds()

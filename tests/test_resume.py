@@ -185,9 +185,8 @@ def driven(mode: str, *arguments: str | Path) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize(
-    "text", [pytest.param(TINY_PPP, marks=pytest.mark.slow), TINY_NALA], ids=["PolaFormer++", "NaLaFormer"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [TINY_PPP, TINY_NALA], ids=["PolaFormer++", "NaLaFormer"])
 def test_two_processes_interrupted_and_resumed_equal_uninterrupted(tmp_path, text):
     """Of a model with BatchNorm, whose running statistics each rank has of its own, and validates by rank 0's."""
     tiny = write_tiny(tmp_path, text)

@@ -464,6 +464,7 @@ def test_the_slurm_job_trains_on_its_nodes_stops_before_the_limit_and_continues(
     assert_same_run(whole, folder_of(tiny).parent / "parts", 2)
 
 
+@pytest.mark.slow
 def test_two_nodes_of_which_one_is_killed_and_started_again(tiny, whole):
     """Two launchers, a rendezvous on loopback; the job continues by itself once the node is back."""
     settings = {"NPROC": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
