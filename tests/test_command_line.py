@@ -83,7 +83,7 @@ def test_a_training_set_smaller_than_a_step_is_explained(tiny):
         run(tiny, "DATA.BATCH_SIZE 2000")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_cleanly_with_the_last_checkpoint_intact(tiny, processes):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
     command = [sys.executable, *launcher, "main.py", "--cfg", str(tiny), "--opts", "TRAIN.EPOCHS", "500"]

@@ -115,7 +115,7 @@ def test_equals_the_parts_with_all_gradients(layout, options, pieces):
     assert pieces == [1]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", ["window", "reduced 2"])
 def test_under_autocast(layout, dtype, pieces):
     check(layer(layout), dtype)
