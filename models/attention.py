@@ -56,9 +56,7 @@ class KernelAttention(Kernel):
         `mix` and the convolution are watched.
         """
         raw = self.raw() if isinstance(self, LinearKernel) else None
-        if (
-            raw is None or is_symbolic(x) or convolution.weight.device != x.device
-        ):  # an offloaded one is moved by its call
+        if raw is None or is_symbolic(x) or convolution.weight.device != x.device:  # offloaded
             return None
         if "mix" in vars(self) or convolution._forward_hooks or convolution._forward_pre_hooks:
             return None
